@@ -1,0 +1,594 @@
+"""COCO's persons as RGBA samples, in the order in which a photo meets the code:
+
+annotation file ► person index ► photo and mask ► letterbox ► augmentations ► dataset ► loader.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import warnings
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Annotated
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # before its import: it would ask the network
+
+import cv2
+import msgspec
+import numpy as np
+import torch
+from pycocotools import mask as coco_mask
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+INDEX_VERSION = 1  # of the index file's content; another version is built anew
+MAX_SIDE, MAX_PIXELS = 2**20, 2**28  # of a photo: more is taken for a broken record, not for a photo
+
+
+class DataError(ValueError):
+    """The data on disk cannot be used; the message is one line for the user."""
+
+
+# --- the person index: one merged mask a photo, as flat arrays on disk ------------------------------------
+
+
+_Id = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]  # what an array can hold
+
+
+class _Photo(msgspec.Struct, gc=False):
+    id: _Id
+    file_name: str
+    width: int
+    height: int
+
+
+class _Annotation(msgspec.Struct, gc=False):
+    image_id: int
+    category_id: int
+    segmentation: msgspec.Raw = msgspec.Raw(b"null")  # parsed only for persons: most of the file is not
+
+
+class _Category(msgspec.Struct, gc=False):
+    id: int
+    name: str
+
+
+class _CocoFile(msgspec.Struct, gc=False):
+    images: list[_Photo]
+    annotations: list[_Annotation]
+    categories: list[_Category]
+
+
+class _RunLengths(msgspec.Struct, gc=False):
+    size: tuple[int, int]
+    counts: list[int] | str
+
+
+class PersonIndex:
+    """The photos with persons of one split, memory-mapped: every process shares the pages.
+
+    Attributes:
+        path: the index file.
+        left_out: what the annotation file holds and the index does not, `{reason: count}`.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        content = torch.load(path, mmap=True, weights_only=True)
+        self.fingerprint: dict = content["fingerprint"]
+        self.left_out: dict[str, int] = content["left_out"]
+        self._arrays = {name: tensor.numpy() for name, tensor in content["arrays"].items()}
+
+    def __reduce__(self):
+        return PersonIndex, (self.path,)  # a spawned worker maps the file again instead of copying it
+
+    def __len__(self) -> int:
+        return len(self._arrays["image_ids"])
+
+    def check(self, index: int) -> None:
+        if not 0 <= index < len(self):
+            raise IndexError(f"there is no photo {index} among {len(self)}")
+
+    def image_id(self, index: int) -> int:
+        return int(self._arrays["image_ids"][index])
+
+    def file_name(self, index: int) -> str:
+        return self._slice("names", index).tobytes().decode()
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(width, height) in pixels."""
+        width, height = self._arrays["sizes"][index]
+        return int(width), int(height)
+
+    def alpha(self, index: int) -> np.ndarray:
+        """The union of all persons as uint8 (height, width), 0 or 255."""
+        width, height = self.size(index)
+        mask = coco_mask.decode({"size": [height, width], "counts": self._slice("masks", index).tobytes()})
+        return cv2.transpose(mask.T) * 255  # decoded column by column; cv2 turns it faster than numpy
+
+    def _slice(self, name: str, index: int) -> np.ndarray:
+        start, end = self._arrays[f"{name}_offsets"][index : index + 2]
+        return self._arrays[name][start:end]
+
+
+def open_index(root: str | Path, split: str) -> PersonIndex:
+    """Opens the person index of a split, and builds it first where it is missing or out of date.
+
+    Raises:
+        DataError: no COCO under `root`, or an annotation file that is not COCO's.
+    """
+    root = Path(root)
+    annotations = _annotation_file(root, split)
+    places = index_places(root, split)
+    for place in places:
+        index = _open_if_current(place, annotations, root / split)
+        if index is not None:
+            return index
+    print(f"Reading {annotations} (once: the person index is kept on disk)", flush=True)
+    content = _build(annotations, root / split)
+    for place in places:
+        if _write_atomically(content, place):
+            return PersonIndex(place)
+    raise DataError(
+        f"no place to keep the person index: neither {places[0].parent} nor {places[1].parent} can be written; "
+        "make one of them writable or set XDG_CACHE_HOME"
+    )
+
+
+def index_places(root: Path, split: str) -> list[Path]:
+    """Where the index may lie, best first: under the data root, or in the user's cache folder."""
+    name = f"{split}.index"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "silueta"
+    return [root / ".silueta" / name, cache / sha256(str(root.resolve()).encode()).hexdigest()[:16] / name]
+
+
+def _annotation_file(root: Path, split: str) -> Path:
+    path = root / "annotations" / f"instances_{split}.json"
+    for missing in [part for part in (path, root / split) if not part.exists()]:
+        raise DataError(
+            f"no COCO data: {missing} is missing. Expected are {path} and photos in {root / split}: "
+            f"`python tools/download_coco.py --root {root}` fetches COCO 2017 (https://cocodataset.org), "
+            "--data-root names another folder, --sample trains on built-in drawings"
+        )
+    return path
+
+
+def _fingerprint(annotations: Path, photos: Path, folders: list[str]) -> dict:
+    """What the index was made from: a change of the file, or of what lies in a photo folder, shows here."""
+    stat = annotations.stat()
+    paths = {folder: photos / folder for folder in folders}
+    listing = {folder: path.stat().st_mtime_ns if path.is_dir() else 0 for folder, path in paths.items()}
+    return {"version": INDEX_VERSION, "size": stat.st_size, "mtime": stat.st_mtime_ns, "folders": listing}
+
+
+def _open_if_current(path: Path, annotations: Path, photos: Path) -> PersonIndex | None:
+    try:
+        if not path.is_file():
+            return None
+        if zipfile.ZipFile(path).testzip() is not None:  # torch.load itself takes flipped bits for data
+            raise zipfile.BadZipFile
+        index = PersonIndex(path)
+        current = _fingerprint(annotations, photos, list(index.fingerprint["folders"]))
+    except Exception as error:  # whatever a damaged file raises: it holds nothing that cannot be made again
+        print(f"{path} cannot be read ({type(error).__name__}) and is built again", flush=True)
+        return None
+    return index if index.fingerprint == current else None
+
+
+def _write_atomically(content: dict, path: Path) -> bool:
+    """Writes beside the place, then renames; False where the folder is read-only, by its mode or its mount."""
+    draft = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        existing = next(folder for folder in path.parents if folder.exists())
+        if not existing.stat().st_mode & 0o222:  # root could, but whoever took the write bits away meant it
+            return False
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(content, draft)
+        os.replace(draft, path)
+    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
+        print(f"The person index cannot be kept at {path}: {str(error).splitlines()[0]}", flush=True)
+        with contextlib.suppress(OSError):  # there may be no draft, or no folder
+            draft.unlink()
+        return False
+    return True
+
+
+def _build(annotations: Path, photos: Path) -> dict:
+    coco = _parse(annotations)
+    left_out: Counter[str] = Counter()
+    records = _photos_by_id(coco, left_out)
+    segmentations = _segmentations_by_photo(coco, records, annotations, left_out)
+    folders = sorted({os.path.dirname(_safe_name(records[i].file_name, annotations)) for i in segmentations})
+    fingerprint = _fingerprint(annotations, photos, folders)  # before the listing: a later change must show
+    present = {folder: set(os.listdir(photos / folder)) for folder in folders if (photos / folder).is_dir()}
+    rows = []
+    for image_id, raw in segmentations.items():
+        photo = records[image_id]
+        if os.path.basename(photo.file_name) not in present.get(os.path.dirname(photo.file_name), ()):
+            left_out["photos that are not on disk"] += 1
+        elif mask := _merged_mask(raw, photo, left_out):
+            rows.append((photo, mask))
+    if not rows:
+        raise DataError(
+            f"no photo with a person: {annotations} names {len(segmentations)} photos of persons, "
+            f"none of which can be used in {photos}" + (f" ({describe_left_out(left_out)})" if left_out else "")
+        )
+    return {"fingerprint": fingerprint, "left_out": dict(left_out), "arrays": _flat_arrays(rows)}
+
+
+def _parse(annotations: Path) -> _CocoFile:
+    try:
+        return msgspec.json.decode(annotations.read_bytes(), type=_CocoFile)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise DataError(f"{annotations} is cut short or not a COCO annotation file: {error}") from None
+
+
+def _photos_by_id(coco: _CocoFile, left_out: Counter[str]) -> dict[int, _Photo]:
+    photos: dict[int, _Photo] = {}
+    for photo in coco.images:
+        size = (photo.width, photo.height)
+        if photo.id in photos:
+            left_out["photo records with an id that was taken"] += 1
+        elif not 0 < min(size) <= max(size) <= MAX_SIDE or size[0] * size[1] > MAX_PIXELS:
+            left_out["photo records of an impossible size"] += 1
+        else:
+            photos[photo.id] = photo
+    return photos
+
+
+def _segmentations_by_photo(
+    coco: _CocoFile, photos: dict[int, _Photo], annotations: Path, left_out: Counter[str]
+) -> dict[int, list[msgspec.Raw]]:
+    """The annotations of persons, grouped by the photo they lie on."""
+    persons = {category.id for category in coco.categories if category.name == "person"}
+    if not persons:
+        raise DataError(f"{annotations} has no category named 'person' among its {len(coco.categories)}")
+    grouped: dict[int, list[msgspec.Raw]] = {}
+    for annotation in coco.annotations:
+        if annotation.category_id not in persons:
+            continue
+        if annotation.image_id in photos:
+            grouped.setdefault(annotation.image_id, []).append(annotation.segmentation)
+        else:
+            left_out["annotations of an unknown photo"] += 1
+    return grouped
+
+
+def _safe_name(file_name: str, annotations: Path) -> str:
+    parts = file_name.replace("\\", "/").split("/")
+    if ".." in parts or not parts[-1] or os.path.isabs(file_name) or ":" in parts[0] or "\0" in file_name:
+        raise DataError(f"{annotations} names a photo outside the photo folder: {file_name!r}")
+    return file_name
+
+
+def _merged_mask(segmentations: list[msgspec.Raw], photo: _Photo, left_out: Counter[str]) -> bytes | None:
+    """The union of a photo's persons as COCO's compressed run lengths; None where nothing can be drawn."""
+    drawn = []
+    for raw in segmentations:
+        try:
+            drawn += _draw(raw, photo.height, photo.width)
+        except (ValueError, OverflowError, msgspec.DecodeError):
+            left_out["annotations that cannot be drawn"] += 1
+    return coco_mask.merge(drawn)["counts"] if drawn else None
+
+
+def _draw(raw: msgspec.Raw, height: int, width: int) -> list[dict]:
+    """One annotation's run lengths, drawn by pycocotools after the checks that it leaves out.
+
+    Raises:
+        ValueError: run lengths that do not fill the photo, or a polygon of too few or far-off points.
+    """
+    shape = msgspec.json.decode(raw, type=list[list[float]] | _RunLengths)
+    if isinstance(shape, _RunLengths):
+        counts = decode_counts(shape.counts) if isinstance(shape.counts, str) else shape.counts
+        if shape.size != (height, width) or min(counts, default=-1) < 0 or sum(counts) != height * width:
+            raise ValueError("the run lengths are not of the photo's size")
+        return [coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)]
+    reach = 4 * max(height, width)  # pycocotools walks every pixel of an edge, wherever it leads
+    if not shape or any(len(p) < 6 or len(p) % 2 or max(map(abs, p)) > reach for p in shape):
+        raise ValueError("a polygon has too few points, or points far outside the photo")
+    return coco_mask.frPyObjects(shape, height, width)
+
+
+def decode_counts(text: str) -> list[int]:
+    """COCO's compressed run lengths as numbers: 5 bits a character, from the third on as differences.
+
+    Written out here because pycocotools' own decoder reads past the end of a damaged text.
+
+    Raises:
+        ValueError: a character outside the code, or an end in the middle of a number.
+    """
+    counts: list[int] = []
+    value = shift = 0
+    for code in text.encode():
+        bits = code - 48
+        if not 0 <= bits < 64 or shift > 30:
+            raise ValueError("not COCO's compressed run lengths")
+        value |= (bits & 0x1F) << shift
+        shift += 5
+        if not bits & 0x20:
+            value -= (bits & 0x10) << (shift - 4)  # the sign bit of the last five
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value = shift = 0
+    if shift:
+        raise ValueError("compressed run lengths end in the middle of a number")
+    return counts
+
+
+def _flat_arrays(rows: list[tuple[_Photo, bytes]]) -> dict[str, torch.Tensor]:
+    names, names_offsets = _joined([photo.file_name.encode() for photo, _ in rows])
+    masks, masks_offsets = _joined([mask for _, mask in rows])
+    return {
+        "image_ids": torch.tensor([photo.id for photo, _ in rows]),
+        "sizes": torch.tensor([(photo.width, photo.height) for photo, _ in rows]),
+        "names": names, "names_offsets": names_offsets,
+        "masks": masks, "masks_offsets": masks_offsets,
+    }  # fmt: skip
+
+
+def _joined(pieces: list[bytes]) -> tuple[torch.Tensor, torch.Tensor]:
+    offsets = torch.zeros(len(pieces) + 1, dtype=torch.int64)
+    offsets[1:] = torch.tensor([len(piece) for piece in pieces]).cumsum(0)
+    return torch.frombuffer(bytearray(b"".join(pieces)), dtype=torch.uint8), offsets
+
+
+def describe_left_out(left_out: Counter[str]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+
+
+# --- a photo, its square, and the way back ----------------------------------------------------------------
+
+
+def read_photo(path: Path, size: tuple[int, int]) -> np.ndarray:
+    """Reads a photo as uint8 RGB (height, width, 3) in the orientation that its annotations were drawn in.
+
+    COCO's masks lie on the pixels as stored; sets drawn on the photo as shown (EXIF orientation applied)
+    give themselves away by the size.
+
+    Raises:
+        DataError: the file cannot be read, or its size is not the annotation's; names the file.
+    """
+    try:
+        encoded = np.fromfile(path, np.uint8)
+    except OSError as error:
+        raise DataError(f"the photo {path} cannot be read: {error.strerror}") from None
+    as_stored = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+    for flags in (as_stored, cv2.IMREAD_COLOR_RGB):
+        photo = _decode(encoded, flags)
+        if photo is None:
+            raise DataError(f"the photo {path} cannot be read: not an image, or damaged")
+        if photo.shape[1::-1] == size:
+            return photo
+    found = "{1} x {0}".format(*photo.shape)
+    raise DataError(f"the photo {path} is {found} pixels, its annotation says {size[0]} x {size[1]}")
+
+
+def _decode(encoded: np.ndarray, flags: int) -> np.ndarray | None:
+    try:
+        return cv2.imdecode(encoded, flags)
+    except cv2.error:  # nothing to decode, or more pixels than OpenCV lets a file claim
+        return None
+
+
+def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resizes to (width, height), averaging where it shrinks by more than two, linear otherwise."""
+    height, width = image.shape[:2]
+    if (width, height) == tuple(size):
+        return image
+    shrinks = max(width / size[0], height / size[1]) > 2
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+
+
+def letterbox(image: np.ndarray, size: int) -> tuple[np.ndarray, dict]:
+    """Fits an image into a square, its aspect ratio kept, centred, padded with zeros.
+
+    Args:
+        image: uint8 (H, W), (H, W, 3) or (H, W, 4). A fourth channel, and a lone one, is a mask of 0 and 255
+            and stays one: it is resized like the photo and cut at one half, so that it does not drift.
+        size: the square's side in pixels.
+
+    Returns:
+        The square, (size, size) with the channels of `image`, and the metadata that `restore` needs:
+        original_size (width, height), scale, padding (left, top, right, bottom) in pixels.
+    """
+    height, width = image.shape[:2]
+    scale = size / max(height, width)
+    new_width, new_height = max(1, round(width * scale)), max(1, round(height * scale))
+    left, top = (size - new_width) // 2, (size - new_height) // 2
+    square = np.zeros((size, size, *image.shape[2:]), image.dtype)
+    fitted = resize(image, (new_width, new_height))
+    square[top : top + new_height, left : left + new_width] = fitted.reshape(new_height, new_width, *image.shape[2:])
+    if image.ndim == 2 or image.shape[2] in (1, 4):
+        harden(square)
+    padding = (left, top, size - new_width - left, size - new_height - top)
+    return square, {"original_size": (width, height), "scale": scale, "padding": padding}
+
+
+def harden(image: np.ndarray) -> None:
+    """Cuts a mask, or an RGBA image's fourth channel, at one half: 0 or 255, in place."""
+    mask = image[..., -1] if image.ndim == 3 else image
+    mask[...] = cv2.threshold(np.ascontiguousarray(mask), 127, 255, cv2.THRESH_BINARY)[1]
+
+
+def to_rgba(photo: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """uint8 RGB (H, W, 3) and mask (H, W) as one RGBA image (H, W, 4)."""
+    rgba = cv2.cvtColor(photo, cv2.COLOR_RGB2RGBA)
+    rgba[..., 3] = mask
+    return rgba
+
+
+def restore(array: np.ndarray, metadata: dict) -> np.ndarray:
+    """The way back from `letterbox`: crops the padding, resizes to the original size.
+
+    Args:
+        array: (S, S) or (S, S, C), uint8 or float32, S as it was given to `letterbox`.
+        metadata: what `letterbox` returned.
+
+    Returns:
+        (height, width) or (height, width, C) of the same dtype; interpolated, so a mask is to be cut again.
+    """
+    left, top, right, bottom = metadata["padding"]
+    cropped = array[top : array.shape[0] - bottom, left : array.shape[1] - right]
+    width, height = metadata["original_size"]
+    return resize(cropped, (width, height)).reshape(height, width, *array.shape[2:])
+
+
+# --- augmentation -----------------------------------------------------------------------------------------
+
+
+def augmentations() -> list:
+    """The augmentations, applied in this order to the letterboxed square. Add or remove one by its line."""
+    import albumentations as A  # here, because a prediction needs none and its import takes a second
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="ShiftScaleRotate is a special case of Affine")
+        return [
+            A.HorizontalFlip(p=0.5),
+            A.RandomRotate90(p=0.1),
+            A.ShiftScaleRotate(shift_limit=0.0625, scale_limit=0.2, rotate_limit=15, p=0.5),
+            A.RandomBrightnessContrast(brightness_limit=0.2, contrast_limit=0.2, p=0.3),
+            A.HueSaturationValue(hue_shift_limit=10, sat_shift_limit=20, val_shift_limit=10, p=0.3),
+            A.GaussianBlur(blur_limit=(3, 5), p=0.1),
+        ]
+
+
+class Augmenter:
+    """Applies `augmentations()` to an RGBA square; what comes out depends on the seed alone."""
+
+    def __init__(self) -> None:
+        import albumentations as A
+
+        self._transforms = A.Compose(augmentations(), mask_interpolation=cv2.INTER_LINEAR)
+
+    def __call__(self, rgba: np.ndarray, seed: list[int]) -> np.ndarray:
+        """uint8 (S, S, 4) to the same; `seed` is any list of non-negative numbers."""
+        # One pair of generators for the whole list: set_random_seed() would give each transform the same
+        # seed, so that a photo that is flipped would always be rotated as well.
+        entropy = int.from_bytes(np.random.SeedSequence(seed).generate_state(4).tobytes(), "little")
+        self._transforms.set_random_state(np.random.default_rng(entropy), random.Random(entropy))
+        out = self._transforms(image=np.ascontiguousarray(rgba[..., :3]), mask=np.ascontiguousarray(rgba[..., 3]))
+        augmented = to_rgba(out["image"], out["mask"])
+        harden(augmented)
+        return augmented
+
+
+# --- the dataset and its loaders --------------------------------------------------------------------------
+
+
+class COCOPersonDataset(Dataset):
+    """The photos of a COCO-format set that show at least one person, as RGBA squares.
+
+    Args:
+        root: the folder that holds `annotations/` and the photo folder.
+        split: the photo folder's name, e.g. "train2017".
+        image_size: the square's side in pixels.
+        augment: whether to apply `augmentations()`.
+        store_metadata: whether a sample is (tensor, metadata) instead of the tensor alone.
+        seed: of the augmentations. A sample depends on (seed, epoch, index) and on nothing else.
+
+    Raises:
+        DataError: the data cannot be used.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        image_size: int = 384,
+        augment: bool = False,
+        store_metadata: bool = False,
+        seed: int = 0,
+    ):
+        self.photos = Path(root) / split
+        self.index = open_index(root, split)
+        self.image_size = image_size
+        self.store_metadata = store_metadata
+        self.seed = seed
+        self._augment = Augmenter() if augment else None
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see it change
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch.fill_(epoch)
+
+    def __getitem__(self, index: int) -> torch.Tensor | tuple[torch.Tensor, dict]:
+        """uint8 (4, S, S): R, G, B, A; A is 0 or 255. With `store_metadata`, (that, metadata)."""
+        self.index.check(index)
+        rgba, metadata = letterbox(self.original(index), self.image_size)
+        if self._augment is not None:
+            rgba = self._augment(rgba, [self.seed, int(self._epoch), index])
+        sample = torch.from_numpy(np.stack(cv2.split(rgba)))
+        if not self.store_metadata:
+            return sample
+        return sample, {
+            "image_id": self.index.image_id(index),
+            "file_name": self.index.file_name(index),
+            **metadata,
+        }
+
+    def original(self, index: int) -> np.ndarray:
+        """The photo and its mask before any resizing: uint8 RGBA (height, width, 4)."""
+        photo = read_photo(self.photos / self.index.file_name(index), self.index.size(index))
+        return to_rgba(photo, self.index.alpha(index))
+
+
+def usable_cores() -> int:
+    """The cores that this process may use: its affinity, and a container's quota where there is one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):  # no cgroup v2 here, or its quota reads "max"
+        return cores
+
+
+def make_loader(
+    dataset: COCOPersonDataset,
+    batch_size: int,
+    num_workers: int,
+    training: bool,
+    rank: int = 0,
+    world_size: int = 1,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """One process's share of the data, in batches of uint8 (N, 4, S, S).
+
+    Training: shuffled by (the dataset's seed, epoch), and every process gets the same number of batches.
+    Validation: in order, each photo in exactly one process, nothing padded and nothing dropped.
+    """
+    if training:
+        sampler = DistributedSampler(dataset, world_size, rank, shuffle=True, seed=dataset.seed)
+        drop_last = len(sampler) > 1 and len(sampler) % batch_size == 1  # BatchNorm needs two
+    else:
+        sampler, drop_last = range(rank, len(dataset), world_size), False
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=num_workers,
+        drop_last=drop_last,
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
+        worker_init_fn=_start_worker,
+        generator=torch.Generator().manual_seed(dataset.seed),  # workers must not draw from the model's dice
+    )
+
+
+def _start_worker(_worker: int) -> None:
+    cv2.setNumThreads(0)  # each worker is a core's worth of work already
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process: the training one ends the workers
+
+
+def batches(loader: DataLoader, epoch: int) -> Iterator[torch.Tensor]:
+    """Iterates over one epoch: the order and the augmentations both depend on its number."""
+    loader.dataset.set_epoch(epoch)
+    if isinstance(loader.sampler, DistributedSampler):
+        loader.sampler.set_epoch(epoch)
+    return iter(loader)

@@ -1,0 +1,116 @@
+"""Data that the tests make for themselves, and the genuine photos where they lie beside the project."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as coco_mask
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+torch.set_num_threads(2)  # the suite's figures should not depend on the machine's cores
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    """No test reads or writes the user's cache folders."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+
+
+@pytest.fixture(scope="session")
+def shared_coco() -> Path:
+    """Genuine COCO photos; skipped where they are absent."""
+    folder = SHARED / "coco"
+    if not folder.is_dir():
+        pytest.skip(f"no genuine COCO photos at {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_weights() -> Path:
+    """ImageNet weights of mobilenet_v2; skipped where they are absent."""
+    path = SHARED / "weights" / "mobilenet_v2.pth"
+    if not path.is_file():
+        pytest.skip(f"no ImageNet weights at {path}")
+    return path
+
+
+@pytest.fixture
+def coco_root(tmp_path) -> Path:
+    """A small COCO-format set: 10 training and 5 validation photos with persons, one more of each without."""
+    root = tmp_path / "coco"
+    write_split(root, "train2017", 10, first_id=1)
+    write_split(root, "val2017", 5, first_id=101)
+    return root
+
+
+def write_split(root: Path, split: str, count: int, first_id: int) -> dict:
+    """Writes photos of noise with bright blobs for persons, drawn as polygons and as both kinds of RLE."""
+    rng = np.random.default_rng(first_id)
+    images, annotations = [], []
+    for image_id in range(first_id, first_id + count + 1):
+        height, width = ((48, 64), (64, 48), (50, 50))[image_id % 3]
+        photo = rng.integers(0, 120, (height, width, 3), dtype=np.uint8)
+        images.append({"id": image_id, "file_name": f"{image_id:012d}.jpg", "width": width, "height": height})
+        if image_id < first_id + count:
+            annotations += _persons(photo, image_id, len(annotations) + first_id * 1000)
+        write_photo(root / split / f"{image_id:012d}.jpg", photo)
+    categories = [{"id": 1, "name": "person"}, {"id": 18, "name": "dog"}]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    write_annotations(root, split, content)
+    return content
+
+
+def _persons(photo: np.ndarray, image_id: int, first_id: int) -> list[dict]:
+    """A polygon, an uncompressed crowd and a compressed RLE by turns, and a dog that is no person."""
+    height, width = photo.shape[:2]
+    blob = np.zeros((height, width), np.uint8)
+    cv2.circle(blob, (width // 2 - 4, height // 2 + 3), 12, 1, -1)
+    photo[blob > 0] = (230, 200, 170)
+    polygon = [[width / 2 - 16.5, 8.0, width / 2 + 2, 10.25, width / 2 - 3, height - 6.0]]
+    points = np.array(polygon[0]).reshape(-1, 2).round().astype(np.int32)
+    cv2.fillPoly(photo, [points], (240, 210, 180))
+    kinds = [
+        {"segmentation": polygon, "iscrowd": 0},
+        {"segmentation": uncompressed_rle(blob), "iscrowd": 1},
+        {"segmentation": compressed_rle(blob), "iscrowd": 0},
+    ]
+    chosen = [kinds[image_id % 3], kinds[(image_id + 1) % 3]]
+    dog = {"segmentation": [[1, 1, 9, 1, 9, 9]], "iscrowd": 0}
+    shared = {"image_id": image_id, "area": 100.0, "bbox": [0, 0, 10, 10]}
+    persons = [{"id": first_id + n, "category_id": 1, **shared, **kind} for n, kind in enumerate(chosen)]
+    return [*persons, {"id": first_id + 2, "category_id": 18, **shared, **dog}]
+
+
+def uncompressed_rle(mask: np.ndarray) -> dict:
+    """Column by column, zeros first: counted out here, not by pycocotools."""
+    counts, value = [0], 0
+    for pixel in mask.T.ravel():
+        if pixel != value:
+            counts.append(0)
+            value = pixel
+        counts[-1] += 1
+    return {"counts": counts, "size": list(mask.shape)}
+
+
+def compressed_rle(mask: np.ndarray) -> dict:
+    encoded = coco_mask.encode(np.asfortranarray(mask))
+    return {"counts": encoded["counts"].decode(), "size": encoded["size"]}
+
+
+def write_photo(path: Path, rgb: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    assert cv2.imwrite(str(path), cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))
+
+
+def write_annotations(root: Path, split: str, content: dict) -> Path:
+    path = root / "annotations" / f"instances_{split}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+    return path
