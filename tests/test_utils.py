@@ -1,0 +1,349 @@
+"""The loss by hand, the metrics against torchmetrics, and processes as they are really started."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.run import get_args_parser
+
+import utils
+from utils import LaunchError, LossCalculator, LossMeter, Processes, SegmentationMetrics, pick_device, spread_command
+
+CPU = torch.device("cpu")
+EACH = utils.EACH_ITS_GPU
+
+
+# --- loss -------------------------------------------------------------------------------------------------
+
+
+def pictures() -> tuple[Tensor, Tensor]:
+    """Logits and targets (4, 4, 16, 16) of persons of different sizes; nobody is in the second."""
+    raw, target = torch.randn(2, 4, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+    return raw, torch.cat([target[:, :3].sigmoid(), target[:, 3:] > torch.tensor([1, 9, 0, -1]).view(4, 1, 1, 1)], 1)
+
+
+def test_the_terms_are_those_worked_by_hand():
+    # Two pixels: the left one a person of colour (1/2, 1/4, 3/4), guessed grey; the alphas guessed 1/2 and 3/4.
+    target = torch.tensor([[0.5, 0.9], [0.25, 0.9], [0.75, 0.9], [1, 0]]).view(1, 4, 1, 2)
+    raw = torch.tensor([[0, 5], [0, 5], [0, 5], [0, math.log(3)]]).view(1, 4, 1, 2)
+    _, terms = LossCalculator()(raw, target)
+    assert terms["colour"].item() == pytest.approx((0 + 0.25 + 0.25) / 3)
+    assert terms["bce"].item() == pytest.approx((math.log(2) + math.log(4)) / 2)
+    assert terms["dice"].item() == pytest.approx(1 - (2 * 0.5 + 1) / (0.5 + 0.75 + 1 + 1))
+
+
+def test_the_loss_is_the_weighted_sum_of_three_terms_that_are_detached():
+    raw, target = pictures()
+    loss, terms = LossCalculator(2, 3, 5)(raw.requires_grad_(), target)
+    colour, bce, dice = (terms[name].item() for name in ("colour", "bce", "dice"))
+    assert loss.item() == pytest.approx(2 * colour + 3 * bce + 5 * dice)
+    assert [value.requires_grad for value in (loss, *terms.values())] == [True, False, False, False]
+
+
+def test_colours_outside_the_mask_do_not_count():
+    raw, target = pictures()
+    loss, terms = LossCalculator()(raw.requires_grad_(), target)
+    loss.backward()
+    outside = (target[:, 3:] == 0).expand(-1, 3, -1, -1)
+    assert torch.equal(raw.grad[:, :3] == 0, outside)
+    target[:, :3][outside] = 0.123
+    assert LossCalculator()(raw, target)[1]["colour"] == terms["colour"]
+
+
+def test_a_perfect_prediction_costs_next_to_nothing():
+    _, target = pictures()
+    assert 0 <= LossCalculator()(torch.logit(target, eps=1e-6), target)[0] < 1e-3
+
+
+@pytest.mark.parametrize("split", [1, 2, 3])
+def test_a_batch_costs_the_mean_of_its_parts(split):
+    raw, target = pictures()
+    parts = [LossCalculator()(raw[part], target[part]) for part in (slice(4), slice(split), slice(split, 4))]
+    whole, first, rest = (np.array([loss, *terms.values()]) for loss, terms in parts)
+    np.testing.assert_allclose(whole, (split * first + (4 - split) * rest) / 4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_and_many_pixels_cost_what_float32_does(dtype):
+    raw, target = torch.zeros(1, 4, 512, 512, dtype=dtype), torch.ones(1, 4, 512, 512, dtype=dtype)
+    with torch.autocast("cpu", dtype=dtype):
+        loss, terms = LossCalculator()(raw, target)  # 512² pixels overflow float16
+    assert {value.dtype for value in (loss, *terms.values())} == {torch.float32}
+    assert [term.item() for term in terms.values()] == pytest.approx([0.5, math.log(2), 1 / 3], abs=1e-5)
+
+
+@pytest.mark.parametrize("logit", [1e4, -1e4, 0.0])
+@pytest.mark.parametrize("mask", [0.0, 1.0])
+def test_extreme_logits_and_empty_masks_have_a_finite_loss_and_gradient(logit, mask):
+    raw = torch.full((2, 4, 8, 8), logit, requires_grad=True)
+    loss, terms = LossCalculator()(raw, torch.full((2, 4, 8, 8), mask))
+    loss.backward()
+    assert loss.isfinite()
+    assert raw.grad.isfinite().all()
+    assert mask or terms["colour"] == 0
+
+
+# --- metrics ----------------------------------------------------------------------------------------------
+
+
+def guesses() -> tuple[Tensor, Tensor]:
+    """Probabilities and masks (6, 20, 30), the persons larger and the guesses better from one to the next."""
+    mask, noise = torch.rand(2, 6, 20, 30, generator=torch.Generator().manual_seed(7))
+    mask = (mask < torch.linspace(0.1, 0.8, 6).view(6, 1, 1)).float()
+    return (mask - noise * torch.linspace(1, 0.6, 6).view(6, 1, 1)).abs(), mask
+
+
+def measured(*batches: tuple[Tensor, Tensor]) -> dict[str, float]:
+    metrics = SegmentationMetrics()
+    for alpha, mask in batches:
+        metrics.update(alpha, mask)
+    return metrics.compute()
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor.float, torch.Tensor.bfloat16, lambda values: values > 0.5])
+def test_metrics_over_batches_are_torchmetrics(kind):
+    from torchmetrics.functional import classification as reference  # slow to import, and not for the processes below
+
+    alpha, mask = (kind(values) for values in guesses())
+    guess, truth = (alpha > 0.5).int(), mask.int()
+    expected = {
+        "iou": np.mean([reference.binary_jaccard_index(*pair).item() for pair in zip(guess, truth, strict=True)]),
+        "dice": np.mean([reference.binary_f1_score(*pair).item() for pair in zip(guess, truth, strict=True)]),
+        "global_iou": reference.binary_jaccard_index(guess, truth).item(),
+        "global_dice": reference.binary_f1_score(guess, truth).item(),
+        "precision": reference.binary_precision(guess, truth).item(),
+        "recall": reference.binary_recall(guess, truth).item(),
+        "images": 6,
+    }
+    assert len({round(value, 2) for value in expected.values()}) == 7  # or two could be exchanged unseen
+    assert measured((alpha[:4], mask[:4]), (alpha[4:], mask[4:])) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(("alpha", "mask", "score"), [(0, 0, 1.0), (1, 0, 0.0), (0, 1, 0.0), (1, 1, 1.0)])
+def test_two_empty_masks_agree_and_one_does_not(alpha, mask, score):
+    figures = measured((torch.full((1, 4, 4), float(alpha)), torch.full((1, 4, 4), float(mask))))
+    assert (figures["iou"], figures["dice"], figures["global_iou"]) == (score, score, score)
+
+
+def test_the_threshold_is_a_probability_above_one_half():
+    figures = measured((torch.tensor([[[0.4, 0.5, 0.6, 0.6]]]), torch.tensor([[[1.0, 1.0, 1.0, 0.0]]])))
+    assert (figures["iou"], figures["dice"], figures["precision"], figures["recall"]) == (1 / 4, 2 / 5, 1 / 2, 1 / 3)
+
+
+def test_counts_beyond_2_to_the_24_are_exact():
+    everyone, one = torch.ones(1, 4096, 4097, dtype=torch.bool), torch.ones(1, 1, 1, dtype=torch.bool)
+    figures = measured((everyone, everyone), (one, one), (one, ~one))
+    assert figures["precision"] == figures["global_iou"] == 16781313 / 16781314
+
+
+def test_computing_changes_nothing_and_no_images_are_no_error():
+    metrics = SegmentationMetrics()
+    assert all(math.isfinite(value) for value in metrics.compute().values())
+    metrics.update(*guesses())
+    metrics.synchronize()  # alone
+    assert metrics.compute() == metrics.compute() == measured(guesses())
+
+
+def test_counting_does_not_wait_for_the_device():
+    with torch.device("meta"):  # where nothing has a value: to ask for one, as `.item()` or an `if` does, raises
+        SegmentationMetrics("meta").update(torch.rand(2, 8, 8), torch.rand(2, 8, 8))
+        LossMeter("meta").update(*spent(1.0), images=2)
+
+
+def spent(loss: float) -> tuple[Tensor, dict[str, Tensor]]:
+    return torch.tensor(loss), {name: torch.tensor(loss + n) for n, name in enumerate(("colour", "bce", "dice"), 1)}
+
+
+def test_the_loss_is_a_mean_over_images_not_batches():
+    meter = LossMeter()
+    meter.update(*spent(2.0), images=1)
+    meter.update(*spent(6.0), images=3)
+    assert meter.compute() == {"loss": 5.0, "colour": 6.0, "bce": 7.0, "dice": 8.0}
+
+
+def one_of_two(rank: int, folder: Path) -> None:
+    """What each of two processes does; what comes of it goes into files."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/meeting", timedelta(seconds=60), rank=rank, world_size=2)
+    with utils.one_process_first(Processes(CPU, rank=rank, local_rank=rank, world_size=2)):
+        time.sleep(0.5 if rank == 0 else 0)  # the other one is quicker, unless it waits
+        with (folder / "order").open("a") as order:
+            order.write(str(rank))
+    norm, metrics, meter, idle = nn.BatchNorm2d(3), SegmentationMetrics(), LossMeter(), LossMeter()
+    norm.running_mean.fill_(rank + 1)
+    norm.num_batches_tracked.fill_(rank + 5)
+    utils.share_buffers(norm)
+    metrics.update(*(values[(slice(4), slice(4, 6))[rank]] for values in guesses()))
+    meter.update(*spent([2.0, 5.0][rank]), images=[4, 2][rank])
+    metrics.synchronize()
+    meter.synchronize()
+    torch.save([norm.state_dict(), metrics.compute(), meter.compute()], folder / f"{rank}.pt")
+    if rank == 0:
+        idle.update(*spent(3.0), images=1)  # one image for two processes
+    idle.synchronize()
+    (folder / f"idle{rank}").write_text(str(idle.compute()["loss"]))
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    for process in torch.multiprocessing.spawn(one_of_two, (folder,), nprocs=2, join=False).processes:
+        process.join(60)
+    return folder
+
+
+def test_metrics_of_uneven_shares_are_those_of_one_process(two):
+    for rank in range(2):
+        figures, alone = torch.load(two / f"{rank}.pt")[1], measured(guesses())
+        assert figures == pytest.approx(alone, rel=1e-14)
+        assert figures["global_iou"] == alone["global_iou"]
+
+
+def test_losses_of_uneven_shares_are_weighted_by_images(two):
+    assert [torch.load(two / f"{rank}.pt")[2]["dice"] for rank in range(2)] == [6.0, 6.0]
+
+
+def test_a_process_without_images_does_not_hold_up_the_others(two):
+    assert [(two / f"idle{rank}").read_text() for rank in range(2)] == ["3.0", "3.0"]
+
+
+def test_every_process_has_the_main_ones_averages(two):
+    for rank in range(2):
+        buffers = torch.load(two / f"{rank}.pt")[0]
+        assert buffers["running_mean"].tolist() == [1, 1, 1]
+        assert buffers["num_batches_tracked"] == 5
+
+
+def test_the_main_process_goes_first(two):
+    assert (two / "order").read_text() == "01"
+
+
+# --- launch and devices -----------------------------------------------------------------------------------
+
+
+ARGV = ["code/trainer.py", "--nproc-per-node=1", "--seed", "8"]  # arguments of the script are not the launcher's
+BARE = {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "1", "WORLD_SIZE": "1"}
+
+
+def spread(*options: str, gpus: int = 4, **environ: str) -> list[str] | None:
+    return spread_command(BARE | environ, ["python", "bin/torchrun", *options, *ARGV, ""], gpus, ARGV)
+
+
+@pytest.mark.parametrize("options", ["", "--standalone", "--nnodes=1", "--nnodes 1", "--no-python", "--node-rank=0"])
+def test_a_bare_torchrun_is_launched_again_for_every_gpu(options):
+    command = spread(*options.split(), gpus=3)
+    assert command[:3] == [sys.executable, "-m", "torch.distributed.run"]
+    launch = get_args_parser().parse_args(command[3:])  # as torchrun itself reads it
+    assert (launch.standalone, launch.nproc_per_node) == (True, "3")
+    assert [launch.training_script, *launch.training_script_args] == ARGV
+
+
+@pytest.mark.parametrize("number", [" 1", "=1"])
+@pytest.mark.parametrize("name", ["--nproc-per-node", "--nproc_per_node", "--nproc-per", "--standalone --nproc_p"])
+def test_a_number_that_was_asked_for_is_kept(name, number):
+    options = (name + number).split()
+    assert get_args_parser().parse_args([*options, *ARGV]).nproc_per_node == "1"
+    assert spread(*options) is None
+
+
+def test_nothing_is_launched_again_without_need():
+    assert spread(PET_NPROC_PER_NODE="1") is None
+    assert [spread(gpus=gpus) is None for gpus in (0, 1, 2)] == [True, True, False]
+    assert spread(LOCAL_WORLD_SIZE="4", WORLD_SIZE="4") is None
+    assert spread_command({"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}, ["srun", *ARGV], 4, ARGV) is None
+
+
+def test_on_several_machines_the_user_is_asked_for_the_number():
+    with pytest.raises(LaunchError, match="--nproc-per-node=gpu"):
+        spread("--nnodes=2", WORLD_SIZE="2")
+    assert spread("--nnodes=2", "--nproc-per-node=1", WORLD_SIZE="2") is None
+
+
+SCRIPT = """
+import sys, torch, utils
+torch.cuda.device_count = lambda: 2
+utils.use_every_gpu(sys.argv)
+processes = utils.start_processes("cpu")
+print(f"{processes.rank} of {processes.world_size} {sys.argv[1:]}\\n", end="", flush=True)
+utils.end_processes()
+"""
+
+
+@pytest.mark.parametrize(("options", "count"), [([], 2), (["--nproc_per_node=1"], 1)])
+def test_torchrun_really_starts_as_many_processes(tmp_path, options, count):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    environ = {key: value for key, value in os.environ.items() if not key.startswith(("PET_", "TORCHELASTIC"))}
+    environ |= {"PYTHONPATH": str(Path(utils.__file__).parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", *options, "script.py", "--seed", "1"]
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120, check=False)
+    assert sorted(done.stdout.splitlines()) == [f"{rank} of {count} ['--seed', '1']" for rank in range(count)]
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "local_rank", "gpus", "has_mps", "name", "told"),
+    [(EACH, 3, 4, False, "cuda:3", ""), (EACH, 0, 1, True, "cuda:0", ""), (EACH, 1, 0, False, "cpu", "CPU"),
+     (EACH, 0, 0, True, "mps", "MPS"), ("cuda:1", 0, 2, False, "cuda:1", ""), ("cpu", 3, 4, True, "cpu", "")],
+)  # fmt: skip
+def test_the_device_is_the_one_asked_for_or_what_there_is(setting, local_rank, gpus, has_mps, name, told):
+    picked, note = pick_device(setting, local_rank, gpus, has_mps)
+    assert picked == name
+    assert (told in note) if told else note == ""
+
+
+@pytest.mark.parametrize(("setting", "gpus"), [(EACH, 4), ("cuda:1", 1), ("cuda", 0), ("mps", 4), ("gpu", 4), ("", 4)])
+def test_a_device_that_is_not_there_is_refused(setting, gpus):
+    with pytest.raises(LaunchError) as refusal:
+        pick_device(setting, 4, gpus, has_mps=False)
+    assert setting.format(local_rank=4) in str(refusal.value)
+
+
+@pytest.fixture
+def taken(monkeypatch) -> list[int]:
+    """No launcher, two GPUs that are not there; the list of those that were taken."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    indices = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: indices.append(device.index))
+    return indices
+
+
+def test_without_a_launcher_the_world_is_one_process(taken):
+    assert utils.start_processes("cpu") == Processes(CPU, "", rank=0, local_rank=0, world_size=1, local_world_size=1)
+    assert utils.start_processes("cpu").is_main
+    assert taken == []
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(("setting", "index"), [(EACH, 1), ("cuda:0", 0), ("cuda", 1)])
+def test_the_gpu_is_taken_before_anything_is_loaded(taken, monkeypatch, setting, index):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert utils.start_processes(setting).local_rank == 1
+    assert taken == [index]
+
+
+@pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_half_precision_is_the_one_that_the_gpu_itself_has(monkeypatch, native, dtype):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
+    assert utils.autocast_dtype(torch.device("cuda"), wanted=True) == dtype
+    assert utils.autocast_dtype(torch.device("cuda"), wanted=False) is None
+    assert utils.autocast_dtype(CPU, wanted=True) is None
+
+
+@pytest.mark.parametrize(("device", "world_size", "needed"), [("cuda", 2, True), ("cuda", 1, False), ("cpu", 2, False)])
+def test_batchnorm_is_shared_where_a_gpus_batch_is_small(device, world_size, needed):
+    processes = Processes(torch.device(device), world_size=world_size)
+    assert utils.needs_sync_batchnorm(processes, batch_size=8) is needed
+    assert not utils.needs_sync_batchnorm(processes, batch_size=32)

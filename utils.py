@@ -1,0 +1,300 @@
+"""What a training measures with, and the processes it runs in."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# --- loss -------------------------------------------------------------------------------------------------
+
+
+class LossCalculator(nn.Module):
+    """The loss of RGBA logits against an RGBA target: colour, binary cross-entropy and soft Dice.
+
+    Each term is a mean over images of what one image alone gives, so that a batch split over processes or
+    into parts has the loss of the whole. Everything is computed in float32, under autocast too.
+
+    Args:
+        colour_weight: of L1 between the colours, inside the mask only: what lies around a person is not asked for.
+        bce_weight: of the binary cross-entropy of alpha, a mean over pixels.
+        dice_weight: of one minus soft Dice of alpha (Milletari et al. 2016), which small persons count in as well.
+    """
+
+    TERMS = ("colour", "bce", "dice")
+
+    def __init__(self, colour_weight: float = 1.0, bce_weight: float = 1.0, dice_weight: float = 1.0):
+        super().__init__()
+        self.weights = dict(zip(self.TERMS, (colour_weight, bce_weight, dice_weight), strict=True))
+
+    def forward(self, raw: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The scalar to minimise, and its unweighted terms, detached: "colour", "bce", "dice".
+
+        Args:
+            raw: (N, 4, H, W) logits, as the model gives them.
+            target: (N, 4, H, W) in [0, 1]: R, G, B and the mask.
+        """
+        with torch.autocast(raw.device.type, enabled=False):
+            raw, target = raw.float(), target.float()
+            mask = target[:, 3]
+            terms = {
+                "colour": colour_loss(torch.sigmoid(raw[:, :3]), target[:, :3], mask),
+                "bce": F.binary_cross_entropy_with_logits(raw[:, 3], mask),
+                "dice": soft_dice_loss(torch.sigmoid(raw[:, 3]), mask),
+            }
+            loss = sum(self.weights[name] * term for name, term in terms.items())
+        return loss, {name: term.detach() for name, term in terms.items()}
+
+
+def colour_loss(colours: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """L1 of colours (N, 3, H, W) inside masks (N, H, W), by the mask's area; 0 for an empty mask."""
+    difference = ((colours - target).abs().mean(dim=1) * mask).sum(dim=(1, 2))
+    return (difference / mask.sum(dim=(1, 2)).clamp(min=1)).mean()
+
+
+def soft_dice_loss(alpha: Tensor, mask: Tensor, smooth: float = 1.0) -> Tensor:
+    """One minus soft Dice of (N, H, W) in [0, 1], an image at a time; `smooth` pixels make two empty ones agree."""
+    overlap = (alpha * mask).sum(dim=(1, 2))
+    total = alpha.sum(dim=(1, 2)) + mask.sum(dim=(1, 2))
+    return (1 - (2 * overlap + smooth) / (total + smooth)).mean()
+
+
+# --- metrics: sums first, ratios last ---------------------------------------------------------------------
+
+
+def _sums(length: int, device: torch.device | str) -> Tensor:
+    # float64 holds pixel counts exactly up to 2**53; Apple's MPS has none.
+    return torch.zeros(length, dtype=torch.float32 if "mps" in str(device) else torch.float64, device=device)
+
+
+def sum_over_processes(sums: Tensor) -> None:
+    """Adds up a tensor over all processes, in place; nothing to do for a process on its own."""
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+
+
+class SegmentationMetrics:
+    """IoU and Dice as sums over images and pixels, which add up exactly over batches and processes."""
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        self._sums = _sums(6, device)  # images, their IoUs, their Dices, pixels tp, fp, fn
+
+    def update(self, alpha: Tensor, mask: Tensor) -> None:
+        """Counts (N, H, W) predictions against truths, without waiting for the device.
+
+        Args:
+            alpha, mask: probabilities, a person where they exceed 0.5; or bools.
+        """
+        alpha, mask = (values if values.dtype == torch.bool else values > 0.5 for values in (alpha, mask))
+        counts = torch.stack([alpha & mask, alpha & ~mask, ~alpha & mask]).sum(dim=(2, 3))  # int64 (3, N)
+        tp, fp, fn = counts.to(self._sums.dtype)
+        union = tp + fp + fn
+        # Where both are empty the prediction is right: 1. Where one is, tp is 0 and so is the score.
+        iou = torch.where(union > 0, tp / union.clamp(min=1), 1)
+        dice = torch.where(union > 0, 2 * tp / (union + tp).clamp(min=1), 1)
+        images = torch.ones_like(iou)
+        self._sums += torch.stack([images, iou, dice, tp, fp, fn]).sum(dim=1)
+
+    def synchronize(self) -> None:
+        """Adds up over all processes; call it once, before `compute`."""
+        sum_over_processes(self._sums)
+
+    def compute(self) -> dict[str, float]:
+        """`iou` and `dice` are means over images; the `global_` ones, precision and recall are over all pixels."""
+        images, iou, dice, tp, fp, fn = self._sums.tolist()
+        return {
+            "iou": _ratio(iou, images),
+            "dice": _ratio(dice, images),
+            "global_iou": _ratio(tp, tp + fp + fn),
+            "global_dice": _ratio(2 * tp, 2 * tp + fp + fn),
+            "precision": _ratio(tp, tp + fp),
+            "recall": _ratio(tp, tp + fn),
+            "images": images,
+        }
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 1.0  # nothing to find and nothing found
+
+
+class LossMeter:
+    """The mean of the loss and its terms over images, added up on the device."""
+
+    NAMES = ("loss", *LossCalculator.TERMS)  # fixed, so that a process that got no image takes part as well
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        self._sums = _sums(len(self.NAMES) + 1, device)  # the losses, then the images
+
+    def update(self, loss: Tensor, terms: dict[str, Tensor], images: int) -> None:
+        """Counts a batch's means, scalars, as those of so many images."""
+        means = torch.stack([loss.detach(), *(terms[name] for name in LossCalculator.TERMS), torch.ones_like(loss)])
+        self._sums += means.detach() * images
+
+    def synchronize(self) -> None:
+        """Adds up over all processes; call it once, before `compute`."""
+        sum_over_processes(self._sums)
+
+    def compute(self) -> dict[str, float]:
+        *sums, images = self._sums.tolist()
+        return {name: total / images if images else 0.0 for name, total in zip(self.NAMES, sums, strict=True)}
+
+
+# --- processes and devices --------------------------------------------------------------------------------
+
+
+class LaunchError(RuntimeError):
+    """The processes and devices that were asked for do not fit the machine; one line for the user."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process and its place among the others."""
+
+    device: torch.device
+    note: str = ""  # what the user should know of the choice of the device
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+LAUNCHER_VARIABLES = (
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"),
+    *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE"),
+)
+
+
+def spread_command(
+    environ: Mapping[str, str], parent_arguments: list[str], gpus: int, argv: list[str]
+) -> list[str] | None:
+    """The command by which a lone worker of a bare `torchrun trainer.py` replaces itself to use every GPU.
+
+    Args:
+        environ: the environment of this process.
+        parent_arguments: the command line of the launcher.
+        gpus: how many this process sees.
+        argv: the script and its arguments.
+
+    Returns:
+        None where nothing is to be done: not under torchrun, one GPU or none, or a number was asked for.
+
+    Raises:
+        LaunchError: the same on several machines, where a new launch would need a meeting place of its own.
+    """
+    alone = "TORCHELASTIC_RUN_ID" in environ and environ.get("LOCAL_WORLD_SIZE") == "1"
+    if not alone or gpus < 2 or _count_was_given(environ, parent_arguments, argv[0]):
+        return None
+    if environ.get("WORLD_SIZE") != "1":
+        raise LaunchError(
+            f"torchrun starts one process a machine unless told otherwise, and {gpus - 1} of the {gpus} GPUs here "
+            "would stay idle: add --nproc-per-node=gpu on each machine (or --nproc-per-node=1 if you mean it)"
+        )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
+    return [*launcher, *argv]
+
+
+def _count_was_given(environ: Mapping[str, str], parent_arguments: list[str], script: str) -> bool:
+    names = [os.path.basename(argument) for argument in parent_arguments]
+    script_at = names.index(os.path.basename(script)) if os.path.basename(script) in names else len(names)
+    options = [a.split("=")[0].replace("_", "-") for a in parent_arguments[:script_at] if a.startswith("--n")]
+    abbreviated = any("--nproc-per-node".startswith(option) for option in options if option != "--n")
+    return abbreviated or "PET_NPROC_PER_NODE" in environ
+
+
+def use_every_gpu(argv: list[str]) -> None:
+    """Replaces this process by a launch over all visible GPUs where a bare torchrun left it alone."""
+    try:
+        parent_arguments = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
+    except OSError:  # no Linux: nobody to ask, and hardly several GPUs
+        return
+    command = spread_command(os.environ, parent_arguments, torch.cuda.device_count(), argv)
+    if command is not None:
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC") and k not in LAUNCHER_VARIABLES}
+        os.execve(command[0], command, kept)
+
+
+EACH_ITS_GPU = "cuda:{local_rank}"  # the device setting that means: every process its own GPU
+
+
+def pick_device(setting: str, local_rank: int, gpus: int, has_mps: bool) -> tuple[str, str]:
+    """The device's name and what to tell the user about it.
+
+    Raises:
+        LaunchError: a GPU was asked for that is not there.
+    """
+    if setting == EACH_ITS_GPU and gpus == 0:
+        name = "mps" if has_mps else "cpu"
+        return name, f"no CUDA GPU is visible: training on {'Apple MPS' if has_mps else 'the CPU'}"
+    name = (EACH_ITS_GPU if setting == "cuda" else setting).replace("{local_rank}", str(local_rank))
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise LaunchError(f"--device {setting} is no device; for example cpu, cuda:0 or mps") from None
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise LaunchError(f"{name} was asked for and {gpus} GPUs are visible: start at most one process a GPU, "
+                          "or choose with --device or CUDA_VISIBLE_DEVICES")  # fmt: skip
+    if device.type == "mps" and not has_mps:
+        raise LaunchError("--device mps was asked for, and PyTorch finds no Apple GPU here")
+    return name, ""
+
+
+def start_processes(device_setting: str) -> Processes:
+    """Finds this process's device and joins the others, if there are any."""
+    place = {key: int(os.environ.get(key.upper(), default)) for key, default in
+             {"rank": 0, "local_rank": 0, "world_size": 1, "local_world_size": 1}.items()}  # fmt: skip
+    name, note = pick_device(
+        device_setting, place["local_rank"], torch.cuda.device_count(), torch.backends.mps.is_available()
+    )
+    device = torch.device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # before anything is loaded, or every process would touch GPU 0
+    if place["world_size"] > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
+    return Processes(device, note, **place)
+
+
+def end_processes() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def one_process_first(processes: Processes) -> Iterator[None]:
+    """What fills a cache is done by one process of each machine; the others wait and then find it filled."""
+    if dist.is_initialized() and processes.local_rank > 0:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and processes.local_rank == 0:
+        dist.barrier()
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Gives every process the main one's BatchNorm averages: those that are saved are those that are measured."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def autocast_dtype(device: torch.device, wanted: bool) -> torch.dtype | None:
+    """bfloat16 on a CUDA GPU that has it, else float16; None where the training stays in float32."""
+    if not wanted or device.type != "cuda":
+        return None
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def needs_sync_batchnorm(processes: Processes, batch_size: int) -> bool:
+    """Whether a process's own batch is too small for BatchNorm's statistics; PyTorch can share them on GPUs only."""
+    return processes.device.type == "cuda" and processes.world_size > 1 and batch_size < 16
