@@ -1,0 +1,130 @@
+"""What a run keeps on disk: written whole or not at all, read as data only, moved aside rather than overwritten."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+EPOCH_FILE = re.compile(r"epoch_(\d+)\.pth")
+BEST, LAST = "best_model.pth", "last.pth"
+RUN_FILES = (BEST, LAST, "history.csv", "preview.png")  # what a run leaves in its folder beside epoch_0001.pth ...
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be used; the message is one line for the user."""
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that takes its place only when it is complete and on the disk."""
+    draft = path.with_name(f".{path.name}.part")
+    try:
+        with open(draft, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    _flush_folder(path.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    if os.name == "posix":  # elsewhere a folder cannot be opened, and a rename needs no flushing
+        descriptor = os.open(folder, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def save(content: dict, path: Path) -> None:
+    """Writes tensors, numbers, texts, lists and dictionaries of them: what `load` accepts."""
+    with atomic_write(path) as file:
+        torch.save(content, file)
+
+
+def load(path: str | Path) -> dict:
+    """Reads a checkpoint to the CPU, as data only: nothing in it is executed.
+
+    Raises:
+        CheckpointError: no such file, damaged, or not one of ours.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:  # torch.load itself takes flipped bits for weights
+                raise zipfile.BadZipFile
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"there is no checkpoint {path}") from None
+    except Exception as error:  # whatever a damaged or foreign file makes the readers raise
+        raise CheckpointError(f"the checkpoint {path} is damaged or no checkpoint ({type(error).__name__})") from None
+    if not isinstance(content, dict) or not {"model", "config", "epoch"} <= content.keys():
+        raise CheckpointError(f"{path} is not a checkpoint of this program: it holds no model, config and epoch")
+    return content
+
+
+def save_epoch(folder: Path, content: dict, keep: int) -> None:
+    """Writes epoch_0001.pth and so on, points last.pth to it, removes all but the `keep` newest (0 keeps all)."""
+    path = folder / f"epoch_{content['epoch']:04d}.pth"
+    save(content, path)
+    _link(path, folder / LAST)
+    others = [file for file in epoch_files(folder) if file != path]  # numbers may be higher after going back
+    for old in others[keep - 1 :] if keep else []:
+        old.unlink()
+
+
+def _link(path: Path, name: Path) -> None:
+    """A second name for a file: no second copy on the disk, and replaced in one step."""
+    draft = name.with_name(f".{name.name}.part")
+    draft.unlink(missing_ok=True)
+    try:
+        os.link(path, draft)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, draft)
+    os.replace(draft, name)
+    _flush_folder(name.parent)
+
+
+def epoch_files(folder: Path) -> list[Path]:
+    """The checkpoints of single epochs, newest first."""
+    paths = [path for path in folder.glob("epoch_*.pth") if EPOCH_FILE.fullmatch(path.name)]
+    return sorted(paths, key=lambda path: int(EPOCH_FILE.fullmatch(path.name)[1]), reverse=True)
+
+
+def newest_usable(folder: Path) -> tuple[Path, dict] | None:
+    """The newest checkpoint that can be read; what is damaged is named and passed over."""
+    for path in [folder / LAST, *epoch_files(folder)]:
+        if path.exists():
+            try:
+                return path, load(path)
+            except CheckpointError as error:
+                print(f"{error}: trying the one before it", flush=True)
+    return None
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Moves what an earlier run left in a folder to a subfolder of its own; None where there is nothing."""
+    leftovers = [path for name in RUN_FILES if (path := folder / name).exists()] + epoch_files(folder)
+    if not leftovers:
+        return None
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    aside = next(p for n in range(1000) if not (p := folder / f"earlier_{stamp}{f'_{n}' if n else ''}").exists())
+    aside.mkdir()
+    for path in leftovers:
+        path.rename(aside / path.name)
+    return aside
+
+
+def disk_needed(model_bytes: int, keep: int, num_epochs: int) -> int:
+    """Bytes that a run's checkpoints take at most: Adam keeps two moments beside each weight."""
+    kept = min(keep + 1, num_epochs) if keep else num_epochs  # the new one is complete before an old one goes
+    return 3 * model_bytes * kept + model_bytes
