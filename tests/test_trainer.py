@@ -1,0 +1,347 @@
+"""The command line, the schedule and the single steps of a training, against values worked out by hand."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+import itertools
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+import trainer
+from datasets import COCOPersonDataset, make_loader
+from trainer import LIMITS, SAMPLE, Config, Run, parse
+from utils import LossCalculator, Processes
+
+FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+ALONE = Processes(torch.device("cpu"))
+
+
+class Tiny(nn.Sequential):
+    """Stands in for the U-Net where the model is not the matter: it has BatchNorm and dropout, and is fast."""
+
+    def __init__(self, *_):
+        super().__init__(
+            nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.2), nn.Conv2d(8, 4, 1)
+        )
+
+    def predict(self, images):
+        return torch.sigmoid(self(images))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """One thread, which a busy machine does not slow down; and `parse` reads the comments once, not at each call."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("inspect.getsource", functools.cache(inspect.getsource))
+        yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(trainer, "UNetAutoencoder", Tiny)
+
+
+def small(coco_root, folder, **changes) -> Config:
+    """Settings of a run of seconds on the ten photos of `coco_root`."""
+    settings = dict(image_size=32, batch_size=4, num_workers=0, encoder="resnet18", pretrained=False, device="cpu")
+    return Config(**{"data_root": str(coco_root), "checkpoint_dir": str(folder), **settings, **changes})
+
+
+def dashed(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def flags(config: Config) -> list[str]:
+    """The command line that says the same as a Config; `resume` is given as "newest" or a file."""
+    arguments = []
+    for name, value in dataclasses.asdict(config).items():
+        if isinstance(value, bool):
+            arguments.append(dashed(name if value else f"no_{name}"))
+        elif name == "resume":
+            arguments += {"": [], "newest": ["--resume"]}.get(value, [f"--resume={value}"])
+        else:
+            arguments.append(f"{dashed(name)}={value}")
+    return arguments
+
+
+def refusal(capsys, *arguments: str) -> str:
+    """The one line by which a command line is refused."""
+    capsys.readouterr()
+    assert trainer.run_command(["trainer.py", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.endswith("\n")
+    assert error.count("\n") == 1, error
+    return error
+
+
+def test_defaults_are_the_owners():
+    fixed = dict(
+        batch_size=32, learning_rate=1e-4, weight_decay=1e-6, num_epochs=100, image_size=384, num_workers=12,
+        pin_memory=True, device="cuda:{local_rank}", pretrained=True, use_attention=True, checkpoint_dir="checkpoints",
+        data_root="data/coco", train_split="train2017", val_split="val2017", resume="", sample=False,
+    )  # fmt: skip
+    assert fixed.items() <= dataclasses.asdict(Config()).items()
+    assert parse([]) == Config()
+
+
+def comments() -> dict[str, str]:
+    """The comment beside each field of Config; read from the syntax tree, not as trainer.py does it."""
+    source = Path(trainer.__file__).read_text()
+    lines = source.splitlines()
+    tree = next(node for node in ast.parse(source).body if getattr(node, "name", "") == "Config")
+    fields = [node for node in tree.body if isinstance(node, ast.AnnAssign)]
+    return {node.target.id: lines[node.end_lineno - 1][node.end_col_offset :].partition("#")[2] for node in fields}
+
+
+def test_every_field_has_a_comment_and_help_shows_it(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(["--help"])
+    assert stop.value.code == 0
+    shown = "".join(capsys.readouterr().out.split())
+    assert comments().keys() == FIELDS.keys()
+    for name, comment in comments().items():
+        assert comment, name
+        assert "".join(comment.split()) in shown
+        assert dashed(name) in shown
+
+
+@pytest.mark.parametrize("name", [name for name, field in FIELDS.items() if field.type != "bool"])
+def test_every_field_is_a_flag_in_each_spelling(name):
+    default = FIELDS[name].default
+    other = {"encoder": "resnet50", "encoder_weights": "some_file.pth", "log_every": 7}.get(name)
+    value = other or {int: lambda v: v + 1, float: lambda v: v / 2, str: lambda v: f"{v}_x"}[type(default)](default)
+    for flag in (f"--{name}", dashed(name)):
+        for arguments in ([flag, str(value)], [f"{flag}={value}"]):
+            assert parse(arguments) == dataclasses.replace(Config(), **{name: value})
+
+
+@pytest.mark.parametrize("name", [name for name, field in FIELDS.items() if field.type == "bool"])
+def test_every_switch_has_its_no(name):
+    for on, off in ((dashed(name), dashed(f"no_{name}")), (f"--{name}", f"--no_{name}")):
+        assert getattr(parse([on]), name) is True
+        assert getattr(parse([off]), name) is False
+
+
+@pytest.mark.parametrize("name", [name for name, field in FIELDS.items() if field.type in ("int", "float")])
+def test_limits_are_allowed_and_what_is_beyond_is_not(name, capsys):
+    low, high = LIMITS[name]
+    flag, is_float = dashed(name), FIELDS[name].type == "float"
+    for value in (low, high):
+        assert getattr(parse([f"{flag}={value}"]), name) == value
+    for value in (low / 2 or -0.5, high * 2.0, math.nan, math.inf) if is_float else (low - 1, high + 1):
+        error = refusal(capsys, f"{flag}={value}")
+        assert flag in error
+        assert str(value) in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ("--batch-size=lots", "--batch-size lots"), ("--batch_size 1.5", "--batch-size 1.5"),
+        ("--learning-rate=fast", "--learning-rate fast"), ("--batch-size", "--batch-size"),
+        ("--amp=perhaps", "--amp perhaps"), ("--encoder vgg", "--encoder vgg resnet34"),
+        ("--batchsize=16", "--batchsize=16 mean --batch-size?"), ("--num-epoch 3", "--num-epoch mean --num-epochs?"),
+        ("--frobnicate", "--frobnicate --help"), ("16", "16"), ("--batch-size 16 photos", "photos"),
+        ("--no-pretrained --encoder-weights=a.pth", "--encoder-weights --no-pretrained"),
+        ("--device=toaster", "--device toaster"), ("--device=cuda:99", "cuda:99"),
+    ],
+)  # fmt: skip
+def test_a_mistake_gets_one_line_that_names_it(arguments, named, capsys):
+    error = refusal(capsys, *arguments.split())
+    assert all(word in error for word in named.split())
+
+
+def test_sample_sets_its_settings_and_a_flag_still_wins():
+    assert parse(["--sample"]) == dataclasses.replace(Config(), sample=True, **SAMPLE)
+    assert parse(["--sample", "--image-size=64"]).image_size == 64
+    for arguments in (["--sample", "--encoder=resnet34"], ["--encoder=resnet34", "--sample"]):  # the usual default
+        assert parse(arguments) == dataclasses.replace(Config(), sample=True, **{**SAMPLE, "encoder": "resnet34"})
+
+
+def test_resume_is_absent_bare_or_a_file():
+    assert not parse([]).resume
+    assert parse(["--resume"]).resume == parse(["--resume", "--seed=1"]).resume == "newest"
+    assert parse(["--resume", "a_run/1.pth"]).resume == parse(["--resume=a_run/1.pth"]).resume == "a_run/1.pth"
+
+
+def test_ctrl_c_ends_with_130_and_says_how_to_go_on(monkeypatch, capsys):
+    monkeypatch.setattr(trainer, "main", Mock(side_effect=KeyboardInterrupt))
+    assert trainer.run_command(["trainer.py"]) == 130
+    assert "--resume" in capsys.readouterr().err
+
+
+# --- the schedule -----------------------------------------------------------------------------------------
+
+
+def cosine(start: float, epochs: float, period: float, mult: int) -> float:
+    """The learning rate after so many epochs (Loshchilov and Hutter 2017, eq. 5, with a minimum of 0)."""
+    while epochs >= period:
+        epochs, period = epochs - period, period * mult
+    return start * (1 + math.cos(math.pi * epochs / period)) / 2
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize(
+    ("num_epochs", "period", "mult", "first_cycle"), [(3, 0, 1, 3), (4, 2, 1, 2), (4, 1, 2, 1)]
+)
+def test_learning_rate_follows_the_cosine_step_by_step(num_epochs, period, mult, first_cycle, coco_root, tmp_path):
+    cycle, rates = {"num_epochs": num_epochs, "restart_period": period, "restart_mult": mult}, []
+    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    trainer.main(small(coco_root, tmp_path / "run", learning_rate=0.01, **cycle))
+    hook.remove()
+    # Ten photos in batches of four are three steps an epoch.
+    by_hand = [cosine(0.01, step / 3, first_cycle, mult) for step in range(3 * num_epochs)]
+    assert rates == pytest.approx(by_hand, rel=1e-6)
+    history = torch.load(tmp_path / "run" / "last.pth", weights_only=True)["history"]
+    assert [row["learning_rate"] for row in history] == pytest.approx(by_hand[2::3], rel=1e-6)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_by_default_the_run_is_one_cycle():
+    scheduler = trainer.start_run(Config(device="cpu"), ALONE, None).scheduler
+    assert (scheduler.T_0, scheduler.T_mult) == (100, 1)
+    assert trainer.unfinished_cycle(scheduler, 100) == ""
+
+
+@pytest.mark.parametrize(
+    ("period", "mult", "epochs", "ends"),
+    [
+        (100, 1, 100, None), (10, 1, 100, None), (10, 2, 70, None), (1, 3, 40, None), (10, 2, 10, None),
+        (30, 1, 100, (90, 120)), (10, 2, 100, (70, 150)), (1, 3, 14, (13, 40)), (10, 2, 29, (10, 30)),
+    ],
+)  # fmt: skip
+def test_a_run_that_ends_within_a_cycle_is_told_so(period, mult, epochs, ends):
+    note = trainer.unfinished_cycle(SimpleNamespace(T_0=period, T_mult=mult), epochs)
+    assert bool(note) == bool(ends)
+    assert not ends or (f"{epochs} epochs" in note and "{} and {}".format(*ends) in note)
+
+
+def test_a_first_cycle_longer_than_the_run_is_named_once():
+    assert trainer.unfinished_cycle(SimpleNamespace(T_0=200, T_mult=1), 100).count("200") == 1
+
+
+@pytest.mark.parametrize(
+    ("wanted", "cores", "processes", "workers"),
+    [(12, 64, 4, 12), (12, 64, 8, 8), (12, 2, 1, 2), (12, 8, 8, 1), (12, 4, 8, 1), (0, 8, 1, 0), (3, 4, 1, 3)],
+)
+def test_workers_share_the_cores(wanted, cores, processes, workers):
+    assert trainer.workers_per_process(wanted, cores, processes) == workers
+
+
+def test_seeds_of_different_numbers_differ():
+    triples = list(itertools.product(range(8), repeat=3))
+    assert len({trainer.seed_from(*triple) for triple in triples}) == len(triples)
+
+
+def test_to_device_keeps_values_and_channels():
+    batch = torch.arange(256, dtype=torch.uint8).view(1, 4, 8, 8)
+    images, target = trainer.to_device(batch, torch.device("cpu"))
+    exact = np.arange(256, dtype=np.float32).reshape(1, 4, 8, 8) / np.float32(255)
+    assert target.dtype == images.dtype == torch.float32
+    assert np.array_equal(target.numpy(), exact)
+    assert np.array_equal(images.numpy(), exact[:, :3])
+
+
+def move(coco_root, grad_clip: float) -> tuple[float, float]:
+    """How far one step of plain descent at rate 1 moves the weights, and the norm of the true gradient."""
+    torch.manual_seed(0)
+    model = nn.Conv2d(3, 4, 1)
+    loader = make_loader(COCOPersonDataset(coco_root, "train2017", 32), 10, 0, training=True)
+    criterion = LossCalculator()
+    target = torch.stack([loader.dataset[index] for index in range(10)]).float() / 255
+    gradients = torch.autograd.grad(criterion(model(target[:, :3]), target)[0], list(model.parameters()))
+    before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    run = Run(model, model, optimizer, CosineAnnealingWarmRestarts(optimizer, 100), scaler, None)
+    trainer.train_one_epoch(run, loader, criterion, 0, Config(grad_clip=grad_clip), ALONE)
+    moved = nn.utils.parameters_to_vector(model.parameters()) - before
+    return moved.norm().item(), torch.cat([gradient.flatten() for gradient in gradients]).norm().item()
+
+
+def test_gradients_are_clipped_after_they_are_unscaled(coco_root):
+    unclipped, gradient = move(coco_root, 0)
+    assert unclipped == pytest.approx(gradient, rel=1e-4)
+    assert move(coco_root, 2 * gradient)[0] == pytest.approx(gradient, rel=1e-4)
+    assert move(coco_root, gradient / 10)[0] == pytest.approx(gradient / 10, rel=1e-3)
+
+
+def test_evaluate_is_the_mean_over_photos_and_changes_nothing(coco_root):
+    torch.manual_seed(1)
+    model, criterion = Tiny(), LossCalculator(0.5, 2, 1)
+    dataset = COCOPersonDataset(coco_root, "val2017", 32)
+    with torch.no_grad():  # averages that are not those of the photos
+        model.train()(torch.rand(4, 3, 32, 32))
+        model[-1].bias[3] = 0.0
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    ious, losses = [], []
+    with torch.no_grad():
+        for index in range(5):
+            sample = dataset[index][None].float() / 255
+            raw = model.eval()(sample[:, :3])
+            found, truth = raw[0, 3].numpy() > 0, sample[0, 3].numpy() == 1
+            ious.append((found & truth).sum() / (found | truth).sum())
+            losses.append(criterion(raw, sample)[0].item())
+    assert len(set(ious)) == 5
+    for batch_size in (1, 2, 5, 8):
+        loader = make_loader(dataset, batch_size, 0, training=False)
+        figures = trainer.evaluate(model.train(), loader, criterion, ALONE, None)
+        assert figures["iou"] == pytest.approx(np.mean(ious), rel=1e-9)
+        assert figures["loss"] == pytest.approx(np.mean(losses), rel=1e-6)
+        assert figures["images"] == 5
+        assert not model.training
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+# --- data that cannot be used -----------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("tiny")
+class TestBadData:
+    def refused(self, capsys, root, tmp_path, **changes) -> str:
+        return refusal(capsys, *flags(small(root, tmp_path / "run", **changes)))
+
+    def test_no_coco_says_where_to_get_it(self, capsys, tmp_path):
+        error = self.refused(capsys, tmp_path / "nowhere", tmp_path)
+        assert all(words in error for words in (str(tmp_path / "nowhere"), "--sample", "tools/download_coco.py"))
+        assert not (tmp_path / "run").exists()
+
+    def test_an_annotation_file_cut_short(self, capsys, coco_root, tmp_path):
+        path = coco_root / "annotations" / "instances_val2017.json"
+        path.write_text(path.read_text()[:-20])
+        assert f"{path} is cut short" in self.refused(capsys, coco_root, tmp_path)
+
+    def test_no_photo(self, capsys, coco_root, tmp_path):
+        for photo in (coco_root / "train2017").iterdir():
+            photo.unlink()
+        assert str(coco_root / "train2017") in self.refused(capsys, coco_root, tmp_path)
+
+    @pytest.mark.parametrize("split", ["train2017", "val2017"])
+    def test_an_unreadable_photo_is_named(self, split, capsys, coco_root, tmp_path):  # by a worker: test_runs.py
+        photo = sorted((coco_root / split).iterdir())[2]
+        photo.write_bytes(b"no photo at all")
+        assert str(photo) in self.refused(capsys, coco_root, tmp_path)
+
+    def test_a_sample_is_not_drawn_over_something_else(self, capsys, coco_root, tmp_path):
+        error = self.refused(capsys, coco_root, tmp_path, sample=True)
+        assert "sample" in error
+        assert str(coco_root) in error
+
+    def test_a_checkpoint_folder_that_is_a_file(self, capsys, coco_root, tmp_path):
+        (tmp_path / "run").touch()
+        assert f"--checkpoint-dir {tmp_path / 'run'}" in self.refused(capsys, coco_root, tmp_path)

@@ -1,0 +1,502 @@
+"""Trains an attention U-Net to cut persons out of photos: RGB in, RGBA out.
+
+    python trainer.py                            # on data/coco, with the defaults below
+    python trainer.py --batch-size 16            # any setting below, for this run
+    python trainer.py --sample                   # on built-in drawings, minutes on a CPU, no network
+    CUDA_VISIBLE_DEVICES=0 python trainer.py     # on one GPU of a box that others use as well
+    torchrun trainer.py                          # on every visible GPU
+    python trainer.py --resume                   # goes on from the newest usable checkpoint
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import inspect
+import re
+import shutil
+import sys
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Adam
+from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
+from torch.utils.data import DataLoader
+
+import checkpointing
+import reporting
+import utils
+from datasets import COCOPersonDataset, DataError, batches, describe_left_out, make_loader, usable_cores
+from models import ENCODERS, UNetAutoencoder, WeightsError
+from utils import LossCalculator, LossMeter, Processes, SegmentationMetrics
+
+
+@dataclass
+class Config:
+    """Every setting and its default: edit it here, or override it for one run by its flag."""
+
+    data_root: str = "data/coco"  # folder that holds annotations/ and the photo folders
+    train_split: str = "train2017"  # photo folder to train on; annotations/instances_{split}.json goes with it
+    val_split: str = "val2017"  # photo folder to validate on after every epoch
+    image_size: int = 384  # pixels: side of the square that photos are fitted into
+    batch_size: int = 32  # photos per process and step
+    num_workers: int = 12  # processes per process that load photos; never more than its share of the cores
+    pin_memory: bool = True  # page-locked batches, for faster copies to a CUDA GPU
+    device: str = utils.EACH_ITS_GPU  # every process its own GPU; without a GPU it is mps or cpu; or e.g. cuda:1, cpu
+    amp: bool = True  # on a CUDA GPU compute in bfloat16, or float16 where that is all it has
+    encoder: str = "resnet34"  # one of models.ENCODERS
+    pretrained: bool = True  # start the encoder from ImageNet weights, downloaded once
+    encoder_weights: str = ""  # file to take those weights from instead, for a machine without network
+    use_attention: bool = True  # attention gates on the skips
+    num_epochs: int = 100  # passes over the training photos
+    learning_rate: float = 1e-4  # Adam's, at the start of each cosine cycle
+    weight_decay: float = 1e-6  # Adam's L2 penalty; 0 is off
+    restart_period: int = 0  # T_0: epochs of the first cosine cycle; 0 is one cycle over the whole run
+    restart_mult: int = 1  # T_mult: each cycle is so many times as long as the one before it
+    grad_clip: float = 1.0  # largest norm of the gradient; 0 is off
+    colour_weight: float = 1.0  # of the colours' L1 inside the mask
+    bce_weight: float = 1.0  # of alpha's binary cross-entropy
+    dice_weight: float = 1.0  # of alpha's soft Dice
+    seed: int = 0  # of the weights, the order of the photos and the augmentations
+    checkpoint_dir: str = "checkpoints"  # folder of everything that a run writes
+    keep_checkpoints: int = 5  # newest epochs whose checkpoint is kept; 0 keeps all
+    log_every: int = 20  # steps between two updates of the figures beside the progress bar
+    resume: str = ""  # go on from the newest usable checkpoint, or from the FILE that is given
+    sample: bool = False  # train on built-in drawings with the small settings below
+
+
+# What --sample sets instead; a flag still overrides it.
+SAMPLE = dict(
+    data_root="data/sample", checkpoint_dir="checkpoints/sample", encoder="resnet18", pretrained=False,
+    image_size=128, batch_size=16, num_epochs=12, learning_rate=2e-3,
+)  # fmt: skip
+
+LIMITS = {  # smallest and largest value of each number
+    "image_size": (32, 4096), "batch_size": (1, 65536), "num_workers": (0, 1024), "num_epochs": (1, 10**6),
+    "learning_rate": (1e-12, 10), "weight_decay": (0, 1), "restart_period": (0, 10**6), "restart_mult": (1, 100),
+    "grad_clip": (0, 1e6), "colour_weight": (0, 1e6), "bce_weight": (0, 1e6), "dice_weight": (0, 1e6),
+    "seed": (0, 2**32 - 1), "keep_checkpoints": (0, 10**6), "log_every": (1, 10**6),
+}  # fmt: skip
+
+PREVIEW_PHOTOS = 6
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be; the message is one line for the user."""
+
+
+USER_ERRORS = (ConfigError, DataError, WeightsError, utils.LaunchError, checkpointing.CheckpointError)
+
+
+# --- the run ----------------------------------------------------------------------------------------------
+
+
+def main(config: Config) -> None:
+    torch.manual_seed(config.seed)
+    processes = utils.start_processes(config.device)
+    train_loader, val_loader = open_data(config, processes)
+    checkpoint = find_checkpoint(config, processes) if config.resume else None
+    run = start_run(config, processes, checkpoint)
+    criterion = LossCalculator(config.colour_weight, config.bce_weight, config.dice_weight)
+    if processes.is_main:
+        prepare_folder(config, continued=checkpoint is not None)
+        print(describe(run, config, processes, train_loader, val_loader), flush=True)
+    for epoch in range(run.epochs_done, config.num_epochs):
+        training = train_one_epoch(run, train_loader, criterion, epoch, config, processes)
+        utils.share_buffers(run.model)
+        validation = evaluate(run.model, val_loader, criterion, processes, run.amp_dtype)
+        run.epochs_done = epoch + 1
+        if processes.is_main:
+            write_down(run, training, validation, val_loader.dataset, config)
+    utils.end_processes()
+
+
+def train_one_epoch(
+    run: Run, loader: DataLoader, criterion: LossCalculator, epoch: int, config: Config, processes: Processes
+) -> dict[str, float]:
+    """Trains on every photo once. Returns the epoch's figures over all processes."""
+    torch.manual_seed(seed_from(config.seed, epoch, processes.rank))  # an encoder's dropout: the same after a resume
+    run.model.train()
+    losses, metrics = LossMeter(processes.device), SegmentationMetrics(processes.device)
+    progress = reporting.Progress(loader, f"epoch {epoch + 1}/{config.num_epochs}", processes.is_main, config.log_every)
+    for step, batch in enumerate(progress.watch(batches(loader, epoch))):
+        images, target = to_device(batch, processes.device)
+        with autocast(processes.device, run.amp_dtype):
+            raw = run.parallel_model(images)
+        loss, terms = criterion(raw, target)
+
+        run.optimizer.zero_grad(set_to_none=True)
+        run.scaler.scale(loss).backward()
+        run.scaler.unscale_(run.optimizer)  # before the clipping, which is meant for the real gradients
+        if config.grad_clip:
+            nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip)
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+        learning_rate = run.scheduler.get_last_lr()[0]
+        run.scheduler.step(epoch + (step + 1) / len(loader))
+
+        losses.update(loss, terms, len(batch))
+        metrics.update(raw[:, 3].detach() > 0, target[:, 3] > 0.5)  # a logit above 0 is a probability above one half
+        progress.show(loss, learning_rate)
+    speed = {"learning_rate": learning_rate, "seconds": progress.seconds, "data_wait": progress.data_wait,
+             "images_per_second": progress.images_per_second * processes.world_size}  # fmt: skip
+    return gather(losses, metrics) | speed
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, loader: DataLoader, criterion: LossCalculator, processes: Processes, dtype: torch.dtype | None
+) -> dict[str, float]:
+    """Measures a model on every validation photo, each in one process. Returns the figures over all of them."""
+    model.eval()
+    losses, metrics = LossMeter(processes.device), SegmentationMetrics(processes.device)
+    for batch in reporting.Progress(loader, "validation", processes.is_main, 1).watch(batches(loader, 0)):
+        images, target = to_device(batch, processes.device)
+        with autocast(processes.device, dtype):
+            raw = model(images)
+        losses.update(*criterion(raw, target), len(batch))
+        metrics.update(raw[:, 3] > 0, target[:, 3] > 0.5)
+    return gather(losses, metrics)
+
+
+def to_device(batch: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """uint8 (N, 4, S, S) to the input (N, 3, S, S) and the target (N, 4, S, S), float32 in [0, 1]."""
+    target = batch.to(device, non_blocking=True).float().div_(255)
+    return target[:, :3].contiguous(memory_format=torch.channels_last), target
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def gather(losses: LossMeter, metrics: SegmentationMetrics) -> dict[str, float]:
+    """The figures over all processes; the loss's terms are told from the metrics by their ending."""
+    losses.synchronize()
+    metrics.synchronize()
+    terms = losses.compute()
+    return {"loss": terms.pop("loss"), **{f"{name}_loss": value for name, value in terms.items()}, **metrics.compute()}
+
+
+def seed_from(*numbers: int) -> int:
+    """One seed from several numbers, so that (seed 1, epoch 2) is not (seed 2, epoch 1)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+# --- what a run consists of -------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """What is trained and how far it has come: everything that a checkpoint holds."""
+
+    model: nn.Module
+    parallel_model: nn.Module  # the same, wrapped where several processes share the work
+    optimizer: Adam
+    scheduler: CosineAnnealingWarmRestarts
+    scaler: torch.amp.GradScaler
+    amp_dtype: torch.dtype | None
+    epochs_done: int = 0
+    best_iou: float = -1.0
+    history: list[dict] = dataclasses.field(default_factory=list)
+
+    PARTS = ("model", "optimizer", "scheduler", "scaler")
+    NUMBERS = ("best_iou", "history")
+
+    def checkpoint(self, config: Config) -> dict:
+        parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
+        numbers = {name: getattr(self, name) for name in self.NUMBERS}
+        return {"epoch": self.epochs_done, "config": dataclasses.asdict(config), **parts, **numbers}
+
+    def result(self, config: Config, metrics: dict[str, float]) -> dict:
+        """What best_model.pth holds: enough to predict with, and what it is worth."""
+        model = self.model.state_dict()
+        return {"epoch": self.epochs_done, "config": dataclasses.asdict(config), "model": model, "metrics": metrics}
+
+    def restore(self, content: dict) -> None:
+        for name in self.PARTS:
+            getattr(self, name).load_state_dict(content[name])
+        for name in self.NUMBERS:
+            setattr(self, name, content[name])
+        self.epochs_done = content["epoch"]
+
+
+def open_data(config: Config, processes: Processes) -> tuple[DataLoader, DataLoader]:
+    """The loaders of this process's share of the training and the validation photos."""
+    with utils.one_process_first(processes):
+        if config.sample:
+            draw_sample(config)
+        train, val = (
+            COCOPersonDataset(config.data_root, split, config.image_size, augment=split_is_train, seed=config.seed)
+            for split, split_is_train in ((config.train_split, True), (config.val_split, False))
+        )
+    workers = workers_per_process(config.num_workers, usable_cores(), processes.local_world_size)
+    pin_memory = config.pin_memory and processes.device.type == "cuda"
+    place = {"rank": processes.rank, "world_size": processes.world_size, "pin_memory": pin_memory}
+    return (
+        make_loader(train, config.batch_size, workers, training=True, **place),
+        make_loader(val, config.batch_size, workers, training=False, **place),
+    )
+
+
+def workers_per_process(wanted: int, cores: int, processes: int) -> int:
+    return min(wanted, max(1, cores // processes))
+
+
+def draw_sample(config: Config) -> None:
+    from tools import make_sample  # only a sample run needs it
+
+    try:
+        make_sample.draw_sample(Path(config.data_root))
+    except OSError as error:
+        raise ConfigError(f"the sample cannot be drawn: {error}") from None
+
+
+def start_run(config: Config, processes: Processes, checkpoint: dict | None) -> Run:
+    """The model and what trains it, from the first weights or from a checkpoint."""
+    pretrained = config.pretrained and checkpoint is None
+    with utils.one_process_first(processes):  # one downloads, all load
+        model = UNetAutoencoder(config.encoder, pretrained, config.use_attention, config.encoder_weights or None)
+    memory_format = torch.preserve_format if processes.device.type == "mps" else torch.channels_last
+    model = model.to(processes.device, memory_format=memory_format)
+    if utils.needs_sync_batchnorm(processes, config.batch_size):
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    optimizer = Adam(model.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+    scheduler = CosineAnnealingWarmRestarts(optimizer, config.restart_period or config.num_epochs, config.restart_mult)
+    amp_dtype = utils.autocast_dtype(processes.device, config.amp)
+    scaler = torch.amp.GradScaler(processes.device.type, enabled=amp_dtype == torch.float16)
+    run = Run(model, model, optimizer, scheduler, scaler, amp_dtype)
+    if checkpoint is not None:
+        run.restore(checkpoint)
+    if processes.world_size > 1:
+        devices = [processes.device] if processes.device.type == "cuda" else None
+        run.parallel_model = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+    return run
+
+
+# --- before and after the epochs --------------------------------------------------------------------------
+
+
+NEWEST = "newest"  # what a bare --resume means
+# Settings that a continued run must share with the one before it, or it would be another run.
+SAME_WHEN_RESUMED = (
+    *("encoder", "use_attention", "image_size", "train_split", "val_split", "seed"),
+    *("learning_rate", "weight_decay", "restart_period", "restart_mult"),
+)
+
+
+def find_checkpoint(config: Config, processes: Processes) -> dict | None:
+    """What --resume goes on from; None where there is nothing yet, so that one command serves for ever.
+
+    Raises:
+        CheckpointError: the given file cannot be used.
+        ConfigError: a setting differs from the checkpoint's that must not.
+    """
+    folder = Path(config.checkpoint_dir)
+    if config.resume == NEWEST:
+        path, checkpoint = checkpointing.newest_usable(folder) or (folder, None)
+    else:
+        path, checkpoint = Path(config.resume), checkpointing.load(config.resume)
+    if checkpoint is None:
+        say(processes, f"nothing to resume in {folder}: starting from the beginning")
+        return None
+    if "optimizer" not in checkpoint:
+        raise checkpointing.CheckpointError(f"{path} holds a model only, no state of a training: resume from last.pth")
+    for name in SAME_WHEN_RESUMED:
+        before, now = checkpoint["config"].get(name), getattr(config, name)
+        if before != now:
+            raise ConfigError(f"{path} was trained with {flag(name)} {before} and cannot go on with {now}")
+    say(processes, f"going on from {path}, after epoch {checkpoint['epoch']}")
+    return checkpoint
+
+
+def prepare_folder(config: Config, continued: bool) -> None:
+    """Makes the folder that the run writes to; what another run left there is moved aside, never overwritten."""
+    folder = Path(config.checkpoint_dir)
+    from_here = config.resume == NEWEST or Path(config.resume).resolve().parent == folder.resolve()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        aside = None if continued and from_here else checkpointing.set_aside(folder)
+    except OSError as error:
+        raise ConfigError(f"--checkpoint-dir {folder} cannot be written: {error.strerror}") from None
+    if aside:
+        print(f"an earlier run's files were moved to {aside}", flush=True)
+
+
+def write_down(run: Run, training: dict, validation: dict, dataset: COCOPersonDataset, config: Config) -> None:
+    """An epoch's figures, checkpoints and pictures."""
+    row = history_row(run.epochs_done, training, validation)
+    run.history.append(row)
+    folder = Path(config.checkpoint_dir)
+    is_best = validation["iou"] > run.best_iou or not (folder / checkpointing.BEST).exists()
+    if is_best:  # before the epoch's checkpoint: were the run cut off in between, it would do the epoch again
+        run.best_iou = validation["iou"]
+        checkpointing.save(run.result(config, validation), folder / checkpointing.BEST)
+    checkpointing.save_epoch(folder, run.checkpoint(config), config.keep_checkpoints)
+    reporting.write_history(run.history, folder / "history.csv")
+    reporting.save_preview(*preview(run, dataset), folder / "preview.png")
+    print(reporting.table_line(row, config.num_epochs, is_best), flush=True)
+
+
+def history_row(epoch: int, training: dict[str, float], validation: dict[str, float]) -> dict[str, float]:
+    names = ("loss", "iou", "dice")
+    row = {"epoch": epoch, **{f"train_{name}": training[name] for name in names}}
+    row |= {f"val_{name}": validation[name] for name in names}
+    row |= {name: training[name] for name in ("learning_rate", "seconds", "images_per_second", "data_wait")}
+    terms = ("colour_loss", "bce_loss", "dice_loss", "global_iou", "precision", "recall")
+    row |= {f"train_{name}": training[name] for name in terms}
+    return row | {f"val_{name}": validation[name] for name in terms}
+
+
+@torch.inference_mode()
+def preview(run: Run, dataset: COCOPersonDataset) -> tuple[Tensor, Tensor]:
+    """The same few validation photos every time: their targets and the model's predictions."""
+    chosen = np.linspace(0, len(dataset) - 1, min(PREVIEW_PHOTOS, len(dataset)), dtype=int)
+    device = next(run.model.parameters()).device
+    images, target = to_device(torch.stack([dataset[int(index)] for index in chosen]), device)
+    with autocast(device, run.amp_dtype):
+        return target, run.model.eval().predict(images)
+
+
+def describe(run: Run, config: Config, processes: Processes, train_loader: DataLoader, val_loader: DataLoader) -> str:
+    """The start banner: the settings, the data found, the device, the processes, the model, the disk."""
+    train, val = train_loader.dataset, val_loader.dataset
+    folder = Path(config.checkpoint_dir)
+    parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    disk = checkpointing.disk_needed(4 * parameters, config.keep_checkpoints, config.num_epochs)
+    kept = f"the {config.keep_checkpoints} newest epochs are kept" if config.keep_checkpoints else "all epochs are kept"
+    settings = " ".join(f"{name}={value}" for name, value in dataclasses.asdict(config).items())
+    facts = {
+        "settings": textwrap.fill(settings, 100, subsequent_indent=" " * 12, break_on_hyphens=False),
+        "data": f"{len(train)} photos to train on, {len(val)} to validate, in {config.data_root}",
+        "left out": "; ".join(f"{part.photos.name}: {describe_left_out(part.index.left_out)}" for part in (train, val)
+                              if part.index.left_out),
+        "device": f"{processes.device}, {precision(run.amp_dtype)}, {processes.world_size} process"
+                  f"{'es' if processes.world_size > 1 else ''}, {train_loader.num_workers} workers each",
+        "note": "; ".join(filter(None, [processes.note, unfinished_cycle(run.scheduler, config.num_epochs)])),
+        "batch": f"{config.batch_size * processes.world_size} photos a step, {len(train_loader)} steps an epoch",
+        "model": f"{config.encoder}, {parameters / 1e6:.1f} million parameters",
+        "disk": f"up to {reporting.readable_size(disk)} of checkpoints in {folder} ({kept}), "
+                f"{reporting.readable_size(shutil.disk_usage(folder).free)} free",
+    }  # fmt: skip
+    return reporting.banner({name: text for name, text in facts.items() if text}) + "\n" + reporting.TABLE_HEAD
+
+
+def precision(dtype: torch.dtype | None) -> str:
+    return str(dtype or torch.float32).removeprefix("torch.")
+
+
+def unfinished_cycle(scheduler: CosineAnnealingWarmRestarts, num_epochs: int) -> str:
+    """A warning where the run ends in the middle of a cosine cycle, with a learning rate that is still high."""
+    end = length = scheduler.T_0
+    while end < num_epochs:
+        length *= scheduler.T_mult
+        end += length
+    if end == num_epochs:
+        return ""
+    ends = f"{end - length} and {end}" if end > length else end
+    return f"{num_epochs} epochs end within a cosine cycle (cycles end after {ends})"
+
+
+def say(processes: Processes, text: str) -> None:
+    if processes.is_main:
+        print(text, flush=True)
+
+
+# --- the command line -------------------------------------------------------------------------------------
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A mistake gets one line and exit code 2, without the usage of thirty flags before it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def parse(argv: list[str]) -> Config:
+    """The settings: the defaults, those of --sample over them, the flags over both.
+
+    Raises:
+        ConfigError: an unknown flag, a wrong type, a value out of range.
+    """
+    parser = OneLineParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    for field in dataclasses.fields(Config):
+        parser.add_argument(flag(field.name), **flag_options(field))
+    argv = [dashed(argument) for argument in argv]
+    if "--sample" in argv:
+        parser.set_defaults(**SAMPLE)
+    namespace, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = [flag(field.name) for field in dataclasses.fields(Config)]
+        close = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
+        hint = f"did you mean {close[0]}?" if close else "python trainer.py --help lists them all"
+        raise ConfigError(f"unknown argument {unknown[0]}: {hint}")
+    config = Config(**vars(namespace))
+    check(config)
+    return config
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def dashed(argument: str) -> str:
+    """--batch_size=8 as --batch-size=8; values and file names are left alone."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def flag_options(field: dataclasses.Field) -> dict:
+    """argparse's options of a setting; its help is the comment beside it in `Config`."""
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
+    options = {"default": field.default, "help": f"{comments[field.name].replace('%', '%%')} (%(default)s)"}
+    if field.type == "bool":
+        return options | {"action": argparse.BooleanOptionalAction}
+    if field.name == "resume":
+        options |= {"nargs": "?", "const": NEWEST, "metavar": "FILE"}
+    return options | {"type": {"int": int, "float": float, "str": str}[field.type]}
+
+
+def check(config: Config) -> None:
+    """Refuses what cannot be, before anything is read or written."""
+    for name, (low, high) in LIMITS.items():
+        value = getattr(config, name)
+        if not low <= value <= high:
+            raise ConfigError(f"{flag(name)} {value} is out of range: from {low} to {high}")
+    if config.encoder not in ENCODERS:
+        raise ConfigError(f"--encoder {config.encoder} is not known: there are {', '.join(ENCODERS)}")
+    if config.encoder_weights and not config.pretrained:
+        raise ConfigError("--encoder-weights and --no-pretrained contradict each other: drop one of them")
+
+
+def run_command(argv: list[str]) -> int:
+    """The whole program. Returns its exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
+    try:
+        config = parse(argv[1:])
+        if config.device == utils.EACH_ITS_GPU:
+            utils.use_every_gpu(argv)
+        main(config)
+    except USER_ERRORS as error:
+        print(f"trainer.py: error: {last_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; --resume goes on after the last whole epoch", file=sys.stderr)
+        return 130
+    return 0
+
+
+def last_line(error: Exception) -> str:
+    """An error's message; one from a loader worker comes wrapped in the worker's traceback."""
+    return re.sub(r"^[\w.]*Error: ", "", str(error).strip().splitlines()[-1])
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(sys.argv))
