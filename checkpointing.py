@@ -47,9 +47,16 @@ def _flush_folder(folder: Path) -> None:
 
 
 def save(content: dict, path: Path) -> None:
-    """Writes tensors, numbers, texts, lists and dictionaries of them: what `load` accepts."""
-    with atomic_write(path) as file:
-        torch.save(content, file)
+    """Writes tensors, numbers, texts, lists and dictionaries of them: what `load` accepts.
+
+    Raises:
+        CheckpointError: the disk is full or the folder cannot be written; what was there is untouched.
+    """
+    try:
+        with atomic_write(path) as file:
+            torch.save(content, file)
+    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
+        raise CheckpointError(f"{path} cannot be written: {str(error).splitlines()[0]}") from error
 
 
 def load(path: str | Path) -> dict:
@@ -111,10 +118,39 @@ def newest_usable(folder: Path) -> tuple[Path, dict] | None:
     return None
 
 
-def set_aside(folder: Path) -> Path | None:
-    """Moves what an earlier run left in a folder to a subfolder of its own; None where there is nothing."""
-    leftovers = [path for name in RUN_FILES if (path := folder / name).exists()] + epoch_files(folder)
-    if not leftovers:
+def claim(folder: Path) -> BinaryIO:
+    """Keeps other runs out of a folder for as long as the returned file stays open, and this process lives.
+
+    Raises:
+        CheckpointError: another run has claimed it.
+        OSError: the folder cannot be written.
+    """
+    file = open(folder / ".lock", "wb")  # noqa: SIM115 - its being open is the claim
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise CheckpointError(f"another run is writing to {folder}: wait, or choose another --checkpoint-dir") from None
+    except (ImportError, OSError):  # Windows, or a file system without locks
+        print(f"{folder} cannot be locked: see to it that no second run writes there", flush=True)
+    return file
+
+
+def set_aside(folder: Path, after: int = 0) -> Path | None:
+    """Moves what another run left in a folder to a subfolder of its own.
+
+    Args:
+        folder: that the run writes to.
+        after: the epoch that this run goes on from: what belongs to it or to one before stays.
+
+    Returns:
+        The subfolder; None where there was nothing to move.
+    """
+    newer = [path for path in epoch_files(folder) if int(EPOCH_FILE.fullmatch(path.name)[1]) > after]
+    leftovers = newer + [path for name in RUN_FILES if (path := folder / name).exists()]
+    if not (newer if after else leftovers):
         return None
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     aside = next(p for n in range(1000) if not (p := folder / f"earlier_{stamp}{f'_{n}' if n else ''}").exists())

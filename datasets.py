@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import signal
+import socket
 import warnings
 import zipfile
 from collections import Counter
@@ -130,21 +132,25 @@ def open_index(root: str | Path, split: str) -> PersonIndex:
         if index is not None:
             return index
     print(f"Reading {annotations} (once: the person index is kept on disk)", flush=True)
-    content = _build(annotations, root / split)
+    try:
+        content = _build(annotations, root / split)
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}") from None
     for place in places:
         if _write_atomically(content, place):
             return PersonIndex(place)
-    raise DataError(
-        f"no place to keep the person index: neither {places[0].parent} nor {places[1].parent} can be written; "
-        "make one of them writable or set XDG_CACHE_HOME"
-    )
+    folders = " or ".join(str(place.parent) for place in places)
+    raise DataError(f"the person index cannot be kept in {folders}: make it writable or set XDG_CACHE_HOME")
 
 
 def index_places(root: Path, split: str) -> list[Path]:
     """Where the index may lie, best first: under the data root, or in the user's cache folder."""
     name = f"{split}.index"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "silueta"
-    return [root / ".silueta" / name, cache / sha256(str(root.resolve()).encode()).hexdigest()[:16] / name]
+    places = [root / ".silueta" / name]
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if not cache.startswith("~"):  # a container's user may have no home
+        places.append(Path(cache) / "silueta" / sha256(str(root.resolve()).encode()).hexdigest()[:16] / name)
+    return places
 
 
 def _annotation_file(root: Path, split: str) -> Path:
@@ -158,9 +164,8 @@ def _annotation_file(root: Path, split: str) -> Path:
     return path
 
 
-def _fingerprint(annotations: Path, photos: Path, folders: list[str]) -> dict:
+def _fingerprint(stat: os.stat_result, photos: Path, folders: list[str]) -> dict:
     """What the index was made from: a change of the file, or of what lies in a photo folder, shows here."""
-    stat = annotations.stat()
     paths = {folder: photos / folder for folder in folders}
     listing = {folder: path.stat().st_mtime_ns if path.is_dir() else 0 for folder, path in paths.items()}
     return {"version": INDEX_VERSION, "size": stat.st_size, "mtime": stat.st_mtime_ns, "folders": listing}
@@ -170,10 +175,11 @@ def _open_if_current(path: Path, annotations: Path, photos: Path) -> PersonIndex
     try:
         if not path.is_file():
             return None
-        if zipfile.ZipFile(path).testzip() is not None:  # torch.load itself takes flipped bits for data
-            raise zipfile.BadZipFile
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:  # torch.load itself takes flipped bits for data
+                raise zipfile.BadZipFile
         index = PersonIndex(path)
-        current = _fingerprint(annotations, photos, list(index.fingerprint["folders"]))
+        current = _fingerprint(annotations.stat(), photos, list(index.fingerprint["folders"]))
     except Exception as error:  # whatever a damaged file raises: it holds nothing that cannot be made again
         print(f"{path} cannot be read ({type(error).__name__}) and is built again", flush=True)
         return None
@@ -182,7 +188,7 @@ def _open_if_current(path: Path, annotations: Path, photos: Path) -> PersonIndex
 
 def _write_atomically(content: dict, path: Path) -> bool:
     """Writes beside the place, then renames; False where the folder is read-only, by its mode or its mount."""
-    draft = path.with_name(f"{path.name}.{os.getpid()}.part")
+    draft = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.part")  # machines may share the folder
     try:
         existing = next(folder for folder in path.parents if folder.exists())
         if not existing.stat().st_mode & 0o222:  # root could, but whoever took the write bits away meant it
@@ -199,12 +205,13 @@ def _write_atomically(content: dict, path: Path) -> bool:
 
 
 def _build(annotations: Path, photos: Path) -> dict:
+    stat = annotations.stat()  # before the reading: a change during it must show
     coco = _parse(annotations)
     left_out: Counter[str] = Counter()
     records = _photos_by_id(coco, left_out)
     segmentations = _segmentations_by_photo(coco, records, annotations, left_out)
     folders = sorted({os.path.dirname(_safe_name(records[i].file_name, annotations)) for i in segmentations})
-    fingerprint = _fingerprint(annotations, photos, folders)  # before the listing: a later change must show
+    fingerprint = _fingerprint(stat, photos, folders)  # and so before the listing
     present = {folder: set(os.listdir(photos / folder)) for folder in folders if (photos / folder).is_dir()}
     rows = []
     for image_id, raw in segmentations.items():
@@ -261,7 +268,7 @@ def _segmentations_by_photo(
 
 def _safe_name(file_name: str, annotations: Path) -> str:
     parts = file_name.replace("\\", "/").split("/")
-    if ".." in parts or not parts[-1] or os.path.isabs(file_name) or ":" in parts[0] or "\0" in file_name:
+    if ".." in parts or not parts[-1] or os.path.isabs(file_name) or re.match("[A-Za-z]:|.*\0", file_name):
         raise DataError(f"{annotations} names a photo outside the photo folder: {file_name!r}")
     return file_name
 
@@ -281,7 +288,7 @@ def _draw(raw: msgspec.Raw, height: int, width: int) -> list[dict]:
     """One annotation's run lengths, drawn by pycocotools after the checks that it leaves out.
 
     Raises:
-        ValueError: run lengths that do not fill the photo, or a polygon of too few or far-off points.
+        ValueError: run lengths that do not fill the photo, a polygon of too few or far-off points, or none inside.
     """
     shape = msgspec.json.decode(raw, type=list[list[float]] | _RunLengths)
     if isinstance(shape, _RunLengths):
@@ -292,7 +299,10 @@ def _draw(raw: msgspec.Raw, height: int, width: int) -> list[dict]:
     reach = 4 * max(height, width)  # pycocotools walks every pixel of an edge, wherever it leads
     if not shape or any(len(p) < 6 or len(p) % 2 or max(map(abs, p)) > reach for p in shape):
         raise ValueError("a polygon has too few points, or points far outside the photo")
-    return coco_mask.frPyObjects(shape, height, width)
+    drawn = coco_mask.frPyObjects(shape, height, width)
+    if not coco_mask.area(drawn).any():
+        raise ValueError("nothing of it lies inside the photo")
+    return drawn
 
 
 def decode_counts(text: str) -> list[int]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-from http.client import HTTPException
 from itertools import pairwise
 from pathlib import Path
 
@@ -48,7 +46,7 @@ class UNetAutoencoder(nn.Module):
         encoder_weights: a file of the encoder's weights in torchvision's keys, instead of the download.
 
     Raises:
-        ValueError: no such encoder.
+        ValueError: no such encoder, or weights that pretrained=False would ignore.
         WeightsError: weights were asked for and cannot be had.
     """
 
@@ -112,6 +110,8 @@ class Encoder(nn.Module):
 
     def __init__(self, name: str, pretrained: bool, weights_file: str | Path | None = None):
         super().__init__()
+        if weights_file and not pretrained:
+            raise ValueError("encoder_weights were given and pretrained=False: one contradicts the other")
         if name not in ENCODERS:
             raise ValueError(f"no encoder named {name!r}; there are {', '.join(ENCODERS)}")
         network = torchvision.models.get_model(name, weights=None)
@@ -157,7 +157,10 @@ def download_weights(name: str) -> dict[str, Tensor]:
     weights = torchvision.models.get_model_weights(name).DEFAULT
     try:
         return torch.hub.load_state_dict_from_url(weights.url, map_location="cpu", check_hash=True, weights_only=True)
-    except (OSError, HTTPException, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # the network's, or whatever a damaged file makes the reader raise
+        cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+        if cached.exists():
+            raise WeightsError(f"the cached weights {cached} are damaged: delete that file and start again") from None
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise WeightsError(
             f"the ImageNet weights of {name} cannot be downloaded from {weights.url} ({reason}): connect this machine "

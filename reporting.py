@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,9 +24,10 @@ TABLE_HEAD = "   epoch | train loss   IoU   Dice | val loss   IoU   Dice |      
 
 
 def banner(facts: dict[str, str]) -> str:
-    """The facts of a run under one another: `{"data": "252 photos ...", ...}`."""
-    width = max(map(len, facts))
-    return "\n".join(f"{name:>{width}}  {text}" for name, text in facts.items())
+    """The facts of a run under one another, wrapped to the terminal: `{"data": "252 photos ...", ...}`."""
+    margin, columns = max(map(len, facts)) + 2, min(shutil.get_terminal_size((100, 24)).columns, 100)
+    layout = {"width": columns, "subsequent_indent": " " * margin, "break_on_hyphens": False, "break_long_words": False}
+    return "\n".join(textwrap.fill(f"{name:>{margin - 2}}  {text}", **layout) for name, text in facts.items())
 
 
 def table_line(row: dict, num_epochs: int, is_best: bool) -> str:

@@ -16,11 +16,11 @@ import difflib
 import inspect
 import re
 import shutil
+import signal
 import sys
-import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import BinaryIO, NoReturn
 
 import numpy as np
 import torch
@@ -75,7 +75,7 @@ class Config:
 # What --sample sets instead; a flag still overrides it.
 SAMPLE = dict(
     data_root="data/sample", checkpoint_dir="checkpoints/sample", encoder="resnet18", pretrained=False,
-    image_size=128, batch_size=16, num_epochs=12, learning_rate=2e-3,
+    image_size=128, batch_size=16, num_epochs=12, learning_rate=2e-3, log_every=5,
 )  # fmt: skip
 
 LIMITS = {  # smallest and largest value of each number
@@ -102,12 +102,13 @@ def main(config: Config) -> None:
     torch.manual_seed(config.seed)
     processes = utils.start_processes(config.device)
     train_loader, val_loader = open_data(config, processes)
-    checkpoint = find_checkpoint(config, processes) if config.resume else None
-    run = start_run(config, processes, checkpoint)
+    run = start_run(config, processes)
     criterion = LossCalculator(config.colour_weight, config.bce_weight, config.dice_weight)
     if processes.is_main:
-        prepare_folder(config, continued=checkpoint is not None)
+        claim = prepare_folder(config, run.epochs_done)  # noqa: F841 - holds the folder until this function ends
         print(describe(run, config, processes, train_loader, val_loader), flush=True)
+        if run.epochs_done >= config.num_epochs:
+            print(f"all {config.num_epochs} epochs are done: a higher --num-epochs goes on", flush=True)
     for epoch in range(run.epochs_done, config.num_epochs):
         training = train_one_epoch(run, train_loader, criterion, epoch, config, processes)
         utils.share_buffers(run.model)
@@ -145,9 +146,10 @@ def train_one_epoch(
         losses.update(loss, terms, len(batch))
         metrics.update(raw[:, 3].detach() > 0, target[:, 3] > 0.5)  # a logit above 0 is a probability above one half
         progress.show(loss, learning_rate)
+    figures = gather(losses, metrics)  # waits for the device, so that the clock below has seen all of its work
     speed = {"learning_rate": learning_rate, "seconds": progress.seconds, "data_wait": progress.data_wait,
              "images_per_second": progress.images_per_second * processes.world_size}  # fmt: skip
-    return gather(losses, metrics) | speed
+    return figures | speed
 
 
 @torch.inference_mode()
@@ -220,8 +222,21 @@ class Run:
         return {"epoch": self.epochs_done, "config": dataclasses.asdict(config), "model": model, "metrics": metrics}
 
     def restore(self, content: dict) -> None:
+        """Takes over a checkpoint.
+
+        Raises:
+            CheckpointError: it does not fit this model.
+        """
+        try:
+            self._restore(content)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            reason = str(error).splitlines()[0]
+            raise checkpointing.CheckpointError(f"the checkpoint does not fit this program's model: {reason}") from None
+
+    def _restore(self, content: dict) -> None:
         for name in self.PARTS:
-            getattr(self, name).load_state_dict(content[name])
+            if content[name]:  # a scaler that was not needed has no state, and one that now is starts anew
+                getattr(self, name).load_state_dict(content[name])
         for name in self.NUMBERS:
             setattr(self, name, content[name])
         self.epochs_done = content["epoch"]
@@ -258,11 +273,14 @@ def draw_sample(config: Config) -> None:
         raise ConfigError(f"the sample cannot be drawn: {error}") from None
 
 
-def start_run(config: Config, processes: Processes, checkpoint: dict | None) -> Run:
+def start_run(config: Config, processes: Processes) -> Run:
     """The model and what trains it, from the first weights or from a checkpoint."""
+    # The main process's disk decides: on several machines the others may have no checkpoint, or another one.
+    checkpoint = utils.from_main(find_checkpoint(config) if config.resume and processes.is_main else None)
     pretrained = config.pretrained and checkpoint is None
+    weights_file = config.encoder_weights if pretrained and config.encoder_weights else None
     with utils.one_process_first(processes):  # one downloads, all load
-        model = UNetAutoencoder(config.encoder, pretrained, config.use_attention, config.encoder_weights or None)
+        model = UNetAutoencoder(config.encoder, pretrained, config.use_attention, weights_file)
     memory_format = torch.preserve_format if processes.device.type == "mps" else torch.channels_last
     model = model.to(processes.device, memory_format=memory_format)
     if utils.needs_sync_batchnorm(processes, config.batch_size):
@@ -291,7 +309,7 @@ SAME_WHEN_RESUMED = (
 )
 
 
-def find_checkpoint(config: Config, processes: Processes) -> dict | None:
+def find_checkpoint(config: Config) -> dict | None:
     """What --resume goes on from; None where there is nothing yet, so that one command serves for ever.
 
     Raises:
@@ -304,29 +322,36 @@ def find_checkpoint(config: Config, processes: Processes) -> dict | None:
     else:
         path, checkpoint = Path(config.resume), checkpointing.load(config.resume)
     if checkpoint is None:
-        say(processes, f"nothing to resume in {folder}: starting from the beginning")
+        print(f"nothing to resume in {folder}: starting from the beginning", flush=True)
         return None
-    if "optimizer" not in checkpoint:
+    if not {*Run.PARTS, *Run.NUMBERS} <= checkpoint.keys():
         raise checkpointing.CheckpointError(f"{path} holds a model only, no state of a training: resume from last.pth")
     for name in SAME_WHEN_RESUMED:
         before, now = checkpoint["config"].get(name), getattr(config, name)
         if before != now:
             raise ConfigError(f"{path} was trained with {flag(name)} {before} and cannot go on with {now}")
-    say(processes, f"going on from {path}, after epoch {checkpoint['epoch']}")
+    print(f"going on from {path}, after epoch {checkpoint['epoch']}", flush=True)
     return checkpoint
 
 
-def prepare_folder(config: Config, continued: bool) -> None:
-    """Makes the folder that the run writes to; what another run left there is moved aside, never overwritten."""
+def prepare_folder(config: Config, epochs_done: int) -> BinaryIO:
+    """Makes and claims the folder that the run writes to; what another run left there is moved aside.
+
+    Raises:
+        ConfigError: it cannot be written.
+        CheckpointError: another run is writing there.
+    """
     folder = Path(config.checkpoint_dir)
     from_here = config.resume == NEWEST or Path(config.resume).resolve().parent == folder.resolve()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        aside = None if continued and from_here else checkpointing.set_aside(folder)
+        claim = checkpointing.claim(folder)
+        aside = checkpointing.set_aside(folder, after=epochs_done if from_here else 0)
     except OSError as error:
         raise ConfigError(f"--checkpoint-dir {folder} cannot be written: {error.strerror}") from None
     if aside:
         print(f"an earlier run's files were moved to {aside}", flush=True)
+    return claim
 
 
 def write_down(run: Run, training: dict, validation: dict, dataset: COCOPersonDataset, config: Config) -> None:
@@ -373,7 +398,7 @@ def describe(run: Run, config: Config, processes: Processes, train_loader: DataL
     kept = f"the {config.keep_checkpoints} newest epochs are kept" if config.keep_checkpoints else "all epochs are kept"
     settings = " ".join(f"{name}={value}" for name, value in dataclasses.asdict(config).items())
     facts = {
-        "settings": textwrap.fill(settings, 100, subsequent_indent=" " * 12, break_on_hyphens=False),
+        "settings": settings,
         "data": f"{len(train)} photos to train on, {len(val)} to validate, in {config.data_root}",
         "left out": "; ".join(f"{part.photos.name}: {describe_left_out(part.index.left_out)}" for part in (train, val)
                               if part.index.left_out),
@@ -404,11 +429,6 @@ def unfinished_cycle(scheduler: CosineAnnealingWarmRestarts, num_epochs: int) ->
     return f"{num_epochs} epochs end within a cosine cycle (cycles end after {ends})"
 
 
-def say(processes: Processes, text: str) -> None:
-    if processes.is_main:
-        print(text, flush=True)
-
-
 # --- the command line -------------------------------------------------------------------------------------
 
 
@@ -429,7 +449,7 @@ def parse(argv: list[str]) -> Config:
     for field in dataclasses.fields(Config):
         parser.add_argument(flag(field.name), **flag_options(field))
     argv = [dashed(argument) for argument in argv]
-    if "--sample" in argv:
+    if "--sample" in argv or Config.sample:
         parser.set_defaults(**SAMPLE)
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -474,20 +494,23 @@ def check(config: Config) -> None:
     if config.encoder not in ENCODERS:
         raise ConfigError(f"--encoder {config.encoder} is not known: there are {', '.join(ENCODERS)}")
     if config.encoder_weights and not config.pretrained:
-        raise ConfigError("--encoder-weights and --no-pretrained contradict each other: drop one of them")
+        raise ConfigError("--encoder-weights needs --pretrained, which --no-pretrained or --sample has turned off")
+    if config.batch_size == 1 and config.image_size == 32:
+        raise ConfigError("--batch-size 1 at --image-size 32 leaves BatchNorm a single value: make one of them larger")
 
 
 def run_command(argv: list[str]) -> int:
     """The whole program. Returns its exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
     try:
         config = parse(argv[1:])
-        if config.device == utils.EACH_ITS_GPU:
+        if config.device in (utils.EACH_ITS_GPU, "cuda"):
             utils.use_every_gpu(argv)
         main(config)
     except USER_ERRORS as error:
         print(f"trainer.py: error: {last_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would cut off the ending of the workers
         print("\nstopped; --resume goes on after the last whole epoch", file=sys.stderr)
         return 130
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -216,7 +217,7 @@ def _count_was_given(environ: Mapping[str, str], parent_arguments: list[str], sc
 def use_every_gpu(argv: list[str]) -> None:
     """Replaces this process by a launch over all visible GPUs where a bare torchrun left it alone."""
     try:
-        parent_arguments = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
+        parent_arguments = Path(f"/proc/{os.getppid()}/cmdline").read_text(errors="replace").split("\0")
     except OSError:  # no Linux: nobody to ask, and hardly several GPUs
         return
     command = spread_command(os.environ, parent_arguments, torch.cuda.device_count(), argv)
@@ -238,10 +239,9 @@ def pick_device(setting: str, local_rank: int, gpus: int, has_mps: bool) -> tupl
         name = "mps" if has_mps else "cpu"
         return name, f"no CUDA GPU is visible: training on {'Apple MPS' if has_mps else 'the CPU'}"
     name = (EACH_ITS_GPU if setting == "cuda" else setting).replace("{local_rank}", str(local_rank))
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise LaunchError(f"--device {setting} is no device; for example cpu, cuda:0 or mps") from None
+    if not re.fullmatch(r"cpu|mps|cuda:\d+", name):
+        raise LaunchError(f"--device {setting} is not known: it is cpu, mps, cuda:0, cuda:1 and so on")
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= gpus:
         raise LaunchError(f"{name} was asked for and {gpus} GPUs are visible: start at most one process a GPU, "
                           "or choose with --device or CUDA_VISIBLE_DEVICES")  # fmt: skip
@@ -254,10 +254,13 @@ def start_processes(device_setting: str) -> Processes:
     """Finds this process's device and joins the others, if there are any."""
     place = {key: int(os.environ.get(key.upper(), default)) for key, default in
              {"rank": 0, "local_rank": 0, "world_size": 1, "local_world_size": 1}.items()}  # fmt: skip
+    has_mps = torch.backends.mps.is_available()
     name, note = pick_device(
-        device_setting, place["local_rank"], torch.cuda.device_count(), torch.backends.mps.is_available()
+        device_setting, place["local_rank"], torch.cuda.device_count(), has_mps and place["local_world_size"] == 1
     )
     device = torch.device(name)
+    if place["local_world_size"] > 1 and device.type != "cpu" and device_setting not in (EACH_ITS_GPU, "cuda"):
+        raise LaunchError(f"--device {device_setting} would put {place['local_world_size']} processes on one device")
     if device.type == "cuda":
         torch.cuda.set_device(device)  # before anything is loaded, or every process would touch GPU 0
     if place["world_size"] > 1:
@@ -279,6 +282,14 @@ def one_process_first(processes: Processes) -> Iterator[None]:
     yield
     if dist.is_initialized() and processes.local_rank == 0:
         dist.barrier()
+
+
+def from_main(value: object) -> object:
+    """The main process's value, on every process: what only its disk may hold."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def share_buffers(model: nn.Module) -> None:

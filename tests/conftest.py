@@ -13,7 +13,7 @@ from pycocotools import mask as coco_mask
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
-torch.set_num_threads(2)  # the suite's figures should not depend on the machine's cores
+torch.set_num_threads(1)  # the figures must not depend on the cores, and threads spin on a busy machine
 
 
 @pytest.fixture(autouse=True)

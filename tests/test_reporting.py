@@ -244,7 +244,8 @@ def test_preview_shows_photo_and_mask_as_they_are(tmp_path):
 
 @pytest.mark.parametrize(("alpha", "grey"), [(0.0, {0}), (0.3, {76, 77}), (0.6, {153}), (1.0, {255})])
 def test_the_predicted_alpha_is_not_stretched(alpha, grey, tmp_path):
-    shown = cell(preview(tmp_path, rgba(1.0)[None], rgba(alpha)[None]), 0, "prediction")
+    dark = (0.1, 0.0, 0.0)  # so that nothing but the alpha is bright
+    shown = cell(preview(tmp_path, rgba(1.0)[None], rgba(alpha, dark)[None]), 0, "prediction")
     assert set(shown.ravel().tolist()) <= grey
 
 

@@ -17,6 +17,7 @@ from conftest import write_split
 from test_trainer import Tiny, flags, quick, refusal, small  # noqa: F401
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+import checkpointing
 import trainer
 from checkpointing import load
 from datasets import COCOPersonDataset, make_loader
@@ -89,7 +90,7 @@ def iou_by_hand(content: dict, coco: Path) -> float:
 
 def test_a_run_leaves_its_files(finished):
     run = finished[1]
-    expected = ["best_model.pth", "epoch_0003.pth", "epoch_0004.pth", "history.csv", "last.pth", "preview.png"]
+    expected = [".lock", "best_model.pth", "epoch_0003.pth", "epoch_0004.pth", "history.csv", "last.pth", "preview.png"]
     assert sorted(path.name for path in run.iterdir()) == expected
     assert [row["epoch"] for row in history(run)] == ["1", "2", "3", "4"]
     assert (run / "preview.png").read_bytes().startswith(b"\x89PNG")
@@ -180,13 +181,14 @@ def test_a_resumed_run_ends_with_the_bits_of_a_straight_one(finished, tmp_path):
 
 
 @pytest.mark.usefixtures("tiny")
-@pytest.mark.parametrize("resume", ["newest", "epoch_0002.pth"])
-def test_dropout_and_learning_rate_go_on_after_a_resume(resume, coco_root, tmp_path):
-    trainer.main(small(coco_root, tmp_path / "straight", **FOUR))
+@pytest.mark.parametrize(("file", "batch_size"), [("", 4), ("epoch_0002.pth", 10)])  # 3 steps an epoch, and 1
+def test_dropout_and_learning_rate_go_on_after_a_resume(file, batch_size, coco_root, tmp_path):
+    four = {**FOUR, "batch_size": batch_size}
+    trainer.main(small(coco_root, tmp_path / "straight", **four))
     run, rates = tmp_path / "run", []
-    trainer.main(small(coco_root, run, **{**FOUR, "num_epochs": 2}))
+    trainer.main(small(coco_root, run, **{**four, "num_epochs": 2}))
     hook = register_optimizer_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
-    trainer.main(small(coco_root, run, resume="newest" if resume == "newest" else str(run / resume), **FOUR))
+    trainer.main(small(coco_root, run, resume=str(run / file) if file else "newest", **four))
     hook.remove()
     assert rates[0] == pytest.approx(0.5e-4 * (1 + np.cos(np.pi * 2 / 3)), rel=1e-9)
     assert same(state(run), state(tmp_path / "straight"))
@@ -218,6 +220,31 @@ def test_resume_with_nothing_there_says_so_and_trains(coco_root, tmp_path, capsy
     trainer.main(small(coco_root, tmp_path / "run", num_epochs=1, resume="newest"))
     assert f"nothing to resume in {tmp_path / 'run'}" in capsys.readouterr().out
     assert len(history(tmp_path / "run")) == 1
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_run_that_goes_on_from_another_folder_overwrites_nothing(coco_root, tmp_path, monkeypatch):
+    first, second = tmp_path / "first", tmp_path / "second"
+    script(monkeypatch, [0.9, 0.8, 0.5, 0.6])
+    trainer.main(small(coco_root, first, num_epochs=1))
+    trainer.main(small(coco_root, second, num_epochs=1, seed=7))
+    before = {path.name: path.read_bytes() for path in second.iterdir() if path.name != ".lock"}
+    trainer.main(small(coco_root, second, num_epochs=3, resume=str(first / "last.pth")))
+    (aside,) = second.glob("earlier_*")
+    assert {path.name: path.read_bytes() for path in aside.iterdir()} == before
+    assert [row["epoch"] for row in history(second)] == ["1", "2", "3"]
+    assert load(second / "best_model.pth")["epoch"] == 3  # the best of those made here
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_resume_that_finds_all_damaged_moves_them_aside(coco_root, tmp_path, capsys):
+    run = tmp_path / "run"
+    trainer.main(small(coco_root, run, num_epochs=1))
+    os.truncate(run / "last.pth", 1000)  # epoch_0001.pth is the same file
+    trainer.main(small(coco_root, run, num_epochs=1, resume="newest"))
+    assert "nothing to resume" in capsys.readouterr().out
+    assert len(list(run.glob("earlier_*/best_model.pth"))) == 1
+    assert load(run / "last.pth")["epoch"] == 1
 
 
 @pytest.mark.usefixtures("tiny")
@@ -289,6 +316,7 @@ def test_two_processes_measure_what_one_does(coco_root, tmp_path):
     best = load(run / "best_model.pth")
     assert best["model"].keys() == UNetAutoencoder("resnet18", False).state_dict().keys()  # no module. before them
     assert same(best["model"], ranks[0])
+    assert same(best["model"], load(run / "last.pth")["model"])
     assert float(history(run)[0]["val_iou"]) == pytest.approx(iou_by_hand(best, coco_root), abs=1e-6)
     model = UNetAutoencoder("resnet18", False)
     model.load_state_dict(best["model"])
@@ -314,3 +342,35 @@ def test_a_photo_that_a_worker_cannot_read_gets_one_line(coco_root, tmp_path):
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1, done.stderr
     assert str(photo) in done.stderr
+
+
+@pytest.mark.usefixtures("tiny")
+def test_going_back_to_an_earlier_epoch_keeps_what_came_after_it(coco_root, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    script(monkeypatch, [0.5, 0.6, 0.9, 0.4])
+    trainer.main(small(coco_root, run, num_epochs=3, keep_checkpoints=0))
+    best = (run / "best_model.pth").read_bytes()
+    trainer.main(small(coco_root, run, num_epochs=2, keep_checkpoints=0, resume=str(run / "epoch_0001.pth")))
+    (aside,) = run.glob("earlier_*")
+    assert (aside / "best_model.pth").read_bytes() == best
+    assert [path.name for path in sorted(aside.glob("epoch_*"))] == ["epoch_0002.pth", "epoch_0003.pth"]
+    assert load(run / "best_model.pth")["epoch"] == 2
+    assert str(aside) in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_finished_run_says_so_and_changes_nothing(coco_root, tmp_path, capsys):
+    settings = small(coco_root, tmp_path / "run", num_epochs=1)
+    trainer.main(settings)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    trainer.main(dataclasses.replace(settings, resume="newest"))
+    assert "all 1 epochs are done" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(coco_root, tmp_path, capsys):
+    settings = small(coco_root, tmp_path, num_epochs=1)
+    with checkpointing.claim(tmp_path):
+        assert f"another run is writing to {tmp_path}" in refusal(capsys, *flags(settings))
+    trainer.main(settings)

@@ -213,7 +213,7 @@ def test_learning_rate_follows_the_cosine_step_by_step(num_epochs, period, mult,
 
 @pytest.mark.usefixtures("tiny")
 def test_by_default_the_run_is_one_cycle():
-    scheduler = trainer.start_run(Config(device="cpu"), ALONE, None).scheduler
+    scheduler = trainer.start_run(Config(device="cpu"), ALONE).scheduler
     assert (scheduler.T_0, scheduler.T_mult) == (100, 1)
     assert trainer.unfinished_cycle(scheduler, 100) == ""
 
