@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from checkpointing import atomic_write
 
-TABLE_HEAD = "   epoch | train loss   IoU   Dice | val loss   IoU   Dice |       lr    time  wait"
+TABLE_HEAD = "  epoch | train loss   IoU  Dice | val loss   IoU  Dice |      lr    time wait"  # 80 columns with the star
 
 
 def banner(facts: dict[str, str]) -> str:
@@ -31,12 +31,12 @@ def banner(facts: dict[str, str]) -> str:
 
 
 def table_line(row: dict, num_epochs: int, is_best: bool) -> str:
-    """An epoch's row of history.csv as a line under `TABLE_HEAD`."""
+    """An epoch's row of history.csv as a line under `TABLE_HEAD`; a star marks the best epoch so far."""
     counter = f"{row['epoch']}/{num_epochs}"
     return (
-        f"{counter:>8} |   {short(row['train_loss'])} {row['train_iou']:.3f}  {row['train_dice']:.3f} "
-        f"| {short(row['val_loss'])} {row['val_iou']:.3f}  {row['val_dice']:.3f} | {row['learning_rate']:.2e} "
-        f"{clock(row['seconds']):>7}  {row['data_wait']:4.0%}{'  best' if is_best else ''}"
+        f"{counter:>7} |   {short(row['train_loss'])} {row['train_iou']:.3f} {row['train_dice']:.3f} "
+        f"| {short(row['val_loss'])} {row['val_iou']:.3f} {row['val_dice']:.3f} | {row['learning_rate']:.1e} "
+        f"{clock(row['seconds']):>7} {row['data_wait']:4.0%}{' *' if is_best else ''}"
     )
 
 
