@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from checkpointing import atomic_write
 
-TABLE_HEAD = "  epoch | train loss   IoU  Dice | val loss   IoU  Dice |      lr    time wait"  # 80 columns with the star
+TABLE_HEAD = "  epoch | train loss   IoU  Dice | val loss   IoU  Dice |      lr    time wait"  # and a star
 
 
 def banner(facts: dict[str, str]) -> str:
