@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
 import inspect
 import re
 import shutil
@@ -474,10 +475,16 @@ def dashed(argument: str) -> str:
     return name.replace("_", "-") + equals + value
 
 
+@functools.cache
+def setting_comments() -> dict[str, str]:
+    """The comment beside each setting in `Config`."""
+    return dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
+
+
 def flag_options(field: dataclasses.Field) -> dict:
     """argparse's options of a setting; its help is the comment beside it in `Config`."""
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
-    options = {"default": field.default, "help": f"{comments[field.name].replace('%', '%%')} (%(default)s)"}
+    comment = setting_comments()[field.name].replace("%", "%%")
+    options = {"default": field.default, "help": f"{comment} (%(default)s)"}
     if field.type == "bool":
         return options | {"action": argparse.BooleanOptionalAction}
     if field.name == "resume":
