@@ -352,7 +352,7 @@ def plan(arguments: list[str], output: Path) -> list[Job]:
             found = {argument: Path(argument.name)}
         else:
             raise PredictError(f"there is no photo or folder {argument}")
-        names |= {photo: name for photo, name in found.items() if photo not in names}
+        names |= found
     jobs = [Job(photo, output / name) for photo, name in with_png(names).items()]
     refuse_collisions(jobs)
     refuse_mixing(folders, jobs, output)
@@ -388,17 +388,20 @@ def with_png(names: dict[Path, Path]) -> dict[Path, Path]:
 
 def refuse_collisions(jobs: list[Job]) -> None:
     first: dict[Path, Path] = {}
-    photos = {identity(job.photo) for job in jobs}
+    photos = {identity(job.photo) for job in jobs} - {None}
     for job in jobs:
         if first.setdefault(job.output, job.photo) != job.photo:
             raise PredictError(f"{first[job.output]} and {job.photo} would both become {job.output}: do them apart")
-        if os.path.lexists(job.output) and identity(job.output) in photos:
+        if identity(job.output) in photos:
             raise PredictError(f"{job.output} would overwrite the photo of that name: choose another --output")
 
 
-def identity(path: Path) -> tuple[int, int]:
-    """The same for every way to write one file's path."""
-    status = os.lstat(path)
+def identity(path: Path) -> tuple[int, int] | None:
+    """The same for every path to one file, over links as well; None where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
     return status.st_dev, status.st_ino
 
 

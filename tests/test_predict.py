@@ -407,13 +407,14 @@ def test_refused_before_anything_is_written(tmp_path, run, stub):
     for name in ("a.jpg", "a.png", "a.jpg.webp"):
         save(tmp_path / "four" / name)
     save(tmp_path / "five" / "five" / "a.jpg")
-    os.symlink(tmp_path / "one" / "a.png", tmp_path / "link.png")
+    os.symlink(tmp_path / "one" / "a.png", tmp_path / "a.png")
     before = {name: (tmp_path / name).read_bytes() for name in outputs(tmp_path)}
     cases = {
         "would both become": ([tmp_path / "one", tmp_path / "two", "--output", tmp_path / "out"],
                               [tmp_path / "four", "--output", tmp_path / "out"]),
         "would overwrite": ([tmp_path / "one" / "a.png", "--output", tmp_path / "one"],
-                            [tmp_path / "link.png", "--output", tmp_path, "--overwrite"],
+                            [tmp_path / "a.png", "--output", tmp_path, "--overwrite"],
+                            [tmp_path / "a.png", "--output", tmp_path / "one", "--overwrite"],
                             [tmp_path / "one", "--output", tmp_path / "three" / ".." / "one"]),
         "would mix": ([tmp_path / "three", "--output", tmp_path / "three"],
                       [tmp_path / "five", "--output", tmp_path]),
@@ -467,12 +468,13 @@ def test_broken_files_are_named_and_the_rest_goes_on(tmp_path, run, stub):
         (photos / f"whole_{kind}.{kind}").write_bytes(content)
         (photos / f"broken_{kind}.{kind}").write_bytes(content[: len(content) // 2])
     (photos / "broken_empty.jpg").touch()
+    (photos / "broken_link.jpg").symlink_to("nowhere.jpg")
     (photos / "broken_text.jpg").write_text("no photo at all\nnot at all")
     (photos / "broken_bomb.png").write_bytes(png_file((20000, 20000), 8, 2, noise[:1]))
     code, lines, errors = run(photos, "--output", tmp_path / "out", "--batch-size", "3")
     assert code == 1
     assert outputs(tmp_path / "out") == {f"whole_{kind}.png" for kind in ("jpg", "png", "webp", "tif", "bmp", "gif")}
-    assert lines == [f"6 of 15 photos written to {tmp_path / 'out'}, 9 could not be done"]
+    assert lines == [f"6 of 16 photos written to {tmp_path / 'out'}, 10 could not be done"]
     assert sorted(line.split(" cannot be read: ")[0] for line in errors) == sorted(map(str, photos.glob("broken*")))
     assert next(line for line in errors if "bomb" in line).endswith("could be decompression bomb DOS attack.")
 
@@ -625,6 +627,8 @@ def test_checkpoint_of_another_kind_gets_one_line(tmp_path, run, checkpoint, mon
     code, lines, errors = run(save(tmp_path / "a.png"), "--checkpoint", "other.pth")
     assert (code, lines, len(errors)) == (2, [], 1)
     assert "other.pth holds no model that can be used here" in errors[0]
+    with pytest.raises(checkpointing.CheckpointError, match=r"\A.{1,300}\Z"):  # one line for Python as well
+        load("other.pth", "cpu")
     torch.save({"weight": torch.zeros(3)}, tmp_path / "weights.pth")
     with pytest.raises(checkpointing.CheckpointError, match="not a checkpoint of this program"):
         load(tmp_path / "weights.pth", "cpu")
