@@ -214,8 +214,7 @@ class Cutter:
     def __init__(self, model: UNetAutoencoder, image_size: int, device: torch.device, amp: bool = True):
         if image_size < SMALLEST_INPUT:
             raise ValueError(f"an image size of {image_size} pixels")
-        memory_format = torch.preserve_format if device.type == "mps" else torch.channels_last
-        self.model = model.eval().to(device, memory_format=memory_format)
+        self.model = model.eval().to(device, memory_format=utils.memory_format(device))
         self.image_size, self.device = image_size, device
         self.amp_dtype = utils.autocast_dtype(device, amp)
         # A GPU holds one batch at a time, whichever thread brings it; on a CPU every thread computes for itself.

@@ -282,8 +282,7 @@ def start_run(config: Config, processes: Processes) -> Run:
     weights_file = config.encoder_weights if pretrained and config.encoder_weights else None
     with utils.one_process_first(processes):  # one downloads, all load
         model = UNetAutoencoder(config.encoder, pretrained, config.use_attention, weights_file)
-    memory_format = torch.preserve_format if processes.device.type == "mps" else torch.channels_last
-    model = model.to(processes.device, memory_format=memory_format)
+    model = model.to(processes.device, memory_format=utils.memory_format(processes.device))
     if utils.needs_sync_batchnorm(processes, config.batch_size):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     optimizer = Adam(model.parameters(), config.learning_rate, weight_decay=config.weight_decay)

@@ -306,6 +306,11 @@ def autocast_dtype(device: torch.device, wanted: bool) -> torch.dtype | None:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
+def memory_format(device: torch.device) -> torch.memory_format:
+    """How a model's weights are laid out: channels last, but for Apple's MPS, where they stay as they are."""
+    return torch.preserve_format if device.type == "mps" else torch.channels_last
+
+
 def needs_sync_batchnorm(processes: Processes, batch_size: int) -> bool:
     """Whether a process's own batch is too small for BatchNorm's statistics; PyTorch can share them on GPUs only."""
     return processes.device.type == "cuda" and processes.world_size > 1 and batch_size < 16
