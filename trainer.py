@@ -34,8 +34,9 @@ from torch.utils.data import DataLoader
 import checkpointing
 import reporting
 import utils
-from datasets import COCOPersonDataset, DataError, batches, describe_left_out, make_loader, usable_cores
+from datasets import COCOPersonDataset, batches, make_loader, usable_cores
 from models import ENCODERS, UNetAutoencoder, WeightsError
+from person_index import DataError, describe_left_out
 from utils import LossCalculator, LossMeter, Processes, SegmentationMetrics
 
 

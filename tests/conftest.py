@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -10,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from pycocotools import mask as coco_mask
+
+from person_index import DataError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -114,3 +120,33 @@ def write_annotations(root: Path, split: str, content: dict) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content))
     return path
+
+
+def edit(root: Path, change: Callable[[dict], object], keep_time: bool = False) -> Path:
+    path = root / "annotations" / "instances_train2017.json"
+    content, time = json.loads(path.read_text()), path.stat().st_mtime_ns
+    change(content)
+    write_annotations(root, "train2017", content)
+    os.utime(path, ns=(time, time if keep_time else time + 10**9))  # a fast test stays within a tick of the clock
+    return path
+
+
+def persons_of(content: dict, image_id: int) -> list[dict]:
+    return [a for a in content["annotations"] if a["image_id"] == image_id and a["category_id"] == 1]
+
+
+def add_person(content: dict, segmentation: object, image_id: int = 1) -> None:
+    content["annotations"].append({"id": 1, "image_id": image_id, "category_id": 1, "segmentation": segmentation})
+
+
+def refusal(call: Callable, *args: object) -> str:
+    with pytest.raises(DataError) as caught:
+        call(*args)
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
+def fresh_python(code: str, *args: object) -> list[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "NO_ALBUMENTATIONS_UPDATE"}
+    command, folder = [sys.executable, "-c", code, *map(str, args)], Path(__file__).resolve().parents[1]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True).stdout.splitlines()

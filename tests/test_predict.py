@@ -19,10 +19,13 @@ import torch
 from PIL import Image, ImageCms, features
 
 import checkpointing
+import photos
 import predict
+from cutter import Cutter, load
 from datasets import letterbox
 from models import UNetAutoencoder
-from predict import Cutter, PredictError, load, read_photo, run_command
+from photos import PhotoError, read_photo
+from predict import run_command
 
 RNG = np.random.default_rng(0)
 PICTURE = cv2.resize(RNG.integers(0, 256, (6, 9, 3), dtype=np.uint8), (70, 50), interpolation=cv2.INTER_CUBIC)
@@ -226,8 +229,8 @@ def test_lossy_kinds_without_a_second_decoder(tmp_path):
 def test_grey_of_twelve_bits_and_floating_point(tmp_path):
     image = Image.fromarray(DEEP // 16)
     image.tag_v2 = {258: (12,)}
-    np.testing.assert_array_equal(predict.to_photo(image).rgb, as_rgb(DEEP // 256))
-    with pytest.raises(PredictError, match=r"float.tif cannot be read: .* floating-point"):
+    np.testing.assert_array_equal(photos.to_photo(image).rgb, as_rgb(DEEP // 256))
+    with pytest.raises(PhotoError, match=r"float.tif cannot be read: .* floating-point"):
         read_photo(save(tmp_path / "float.tif", PICTURE[..., 0].astype(np.float32)))
 
 
@@ -287,9 +290,9 @@ def test_heic_where_its_library_is_installed(monkeypatch):
     registered = []
     library = SimpleNamespace(register_heif_opener=lambda: registered.append(1))
     monkeypatch.setitem(sys.modules, "pillow_heif", library)
-    predict.photo_formats.cache_clear()
-    assert "JPEG" in predict.photo_formats()
-    assert "EPS" not in predict.photo_formats()
+    photos.photo_formats.cache_clear()
+    assert "JPEG" in photos.photo_formats()
+    assert "EPS" not in photos.photo_formats()
     assert registered == [1]
 
 
@@ -339,10 +342,10 @@ def test_load_takes_paths_images_and_arrays_and_changes_none(tmp_path, checkpoin
         np.testing.assert_array_equal(cut(photo), expected)
     np.testing.assert_array_equal(np.asarray(image), PICTURE)
     for wrong in (PICTURE / 255, GREY, PICTURE[:0]):
-        with pytest.raises(PredictError, match="expected a uint8 array"):
+        with pytest.raises(PhotoError, match="expected a uint8 array"):
             cut(wrong)
     (tmp_path / "cut.png").write_bytes(path.read_bytes()[:-900])
-    with pytest.raises(PredictError, match="the photo cannot be read"):
+    with pytest.raises(PhotoError, match="the photo cannot be read"):
         cut(Image.open(tmp_path / "cut.png"))
 
 
@@ -580,7 +583,7 @@ def test_mask_threshold_and_background_by_hand(tmp_path, run, stub):
 )
 def test_cover_crops_the_middle(size, expected):
     picture = np.repeat(np.array([[1, 2, 3, 4], [5, 6, 7, 8]], np.uint8)[..., None], 3, axis=2)
-    found = predict.cover(picture, size)[..., 0]
+    found = photos.cover(picture, size)[..., 0]
     assert found.shape == (size[1], size[0])
     np.testing.assert_array_equal(found, expected)
 

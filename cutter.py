@@ -1,0 +1,104 @@
+"""From a checkpoint and a photo to the persons on it: the network, its alpha at the photo's size, their colours."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+
+import checkpointing
+import utils
+from datasets import letterbox, restore, to_rgba
+from models import SMALLEST_INPUT, UNetAutoencoder
+from photos import as_photo
+
+
+def load(checkpoint: str | Path, device: str = utils.EACH_ITS_GPU) -> Cutter:
+    """The model of a checkpoint, ready to cut; the checkpoint itself says which model that is.
+
+    Args:
+        checkpoint: `best_model.pth`, or any other that a training wrote.
+        device: e.g. "cpu", "cuda:1", "mps"; by default the first GPU, or the CPU where there is none.
+
+    Raises:
+        CheckpointError: no such file, damaged, or of another kind.
+        LaunchError: no such device.
+    """
+    name, _ = utils.pick_device(device, 0, torch.cuda.device_count(), torch.backends.mps.is_available())
+    content = checkpointing.load(checkpoint)
+    try:
+        config = content["config"]
+        model = UNetAutoencoder(config["encoder"], pretrained=False, use_attention=config["use_attention"])
+        model.load_state_dict(content["model"])
+        return Cutter(model, config["image_size"], torch.device(name), config.get("amp", True))
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        text = " ".join(str(error).split())[:160]  # PyTorch lists every tensor that is missing, a line each
+        raise checkpointing.CheckpointError(f"{checkpoint} holds no model that can be used here: {text}") from None
+
+
+class Cutter:
+    """Cuts the persons out of photos: `rgba = cut(photo)`.
+
+    Args:
+        image_size: pixels, the side of the square that the model was trained on.
+        amp: whether to compute in bfloat16 or float16 on a GPU.
+    """
+
+    def __init__(self, model: UNetAutoencoder, image_size: int, device: torch.device, amp: bool = True):
+        if image_size < SMALLEST_INPUT:
+            raise ValueError(f"an image size of {image_size} pixels")
+        self.model = model.eval().to(device, memory_format=utils.memory_format(device))
+        self.image_size, self.device = image_size, device
+        self.amp_dtype = utils.autocast_dtype(device, amp)
+        # A GPU holds one batch at a time, whichever thread brings it; on a CPU every thread computes for itself.
+        self._turn = contextlib.nullcontext() if device.type == "cpu" else threading.Lock()
+
+    def __call__(self, photo: str | Path | Image.Image | np.ndarray) -> np.ndarray:
+        """A photo to uint8 RGBA (H, W, 4): its own colours everywhere, the persons as straight alpha.
+
+        Raises:
+            PhotoError: the photo cannot be read.
+        """
+        photo = as_photo(photo)
+        square, metadata = letterbox(photo.rgb, self.image_size)
+        alpha = alpha_of(self.probabilities([square])[0], metadata, photo.rgb)
+        return to_rgba(photo.rgb, to_opacity(alpha, photo.alpha))
+
+    @torch.inference_mode()
+    def probabilities(self, squares: list[np.ndarray]) -> np.ndarray:
+        """uint8 RGB squares (S, S, 3) to the probabilities of a person, float32 (N, S, S)."""
+        with self._turn, torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
+            images = torch.from_numpy(np.stack(squares)).to(self.device).permute(0, 3, 1, 2)
+            return self.model.predict(images.float().div_(255))[:, 3].float().cpu().numpy()
+
+
+def alpha_of(probabilities: np.ndarray, metadata: dict, rgb: np.ndarray) -> np.ndarray:
+    """From the network's square to the photo's alpha: the one place where that happens.
+
+    Args:
+        probabilities: of a person, float32 (S, S).
+        metadata: what `letterbox` returned for the photo.
+        rgb: the photo, uint8 (H, W, 3).
+
+    Returns:
+        float32 (H, W) in [0, 1], never stretched: where the model sees nobody it stays empty.
+    """
+    return restore(probabilities, metadata)
+
+
+def to_opacity(alpha: np.ndarray, photo_alpha: np.ndarray | None, threshold: float | None = None) -> np.ndarray:
+    """Alpha in [0, 1], float32 (H, W), as uint8: rounded, or with a threshold 255 above it and 0 elsewhere.
+
+    No more opaque than the photo was, by the smaller of the two: both draw the same person's edge, and a
+    product would eat it away a little more each time that a cutout is cut out again.
+    """
+    if threshold is None:
+        opacity = cv2.convertScaleAbs(alpha, alpha=255.0)  # rounds and saturates
+    else:
+        opacity = (alpha > threshold).astype(np.uint8) * np.uint8(255)
+    return opacity if photo_alpha is None else np.minimum(opacity, photo_alpha)
