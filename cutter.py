@@ -6,14 +6,14 @@ import contextlib
 import threading
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from PIL import Image
 
 import checkpointing
 import utils
-from datasets import letterbox, restore, to_rgba
+from datasets import letterbox, to_rgba
+from matting import alpha_of, foreground, to_opacity
 from models import SMALLEST_INPUT, UNetAutoencoder
 from photos import as_photo
 
@@ -59,15 +59,16 @@ class Cutter:
         self._turn = contextlib.nullcontext() if device.type == "cpu" else threading.Lock()
 
     def __call__(self, photo: str | Path | Image.Image | np.ndarray) -> np.ndarray:
-        """A photo to uint8 RGBA (H, W, 4): its own colours everywhere, the persons as straight alpha.
+        """A photo to uint8 RGBA (H, W, 4): the persons as straight alpha, the colours its own but at soft edges.
 
         Raises:
             PhotoError: the photo cannot be read.
         """
         photo = as_photo(photo)
         square, metadata = letterbox(photo.rgb, self.image_size)
-        alpha = alpha_of(self.probabilities([square])[0], metadata, photo.rgb)
-        return to_rgba(photo.rgb, to_opacity(alpha, photo.alpha))
+        alpha = alpha_of(self.probabilities([square])[0], square, metadata, photo.rgb)
+        opacity = to_opacity(alpha, photo.alpha)
+        return to_rgba(foreground(photo.rgb, opacity, square, metadata, photo.alpha), opacity)
 
     @torch.inference_mode()
     def probabilities(self, squares: list[np.ndarray]) -> np.ndarray:
@@ -75,30 +76,3 @@ class Cutter:
         with self._turn, torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
             images = torch.from_numpy(np.stack(squares)).to(self.device).permute(0, 3, 1, 2)
             return self.model.predict(images.float().div_(255))[:, 3].float().cpu().numpy()
-
-
-def alpha_of(probabilities: np.ndarray, metadata: dict, rgb: np.ndarray) -> np.ndarray:
-    """From the network's square to the photo's alpha: the one place where that happens.
-
-    Args:
-        probabilities: of a person, float32 (S, S).
-        metadata: what `letterbox` returned for the photo.
-        rgb: the photo, uint8 (H, W, 3).
-
-    Returns:
-        float32 (H, W) in [0, 1], never stretched: where the model sees nobody it stays empty.
-    """
-    return restore(probabilities, metadata)
-
-
-def to_opacity(alpha: np.ndarray, photo_alpha: np.ndarray | None, threshold: float | None = None) -> np.ndarray:
-    """Alpha in [0, 1], float32 (H, W), as uint8: rounded, or with a threshold 255 above it and 0 elsewhere.
-
-    No more opaque than the photo was, by the smaller of the two: both draw the same person's edge, and a
-    product would eat it away a little more each time that a cutout is cut out again.
-    """
-    if threshold is None:
-        opacity = cv2.convertScaleAbs(alpha, alpha=255.0)  # rounds and saturates
-    else:
-        opacity = (alpha > threshold).astype(np.uint8) * np.uint8(255)
-    return opacity if photo_alpha is None else np.minimum(opacity, photo_alpha)

@@ -102,6 +102,12 @@ def to_rgba(photo: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return rgba
 
 
+def crop(array: np.ndarray, metadata: dict) -> np.ndarray:
+    """What `letterbox` made of the image, without the padding: a view."""
+    left, top, right, bottom = metadata["padding"]
+    return array[top : array.shape[0] - bottom, left : array.shape[1] - right]
+
+
 def restore(array: np.ndarray, metadata: dict) -> np.ndarray:
     """The way back from `letterbox`: crops the padding, resizes to the original size.
 
@@ -112,10 +118,8 @@ def restore(array: np.ndarray, metadata: dict) -> np.ndarray:
     Returns:
         (height, width) or (height, width, C) of the same dtype; interpolated, so a mask is to be cut again.
     """
-    left, top, right, bottom = metadata["padding"]
-    cropped = array[top : array.shape[0] - bottom, left : array.shape[1] - right]
     width, height = metadata["original_size"]
-    return resize(cropped, (width, height)).reshape(height, width, *array.shape[2:])
+    return resize(crop(array, metadata), (width, height)).reshape(height, width, *array.shape[2:])
 
 
 # --- augmentation -----------------------------------------------------------------------------------------

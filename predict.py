@@ -37,8 +37,9 @@ from tqdm import tqdm
 
 import checkpointing
 import utils
-from cutter import Cutter, alpha_of, load, to_opacity
+from cutter import Cutter, load
 from datasets import letterbox, usable_cores
+from matting import alpha_of, foreground, to_opacity
 from photos import Photo, PhotoError, compose, encode_png, photo_formats, read_photo, reason
 
 PIXELS_AT_WORK = 2**27  # of all photos that are read, cut or written at one moment
@@ -237,15 +238,24 @@ def cut_batch(cutter: Cutter, jobs: list[Job], style: Style) -> tuple[int, list[
         except PhotoError as error:
             failures.append(str(error))
     for probabilities in cutter.probabilities([square for _, _, square, _ in ready]) if ready else ():
-        job, photo, _, metadata = ready.pop(0)  # off the list, so that its memory is free as soon as it is written
+        job, *letterboxed = ready.pop(0)  # off the list, so that its memory is free as soon as it is written
         try:
-            opacity = to_opacity(alpha_of(probabilities, metadata, photo.rgb), photo.alpha, style.threshold)
-            write(style.encode(photo, opacity), job.output)
+            write(cutout(probabilities, *letterboxed, style), job.output)
         except (OSError, ValueError, MemoryError, cv2.error) as error:
             if getattr(error, "errno", None) in DISK_ERRORS:
                 raise PredictError(f"{job.output} cannot be written: {error.strerror}") from None
             failures.append(f"{job.output} cannot be written: {reason(error)}")
     return len(jobs), failures
+
+
+def cutout(
+    probabilities: np.ndarray, photo: Photo, square: np.ndarray, metadata: dict, style: Style
+) -> list[bytes | memoryview]:
+    """What is written for a photo."""
+    opacity = to_opacity(alpha_of(probabilities, square, metadata, photo.rgb), photo.alpha, style.threshold)
+    if not style.mask:
+        photo.rgb = foreground(photo.rgb, opacity, square, metadata, photo.alpha)
+    return style.encode(photo, opacity)
 
 
 # --- the command line -------------------------------------------------------------------------------------
