@@ -189,7 +189,7 @@ class COCOPersonDataset(Dataset):
         seed: int = 0,
     ):
         self.photos = Path(root) / split
-        self.index = open_index(root, split)
+        self.index = open_index(root, split, usable_cores())
         self.image_size = image_size
         self.store_metadata = store_metadata
         self.seed = seed

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import socket
+import sys
 import zipfile
 from collections import Counter
 from hashlib import sha256
@@ -17,8 +18,12 @@ import msgspec
 import numpy as np
 import torch
 from pycocotools import mask as coco_mask
+from tqdm import tqdm
 
-INDEX_VERSION = 1  # of the index file's content; another version is built anew
+import run_lengths
+
+INDEX_VERSION = 2  # of the index file's content; another version is built anew
+LARGE_FILE, MOST_PROCESSES = 2**24, 4  # bytes from which processes share the drawing; more would wait for the parsing
 MAX_SIDE, MAX_PIXELS = 2**20, 2**28  # of a photo: more is taken for a broken record, not for a photo
 
 
@@ -51,11 +56,6 @@ class _CocoFile(msgspec.Struct, gc=False):
     images: list[_Photo]
     annotations: list[_Annotation]
     categories: list[_Category]
-
-
-class _RunLengths(msgspec.Struct, gc=False):
-    size: tuple[int, int]
-    counts: list[int] | str
 
 
 class PersonIndex:
@@ -105,8 +105,8 @@ class PersonIndex:
         return self._arrays[name][start:end]
 
 
-def open_index(root: str | Path, split: str) -> PersonIndex:
-    """Opens the person index of a split, and builds it first where it is missing or out of date.
+def open_index(root: str | Path, split: str, cores: int = 1) -> PersonIndex:
+    """Opens the person index of a split, and builds it first, on that many cores, where it is missing or out of date.
 
     Raises:
         DataError: no COCO under `root`, or an annotation file that is not COCO's.
@@ -120,7 +120,7 @@ def open_index(root: str | Path, split: str) -> PersonIndex:
             return index
     print(f"Reading {annotations} (once: the person index is kept on disk)", flush=True)
     try:
-        content = _build(annotations, root / split)
+        content = _build(annotations, root / split, cores)
     except OSError as error:
         raise DataError(f"{error.filename} cannot be read: {error.strerror}") from None
     for place in places:
@@ -191,28 +191,31 @@ def _write_atomically(content: dict, path: Path) -> bool:
     return True
 
 
-def _build(annotations: Path, photos: Path) -> dict:
+def _build(annotations: Path, photos: Path, cores: int) -> dict:
     stat = annotations.stat()  # before the reading: a change during it must show
     coco = _parse(annotations)
     left_out: Counter[str] = Counter()
     records = _photos_by_id(coco, left_out)
     segmentations = _segmentations_by_photo(coco, records, annotations, left_out)
+    del coco  # most of it is not about persons
+    named = len(segmentations)
     folders = sorted({os.path.dirname(_safe_name(records[i].file_name, annotations)) for i in segmentations})
     fingerprint = _fingerprint(stat, photos, folders)  # and so before the listing
-    present = {folder: set(os.listdir(photos / folder)) for folder in folders if (photos / folder).is_dir()}
-    rows = []
-    for image_id, raw in segmentations.items():
-        photo = records[image_id]
-        if os.path.basename(photo.file_name) not in present.get(os.path.dirname(photo.file_name), ()):
-            left_out["photos that are not on disk"] += 1
-        elif mask := _merged_mask(raw, photo, left_out):
-            rows.append((photo, mask))
+    present = {folder: _files_in(photos / folder, photos) for folder in folders}
+    segmentations = {i: raw for i, raw in segmentations.items() if _is_present(records[i], present, left_out)}
+    rows = _draw_all(records, segmentations, _processes(stat.st_size, cores), annotations, left_out)
+    del segmentations  # and with them the annotation file
     if not rows:
         raise DataError(
-            f"no photo with a person: {annotations} names {len(segmentations)} photos of persons, "
+            f"no photo with a person: {annotations} names {named} photos of persons, "
             f"none of which can be used in {photos}" + (f" ({describe_left_out(left_out)})" if left_out else "")
         )
     return {"fingerprint": fingerprint, "left_out": dict(left_out), "arrays": _flat_arrays(rows)}
+
+
+def _processes(size: int, cores: int) -> int:
+    """How many processes draw the masks of an annotation file of so many bytes."""
+    return min(cores, MOST_PROCESSES) if size >= LARGE_FILE and cores > 1 else 0
 
 
 def _parse(annotations: Path) -> _CocoFile:
@@ -260,61 +263,61 @@ def _safe_name(file_name: str, annotations: Path) -> str:
     return file_name
 
 
-def _merged_mask(segmentations: list[msgspec.Raw], photo: _Photo, left_out: Counter[str]) -> bytes | None:
-    """The union of a photo's persons as COCO's compressed run lengths; None where nothing can be drawn."""
-    drawn = []
-    for raw in segmentations:
-        try:
-            drawn += _draw(raw, photo.height, photo.width)
-        except (ValueError, OverflowError, msgspec.DecodeError):
-            left_out["annotations that cannot be drawn"] += 1
-    return coco_mask.merge(drawn)["counts"] if drawn else None
+def _files_in(folder: Path, photos: Path) -> dict[str, bool]:
+    """The files of a folder; True for those that lie in the photo folder, not merely a link to elsewhere."""
+    if not folder.is_dir():
+        return {}
+    home = os.path.realpath(photos)
+    inside = _lies_in(folder, home)
+    files = {}
+    with os.scandir(folder) as entries:  # tells files and links apart without opening any
+        for entry in entries:
+            if entry.is_file(follow_symlinks=False):  # a pipe or a device would never end
+                files[entry.name] = inside
+            elif entry.is_symlink() and os.path.isfile(entry.path):
+                files[entry.name] = _lies_in(entry.path, home)
+    return files
 
 
-def _draw(raw: msgspec.Raw, height: int, width: int) -> list[dict]:
-    """One annotation's run lengths, drawn by pycocotools after the checks that it leaves out.
-
-    Raises:
-        ValueError: run lengths that do not fill the photo, a polygon of too few or far-off points, or none inside.
-    """
-    shape = msgspec.json.decode(raw, type=list[list[float]] | _RunLengths)
-    if isinstance(shape, _RunLengths):
-        counts = decode_counts(shape.counts) if isinstance(shape.counts, str) else shape.counts
-        if shape.size != (height, width) or min(counts, default=-1) < 0 or sum(counts) != height * width:
-            raise ValueError("the run lengths are not of the photo's size")
-        return [coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)]
-    reach = 4 * max(height, width)  # pycocotools walks every pixel of an edge, wherever it leads
-    if not shape or any(len(p) < 6 or len(p) % 2 or max(map(abs, p)) > reach for p in shape):
-        raise ValueError("a polygon has too few points, or points far outside the photo")
-    drawn = coco_mask.frPyObjects(shape, height, width)
-    if not coco_mask.area(drawn).any():
-        raise ValueError("nothing of it lies inside the photo")
-    return drawn
+def _lies_in(path: str | Path, home: str) -> bool:
+    return Path(os.path.realpath(path)).is_relative_to(home)
 
 
-def decode_counts(text: str) -> list[int]:
-    """COCO's compressed run lengths as numbers: 5 bits a character, from the third on as differences.
+def _is_present(photo: _Photo, present: dict[str, dict[str, bool]], left_out: Counter[str]) -> bool:
+    folder, name = os.path.split(photo.file_name)
+    inside = present[folder].get(name)
+    if inside is None:
+        left_out["photos that are not on disk"] += 1
+    elif not inside:
+        left_out["photos that are links out of the photo folder"] += 1
+    return bool(inside)
 
-    Written out here because pycocotools' own decoder reads past the end of a damaged text.
 
-    Raises:
-        ValueError: a character outside the code, or an end in the middle of a number.
-    """
-    counts: list[int] = []
-    value = shift = 0
-    for code in text.encode():
-        bits = code - 48
-        if not 0 <= bits < 64 or shift > 30:
-            raise ValueError("not COCO's compressed run lengths")
-        value |= (bits & 0x1F) << shift
-        shift += 5
-        if not bits & 0x20:
-            value -= (bits & 0x10) << (shift - 4)  # the sign bit of the last five
-            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
-            value = shift = 0
-    if shift:
-        raise ValueError("compressed run lengths end in the middle of a number")
-    return counts
+def _draw_all(
+    records: dict[int, _Photo],
+    segmentations: dict[int, list[msgspec.Raw]],
+    processes: int,
+    annotations: Path,
+    left_out: Counter[str],
+) -> list[tuple[_Photo, bytes]]:
+    """Each photo with its merged mask, without those where nothing can be drawn."""
+    photos = [records[image_id] for image_id in segmentations]
+    drawings = (
+        run_lengths.Drawing(photo.height, photo.width, [bytes(raw) for raw in segmentations[photo.id]])
+        for photo in photos
+    )
+    progress = tqdm(photos, "Drawing the masks", unit="photo", delay=1, leave=False, disable=not sys.stderr.isatty())
+    rows = []
+    try:
+        with contextlib.closing(run_lengths.draw_all(drawings, processes)) as masks:
+            for photo, mask in zip(progress, masks, strict=True):
+                left_out["annotations that cannot be drawn"] += mask.undrawable
+                if mask.counts:
+                    rows.append((photo, mask.counts))
+    except RuntimeError as error:
+        raise DataError(f"{annotations} cannot be indexed: {error}") from None
+    left_out += Counter()  # drops the reasons that never occurred
+    return rows
 
 
 def _flat_arrays(rows: list[tuple[_Photo, bytes]]) -> dict[str, torch.Tensor]:
@@ -331,7 +334,7 @@ def _flat_arrays(rows: list[tuple[_Photo, bytes]]) -> dict[str, torch.Tensor]:
 def _joined(pieces: list[bytes]) -> tuple[torch.Tensor, torch.Tensor]:
     offsets = torch.zeros(len(pieces) + 1, dtype=torch.int64)
     offsets[1:] = torch.tensor([len(piece) for piece in pieces]).cumsum(0)
-    return torch.frombuffer(bytearray(b"".join(pieces)), dtype=torch.uint8), offsets
+    return torch.frombuffer(bytearray().join(pieces), dtype=torch.uint8), offsets
 
 
 def describe_left_out(left_out: Counter[str]) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import pwd
 import random
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -21,11 +23,12 @@ from conftest import (
     fresh_python,
     persons_of,
     refusal,
-    uncompressed_rle,
 )
 
 import person_index
+import run_lengths
 from datasets import COCOPersonDataset, open_index
+from tools.make_annotations import make_split
 
 TRAIN = "train2017"
 FIRST = "000000000001.jpg"  # width 48, height 64 in `coco_root`
@@ -160,6 +163,55 @@ def test_a_cache_folder_that_cannot_be_had_matters_only_where_it_is_needed(coco_
     assert str(coco_root) in refusal(open_index, coco_root, TRAIN)
 
 
+def test_a_large_file_is_drawn_by_several_processes_with_the_same_result(coco_root, monkeypatch, capfd):
+    edit(coco_root, lambda content: [add_person(content, [[n, 1, 9, 1, 9, 9]], n % 9) for n in range(3000)])
+    def draw_all(work: object, processes: int) -> object:
+        shared_out.append(processes)
+        return genuine_draw_all(work, processes)
+
+    shared_out, genuine_draw_all = [], run_lengths.draw_all
+    monkeypatch.setattr(run_lengths, "draw_all", draw_all)
+    first = open_index(coco_root, TRAIN, cores=2)
+    masks, left_out = [first.alpha(i) for i in range(10)], first.left_out
+    monkeypatch.setattr(person_index, "LARGE_FILE", 1)
+    for cores, processes in [(1, 0), (2, 2), (64, 4)]:
+        first.path.unlink()
+        index = open_index(coco_root, TRAIN, cores)
+        assert all(np.array_equal(index.alpha(i), masks[i]) for i in range(10))
+        assert (index.left_out, shared_out.pop()) == (left_out, processes)
+    assert len(left_out) == 2
+    assert capfd.readouterr().err == ""
+
+
+def test_a_drawing_process_that_dies_is_named_with_the_file(coco_root, monkeypatch):
+    monkeypatch.setattr(person_index, "LARGE_FILE", 1)
+    monkeypatch.setattr(sys, "executable", shutil.which("true"))
+    assert "instances_train2017.json" in refusal(open_index, coco_root, TRAIN, 2)
+    assert not (coco_root / ".silueta").exists()
+
+
+def test_an_open_index_is_a_few_objects_and_pages_that_every_process_shares(tmp_path):
+    """So that workers, which touch every object that they use, and copy its page by that, have nothing to copy."""
+    indexes, objects = [], []
+    for photos in (20, 20, 2000):  # the first time makes what lasts
+        make_split(tmp_path / str(photos) / str(len(indexes)), TRAIN, photos, photos)
+        open_index(tmp_path / str(photos) / str(len(indexes)), TRAIN)
+        gc.collect()
+        before = len(gc.get_objects())
+        indexes.append(open_index(tmp_path / str(photos) / str(len(indexes)), TRAIN))
+        gc.collect()
+        objects.append(len(gc.get_objects()) - before)
+    assert 0 < objects[1] == objects[2] < 100
+    index = indexes[-1]
+    for number in range(len(index)):
+        index.file_name(number), index.alpha(number)
+    if sys.platform == "linux":
+        mapped = Path("/proc/self/smaps").read_text().split(str(index.path))[1:]
+        fields = [dict(re.findall(r"(\w+): +(\d+) kB", entry.split("VmFlags")[0])) for entry in mapped]
+        assert sum(int(field["Rss"]) for field in fields) * 1024 > 0.9 * index.path.stat().st_size
+        assert [field["Anonymous"] for field in fields] == ["0"]
+
+
 # --- data that cannot be used -----------------------------------------------------------------------------
 
 
@@ -197,6 +249,25 @@ def test_an_annotation_file_that_is_cut_or_not_coco_is_named(coco_root):
 def test_names_that_leave_the_photo_folder_are_refused(coco_root, name):
     edit(coco_root, lambda content: content["images"][3].update(file_name=name))
     assert repr(name) in refusal(open_index, coco_root, TRAIN)
+
+
+def test_links_out_of_the_photo_folder_are_not_followed(coco_root, tmp_path):
+    photos = coco_root / TRAIN
+    (photos / FIRST).rename(tmp_path / FIRST)
+    (photos / FIRST).symlink_to(tmp_path / FIRST)
+    (photos / "away").symlink_to(tmp_path)
+    (photos / "000000000002.jpg").rename(photos / "held.jpg")
+    (photos / "000000000002.jpg").symlink_to("held.jpg")
+    (photos / "000000000003.jpg").unlink()
+    (photos / "000000000003.jpg").symlink_to("000000000003.jpg")  # a link to itself
+    (photos / "000000000005.jpg").unlink()
+    os.mkfifo(photos / "000000000005.jpg")  # to read it would wait for ever
+    edit(coco_root, lambda content: content["images"][3].update(file_name=f"away/{FIRST}"))
+    photos.rename(tmp_path / "the photos")  # the folder as a whole may lie wherever its owner wants it
+    photos.symlink_to(tmp_path / "the photos")
+    index = open_index(coco_root, TRAIN)
+    assert [index.image_id(i) for i in range(len(index))] == [2, 6, 7, 8, 9, 10]
+    assert index.left_out == {"photos that are links out of the photo folder": 2, "photos that are not on disk": 2}
 
 
 UNDRAWABLE = [
@@ -238,16 +309,6 @@ def test_records_that_lead_nowhere_are_left_out_and_counted(coco_root, change, l
     assert [index.image_id(i) for i in range(len(index))] == [*range(11 - length, 11)]
     assert [index.file_name(i) for i in range(len(index))] == [f"{n:012d}.jpg" for n in range(11 - length, 11)]
     assert next(iter(index.left_out.values())) == 1
-
-
-def test_compressed_run_lengths_are_decoded_as_pycocotools_encoded_them():
-    rng = np.random.default_rng(0)
-    for runs in [rng.integers(1, 4, 60), rng.integers(1, 900, 40), rng.integers(1, 90_000, 12), rng.integers(1, 9, 1)]:
-        mask = np.repeat(np.arange(len(runs)) % 2, runs).astype(np.uint8)[None]
-        assert person_index.decode_counts(compressed_rle(mask)["counts"]) == uncompressed_rle(mask)["counts"] == [*runs]
-    for damaged in ("/0", "p0", "é", "0P", "P" * 9 + "0"):  # outside the code, cut in a number, beyond 32 bits
-        with pytest.raises(ValueError, match="compressed run lengths"):
-            person_index.decode_counts(damaged)
 
 
 def test_damaged_run_lengths_never_crash(coco_root):
