@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import run_lengths
 
-INDEX_VERSION = 2  # of the index file's content; another version is built anew
+INDEX_VERSION = 3  # of the index file's content; another version is built anew
 LARGE_FILE, MOST_PROCESSES = 2**24, 4  # bytes from which processes share the drawing; more would wait for the parsing
 MAX_SIDE, MAX_PIXELS = 2**20, 2**28  # of a photo: more is taken for a broken record, not for a photo
 
@@ -93,6 +93,10 @@ class PersonIndex:
         """(width, height) in pixels."""
         width, height = self._arrays["sizes"][index]
         return int(width), int(height)
+
+    def largest_person(self, index: int) -> int:
+        """Pixels of the largest annotation."""
+        return int(self._arrays["largest"][index])
 
     def alpha(self, index: int) -> np.ndarray:
         """The union of all persons as uint8 (height, width), 0 or 255."""
@@ -299,7 +303,7 @@ def _draw_all(
     processes: int,
     annotations: Path,
     left_out: Counter[str],
-) -> list[tuple[_Photo, bytes]]:
+) -> list[tuple[_Photo, run_lengths.Mask]]:
     """Each photo with its merged mask, without those where nothing can be drawn."""
     photos = [records[image_id] for image_id in segmentations]
     drawings = (
@@ -313,19 +317,20 @@ def _draw_all(
             for photo, mask in zip(progress, masks, strict=True):
                 left_out["annotations that cannot be drawn"] += mask.undrawable
                 if mask.counts:
-                    rows.append((photo, mask.counts))
+                    rows.append((photo, mask))
     except RuntimeError as error:
         raise DataError(f"{annotations} cannot be indexed: {error}") from None
     left_out += Counter()  # drops the reasons that never occurred
     return rows
 
 
-def _flat_arrays(rows: list[tuple[_Photo, bytes]]) -> dict[str, torch.Tensor]:
+def _flat_arrays(rows: list[tuple[_Photo, run_lengths.Mask]]) -> dict[str, torch.Tensor]:
     names, names_offsets = _joined([photo.file_name.encode() for photo, _ in rows])
-    masks, masks_offsets = _joined([mask for _, mask in rows])
+    masks, masks_offsets = _joined([mask.counts for _, mask in rows])
     return {
         "image_ids": torch.tensor([photo.id for photo, _ in rows]),
         "sizes": torch.tensor([(photo.width, photo.height) for photo, _ in rows]),
+        "largest": torch.tensor([mask.largest for _, mask in rows]),
         "names": names, "names_offsets": names_offsets,
         "masks": masks, "masks_offsets": masks_offsets,
     }  # fmt: skip

@@ -179,7 +179,8 @@ def cut_all(cutter: Cutter, jobs: list[Job], style: Style, batch_size: int) -> i
     """
     on_cpu, cores = cutter.device.type == "cpu", usable_cores()
     threads = min(cores if on_cpu else cores + 1, len(jobs))
-    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(max(1, cores // threads),))
+    # One thread a photo, however many there are: a photo's result does not depend on its neighbours.
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     failed, at_work = 0, {}
     try:
         with tqdm(total=len(jobs), unit="photo", disable=not sys.stderr.isatty()) as progress:

@@ -8,7 +8,7 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import cv2
@@ -143,16 +143,21 @@ CAPTION_HEIGHT = 24  # pixels
 GAP = 4  # pixels between two pictures
 
 
-def save_preview(targets: Tensor, predictions: Tensor, path: Path) -> None:
+def save_preview(targets: Tensor, predictions: Tensor, path: Path, labels: Sequence[str] = ()) -> None:
     """Writes a picture with a row a photo: the photo, its true mask, the predicted alpha, the cutout.
 
     Args:
         targets, predictions: float (N, 4, S, S) in [0, 1]: RGBA, predictions after the sigmoid.
         path: of the PNG.
+        labels: a line of text under each row, or none.
     """
     targets, predictions = (_to_pixels(pictures) for pictures in (targets, predictions))
     rows = [_row(target, prediction) for target, prediction in zip(targets, predictions, strict=True)]
-    sheet = np.vstack([_captions(rows[0].shape[1], targets.shape[1]), *rows])
+    width, step = rows[0].shape[1], targets.shape[1] + GAP
+    captions = _text({column * step: caption for column, caption in enumerate(CAPTIONS)}, width)
+    if labels:
+        rows = [part for row, label in zip(rows, labels, strict=True) for part in (row, _text({0: label}, width))]
+    sheet = np.vstack([captions, *rows])
     with atomic_write(path) as file:
         file.write(cv2.imencode(".png", cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))[1].tobytes())
 
@@ -176,9 +181,10 @@ def on_checkerboard(rgba: np.ndarray, side: int = 8) -> np.ndarray:
     return (rgba[..., :3] * alpha + ground * (1 - alpha)).round().astype(np.uint8)
 
 
-def _captions(width: int, cell: int) -> np.ndarray:
+def _text(texts: dict[int, str], width: int) -> np.ndarray:
+    """A strip with a text at each of these columns."""
     strip = np.full((CAPTION_HEIGHT, width, 3), 255, np.uint8)
-    for column, caption in enumerate(CAPTIONS):
-        origin = (column * (cell + GAP) + 4, CAPTION_HEIGHT - 7)
-        cv2.putText(strip, caption, origin, cv2.FONT_HERSHEY_SIMPLEX, 0.5, (40, 40, 40), 1, cv2.LINE_AA)
+    for column, text in texts.items():
+        origin = (column + 4, CAPTION_HEIGHT - 7)
+        cv2.putText(strip, text, origin, cv2.FONT_HERSHEY_SIMPLEX, 0.5, (40, 40, 40), 1, cv2.LINE_AA)
     return strip

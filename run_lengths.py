@@ -34,10 +34,11 @@ class Drawing(NamedTuple):
 
 
 class Mask(NamedTuple):
-    """The union of what could be drawn, as COCO's compressed run lengths (None: nothing could), and what could not."""
+    """The union of what could be drawn, as COCO's compressed run lengths (None: nothing could)."""
 
     counts: bytes | None
-    undrawable: int
+    largest: int  # pixels of the largest annotation
+    undrawable: int  # annotations that could not be drawn
 
 
 class _RunLengths(msgspec.Struct, gc=False):
@@ -56,17 +57,19 @@ def draw(drawing: Drawing) -> Mask:
     drawn, undrawable = [], 0
     for segmentation in drawing.segmentations:
         try:
-            drawn += _draw_one(segmentation, drawing.height, drawing.width)
+            drawn.append(_merge(_draw_one(segmentation, drawing.height, drawing.width)))
         except (ValueError, OverflowError, RecursionError, msgspec.DecodeError):
             undrawable += 1
-    return Mask(_merge(drawn), undrawable)
+    if not drawn:
+        return Mask(None, 0, undrawable)
+    return Mask(_merge(drawn)["counts"], max(int(coco_mask.area(one)) for one in drawn), undrawable)
 
 
-def _merge(drawn: list[dict]) -> bytes | None:
+def _merge(drawn: list[dict]) -> dict:
     """A few at a time: pycocotools merges one after the other, which takes the square of their number."""
     while len(drawn) > 1:
         drawn = [coco_mask.merge(drawn[k : k + MERGED_AT_ONCE]) for k in range(0, len(drawn), MERGED_AT_ONCE)]
-    return drawn[0]["counts"] if drawn else None
+    return drawn[0]
 
 
 def _draw_one(segmentation: bytes, height: int, width: int) -> list[dict]:
@@ -86,7 +89,7 @@ def _draw_one(segmentation: bytes, height: int, width: int) -> list[dict]:
     for polygon in shape:
         check_polygon(polygon, height, width)
     drawn = coco_mask.frPyObjects(shape, height, width)
-    if not coco_mask.area(drawn).any():
+    if not any(coco_mask.area(part) for part in drawn):  # of a list of more than 255 it fails
         raise ValueError("nothing of it lies inside the photo")
     return drawn
 

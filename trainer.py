@@ -32,6 +32,7 @@ from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 from torch.utils.data import DataLoader
 
 import checkpointing
+import evaluation
 import reporting
 import utils
 from datasets import COCOPersonDataset, batches, make_loader, usable_cores
@@ -71,6 +72,7 @@ class Config:
     keep_checkpoints: int = 5  # newest epochs whose checkpoint is kept; 0 keeps all
     log_every: int = 20  # steps between two updates of the figures beside the progress bar
     resume: str = ""  # go on from the newest usable checkpoint, or from the FILE that is given
+    evaluate: str = ""  # measure this checkpoint on the validation photos, in full, instead of training
     sample: bool = False  # train on built-in drawings with the small settings below
 
 
@@ -260,6 +262,16 @@ def open_data(config: Config, processes: Processes) -> tuple[DataLoader, DataLoa
         make_loader(train, config.batch_size, workers, training=True, **place),
         make_loader(val, config.batch_size, workers, training=False, **place),
     )
+
+
+def evaluate_checkpoint(config: Config) -> None:
+    """--evaluate: the checkpoint's own settings, on the validation photos that are named."""
+    processes = utils.start_processes(config.device)
+    if config.sample:
+        with utils.one_process_first(processes):
+            draw_sample(config)
+    evaluation.evaluate_checkpoint(config.evaluate, config.data_root, config.val_split, processes)
+    utils.end_processes()
 
 
 def workers_per_process(wanted: int, cores: int, processes: int) -> int:
@@ -487,6 +499,8 @@ def flag_options(field: dataclasses.Field) -> dict:
     options = {"default": field.default, "help": f"{comment} (%(default)s)"}
     if field.type == "bool":
         return options | {"action": argparse.BooleanOptionalAction}
+    if field.name == "evaluate":
+        options |= {"metavar": "FILE"}
     if field.name == "resume":
         options |= {"nargs": "?", "const": NEWEST, "metavar": "FILE"}
     return options | {"type": {"int": int, "float": float, "str": str}[field.type]}
@@ -512,7 +526,10 @@ def run_command(argv: list[str]) -> int:
         config = parse(argv[1:])
         if config.device in (utils.EACH_ITS_GPU, "cuda"):
             utils.use_every_gpu(argv)
-        main(config)
+        if config.evaluate:
+            evaluate_checkpoint(config)
+        else:
+            main(config)
     except USER_ERRORS as error:
         print(f"trainer.py: error: {last_line(error)}", file=sys.stderr)
         return 2

@@ -292,6 +292,15 @@ def from_main(value: object) -> object:
     return box[0]
 
 
+def from_all(rows: list) -> list:
+    """The lists of all processes as one, on every process."""
+    boxes = [rows]
+    if dist.is_initialized():
+        boxes = [None] * dist.get_world_size()
+        dist.all_gather_object(boxes, rows)
+    return [row for box in boxes for row in box]
+
+
 def share_buffers(model: nn.Module) -> None:
     """Gives every process the main one's BatchNorm averages: those that are saved are those that are measured."""
     if dist.is_initialized():

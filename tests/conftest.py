@@ -122,11 +122,11 @@ def write_annotations(root: Path, split: str, content: dict) -> Path:
     return path
 
 
-def edit(root: Path, change: Callable[[dict], object], keep_time: bool = False) -> Path:
-    path = root / "annotations" / "instances_train2017.json"
+def edit(root: Path, change: Callable[[dict], object], keep_time: bool = False, split: str = "train2017") -> Path:
+    path = root / "annotations" / f"instances_{split}.json"
     content, time = json.loads(path.read_text()), path.stat().st_mtime_ns
     change(content)
-    write_annotations(root, "train2017", content)
+    write_annotations(root, split, content)
     os.utime(path, ns=(time, time if keep_time else time + 10**9))  # a fast test stays within a tick of the clock
     return path
 

@@ -147,3 +147,10 @@ def _is_running(pid: str) -> bool:
 def test_the_processes_are_small():
     code = "import sys, run_lengths; print(sorted({'torch', 'cv2', 'person_index'} & set(sys.modules)))"
     assert fresh_python(code) == ["[]"]
+
+
+def test_the_largest_annotation_is_counted_in_pixels_and_many_polygons_of_one_are_drawn():
+    square, wide = [10, 10, 14, 10, 14, 14, 10, 14], [20, 20, 40, 20, 40, 30, 20, 30]  # 16 and 200 pixels
+    drawings = [json.dumps(polygons).encode() for polygons in ([square], [wide, square], [square] * 300)]
+    mask = run_lengths.draw(Drawing(64, 48, drawings))
+    assert (mask.largest, mask.undrawable) == (216, 0)
