@@ -104,8 +104,9 @@ def test_genuine_photos(command, shared_coco):
 def test_disagreement_leaves_no_file(command, exported, tmp_path, monkeypatch):
     wrong = onnx.load(exported)
     head = [node for node in wrong.graph.node if node.op_type == "Conv"][-1]
-    bias = next(weights for weights in wrong.graph.initializer if weights.name == head.input[2])
-    bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + np.float32(0.001), bias.name))
+    weights = next(tensor for tensor in wrong.graph.initializer if tensor.name == head.input[1])
+    assert tuple(weights.dims) == (16, 32, 3, 3)
+    weights.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weights) * 1.05, weights.name))
     monkeypatch.setattr(export, "to_onnx", lambda model: wrong)
     (tmp_path / "model.onnx").write_bytes(b"the one before")
     code, _, errors = command()
