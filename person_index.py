@@ -156,10 +156,14 @@ def _annotation_file(root: Path, split: str) -> Path:
 
 
 def _fingerprint(stat: os.stat_result, photos: Path, folders: list[str]) -> dict:
-    """What the index was made from: a change of the file, or of what lies in a photo folder, shows here."""
+    """What the index was made from: a change of the file, or of what lies in a photo folder, shows here.
+
+    The ctime, because an archive cannot bring it along: an index that came with a stranger's data is not taken.
+    """
     paths = {folder: photos / folder for folder in folders}
     listing = {folder: path.stat().st_mtime_ns if path.is_dir() else 0 for folder, path in paths.items()}
-    return {"version": INDEX_VERSION, "size": stat.st_size, "mtime": stat.st_mtime_ns, "folders": listing}
+    file = {"size": stat.st_size, "mtime": stat.st_mtime_ns, "ctime": stat.st_ctime_ns}
+    return {"version": INDEX_VERSION, **file, "folders": listing}
 
 
 def _open_if_current(path: Path, annotations: Path, photos: Path) -> PersonIndex | None:
@@ -227,6 +231,8 @@ def _parse(annotations: Path) -> _CocoFile:
         return msgspec.json.decode(annotations.read_bytes(), type=_CocoFile)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DataError(f"{annotations} is cut short or not a COCO annotation file: {error}") from None
+    except MemoryError:
+        raise DataError(f"{annotations} does not fit into the memory") from None
 
 
 def _photos_by_id(coco: _CocoFile, left_out: Counter[str]) -> dict[int, _Photo]:
@@ -267,17 +273,21 @@ def _safe_name(file_name: str, annotations: Path) -> str:
     return file_name
 
 
-def _files_in(folder: Path, photos: Path) -> dict[str, bool]:
-    """The files of a folder; True for those that lie in the photo folder, not merely a link to elsewhere."""
+def _files_in(folder: Path, photos: Path) -> dict[str, bool] | None:
+    """The files of a folder; True for those that lie in the photo folder, not merely a link to elsewhere.
+
+    None for a folder that itself is such a link: it is not even listed.
+    """
     if not folder.is_dir():
         return {}
     home = os.path.realpath(photos)
-    inside = _lies_in(folder, home)
+    if not _lies_in(folder, home):
+        return None
     files = {}
     with os.scandir(folder) as entries:  # tells files and links apart without opening any
         for entry in entries:
             if entry.is_file(follow_symlinks=False):  # a pipe or a device would never end
-                files[entry.name] = inside
+                files[entry.name] = True
             elif entry.is_symlink() and os.path.isfile(entry.path):
                 files[entry.name] = _lies_in(entry.path, home)
     return files
@@ -287,9 +297,10 @@ def _lies_in(path: str | Path, home: str) -> bool:
     return Path(os.path.realpath(path)).is_relative_to(home)
 
 
-def _is_present(photo: _Photo, present: dict[str, dict[str, bool]], left_out: Counter[str]) -> bool:
+def _is_present(photo: _Photo, present: dict[str, dict[str, bool] | None], left_out: Counter[str]) -> bool:
     folder, name = os.path.split(photo.file_name)
-    inside = present[folder].get(name)
+    files = present[folder]
+    inside = False if files is None else files.get(name)
     if inside is None:
         left_out["photos that are not on disk"] += 1
     elif not inside:

@@ -15,15 +15,12 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from datasets import resize
-from person_index import MAX_PIXELS
 
 # OpenCV's own (level 1, run lengths, one filter; a level given here would turn on all filters). On COCO's photos over
 # 2 times as fast as Pillow's level 1 and 8 times as fast as its default of 6, for files 6 and 14 % larger.
 PNG_SETTINGS: list[int] = []
 LARGEST_PROFILE = 2**20  # bytes: Pillow refuses to open a PNG with a larger colour profile
 NO_PHOTOS = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")  # Pillow names them, but cannot decode them by itself
-
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns above this and refuses above its double
 
 
 class PhotoError(ValueError):
