@@ -12,12 +12,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it is in tools/ that Python looks
 
-from tools import bench_predict, measuring
+from tools import bench_predict, bench_step, measuring
 
 # Each takes the options, measures, and returns its tables as Markdown.
 SECTIONS = {
     "predict": bench_predict.photos,
+    "step": bench_step.step,
+    "waiting": bench_step.waiting,
+    "processes": bench_step.processes,
+    "growth": bench_step.growth,
+    "accuracy": bench_step.accuracy,
 }
+ONLY_WHEN_NAMED = {"accuracy"}  # takes hours
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -36,7 +42,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(options: argparse.Namespace) -> None:
     print(measuring.machine(), flush=True)
-    for name in options.sections or SECTIONS:
+    for name in options.sections or [name for name in SECTIONS if name not in ONLY_WHEN_NAMED]:
         print(f"\n{SECTIONS[name](options)}", flush=True)
 
 
