@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -352,6 +353,13 @@ def test_a_step_takes_the_mean_over_its_photos_however_they_are_cut(accumulate, 
     assert figures["images"] == 10
     for weights, expected in zip(model.parameters(), by_hand.parameters(), strict=True):
         assert torch.allclose(weights, expected, rtol=0, atol=1e-7)
+
+
+def test_gradients_are_shared_with_the_last_part_only(coco_root):
+    model = nn.Conv2d(3, 4, 1)
+    model.no_sync = Mock(side_effect=contextlib.nullcontext)
+    train_once(model, coco_root, 5, parts=2, accumulate=2)
+    assert model.no_sync.call_count == 3  # of four parts of one step
 
 
 def test_a_batch_in_parts_trains_the_real_model_like_the_whole_up_to_batchnorm(coco_root, monkeypatch):

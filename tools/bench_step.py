@@ -248,18 +248,16 @@ def growth_with_data(options: argparse.Namespace) -> str:
         for times in (1, 10, 100):
             root = repeated(Path(options.data_root), options.split, times, Path(folder, str(times)))
             dataset = COCOPersonDataset(root, options.split, 384, augment=True)
-            ways.append(Way(f"{times}×: {len(dataset)} photos", samples_of(dataset)))
+            ways.append(Way(f"{times}×: {len(dataset)} photos", samples_of(dataset, times)))
         alternate(ways, options.rounds)
     return table("An augmented sample at 384 by size of the data set", "image", ways[0], ways)
 
 
-def samples_of(dataset: COCOPersonDataset, count: int = 100) -> Callable[[], int]:
-    """A round: the same photos whatever the number of times that they are listed, from all over the list."""
-    photos = len({dataset.index.file_name(index) for index in range(len(dataset))})
-    copies = len(dataset) // photos
-    rng = np.random.default_rng(0)
-    chosen = [rng.permutation(photos)[:count] + photos * copy for copy in rng.integers(copies, size=count)[:1]]
-    return lambda: len([dataset[int(index)] for index in chosen[0]])
+def samples_of(dataset: COCOPersonDataset, times: int, count: int = 100) -> Callable[[], int]:
+    """A round of samples from all over the list; the same photos, however many times the list holds them."""
+    photos, rng = len(dataset) // times, np.random.default_rng(0)
+    chosen = rng.integers(photos, size=count) + photos * rng.integers(times, size=count)
+    return lambda: len([dataset[index] for index in chosen.tolist()])
 
 
 def repeated(root: Path, split: str, times: int, folder: Path) -> Path:
