@@ -308,10 +308,11 @@ def start_run(config: Config, processes: Processes) -> Run:
     if checkpoint is not None:
         run.restore(checkpoint)
     if processes.world_size > 1:
-        # Without broadcast_buffers: the main process's BatchNorm averages are shared once an epoch, not at each step.
-        run.parallel_model = DistributedDataParallel(
-            model, [processes.device] if on_gpu else None, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        devices = [processes.device] if on_gpu else None
+        run.parallel_model = DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
+        # The main process's BatchNorm averages are shared once an epoch instead. The argument has another name in newer
+        # releases of PyTorch than in older ones; the attribute has this one in all.
+        run.parallel_model.broadcast_buffers = False
     if config.compile:  # a wrapper: validation and what is saved stay those of the plain model
         run.parallel_model = torch.compile(run.parallel_model)
     return run
