@@ -15,6 +15,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import math
 import re
 import shutil
 import signal
@@ -38,7 +39,7 @@ import utils
 from datasets import COCOPersonDataset, batches, make_loader, usable_cores
 from models import ENCODERS, UNetAutoencoder, WeightsError
 from person_index import DataError, describe_left_out
-from utils import LossCalculator, LossMeter, Processes, SegmentationMetrics
+from utils import LossCalculator, LossMeter, Processes, SegmentationMetrics, autocast, groups, split, to_device
 
 
 @dataclass
@@ -50,10 +51,13 @@ class Config:
     val_split: str = "val2017"  # photo folder to validate on after every epoch
     image_size: int = 384  # pixels: side of the square that photos are fitted into
     batch_size: int = 32  # photos per process and step
+    accumulate: int = 1  # batches whose gradients are added up before each step
     num_workers: int = 12  # processes per process that load photos; never more than its share of the cores
     pin_memory: bool = True  # page-locked batches, for faster copies to a CUDA GPU
     device: str = utils.EACH_ITS_GPU  # every process its own GPU; without a GPU it is mps or cpu; or e.g. cuda:1, cpu
     amp: bool = True  # on a CUDA GPU compute in bfloat16, or float16 where that is all it has
+    bfloat16_on_cpu: bool = False  # compute in bfloat16 on a CPU too, where it has the instructions
+    compile: bool = False  # compile the training with torch.compile: minutes at the start, faster steps after
     encoder: str = "resnet34"  # one of models.ENCODERS
     pretrained: bool = True  # start the encoder from ImageNet weights, downloaded once
     encoder_weights: str = ""  # file to take those weights from instead, for a machine without network
@@ -83,7 +87,8 @@ SAMPLE = dict(
 )  # fmt: skip
 
 LIMITS = {  # smallest and largest value of each number
-    "image_size": (32, 4096), "batch_size": (1, 65536), "num_workers": (0, 1024), "num_epochs": (1, 10**6),
+    "image_size": (32, 4096), "batch_size": (1, 65536), "accumulate": (1, 65536), "num_workers": (0, 1024),
+    "num_epochs": (1, 10**6),
     "learning_rate": (1e-12, 10), "weight_decay": (0, 1), "restart_period": (0, 10**6), "restart_mult": (1, 100),
     "grad_clip": (0, 1e6), "colour_weight": (0, 1e6), "bce_weight": (0, 1e6), "dice_weight": (0, 1e6),
     "seed": (0, 2**32 - 1), "keep_checkpoints": (0, 10**6), "log_every": (1, 10**6),
@@ -116,7 +121,7 @@ def main(config: Config) -> None:
     for epoch in range(run.epochs_done, config.num_epochs):
         training = train_one_epoch(run, train_loader, criterion, epoch, config, processes)
         utils.share_buffers(run.model)
-        validation = evaluate(run.model, val_loader, criterion, processes, run.amp_dtype)
+        validation = evaluate(run.model, val_loader, criterion, processes, run.amp_dtype, run.parts)
         run.epochs_done = epoch + 1
         if processes.is_main:
             write_down(run, training, validation, val_loader.dataset, config)
@@ -130,25 +135,28 @@ def train_one_epoch(
     torch.manual_seed(seed_from(config.seed, epoch, processes.rank))  # an encoder's dropout: the same after a resume
     run.model.train()
     losses, metrics = LossMeter(processes.device), SegmentationMetrics(processes.device)
-    progress = reporting.Progress(loader, f"epoch {epoch + 1}/{config.num_epochs}", processes.is_main, config.log_every)
-    for step, batch in enumerate(progress.watch(batches(loader, epoch))):
-        images, target = to_device(batch, processes.device)
-        with autocast(processes.device, run.amp_dtype):
-            raw = run.parallel_model(images)
-        loss, terms = criterion(raw, target)
-
+    label = f"epoch {epoch + 1}/{config.num_epochs}"
+    progress = reporting.Progress(loader, label, processes.is_main, config.log_every * config.accumulate)
+    for step, group in enumerate(groups(progress.watch(batches(loader, epoch)), config.accumulate)):
         run.optimizer.zero_grad(set_to_none=True)
-        run.scaler.scale(loss).backward()
+        parts, photos = split(group, run.parts, config.batch_size), sum(map(len, group))
+        for part in parts:
+            images, target = to_device(part, processes.device)
+            with utils.gradients_shared(run.parallel_model, part is parts[-1]):
+                with autocast(processes.device, run.amp_dtype):
+                    raw = run.parallel_model(images)
+                loss, terms = criterion(raw, target)
+                run.scaler.scale(loss * (len(part) / photos)).backward()
+            losses.update(loss, terms, len(part))
+            metrics.update(raw[:, 3].detach() > 0, target[:, 3] > 0.5)  # a logit above 0: a probability above one half
+
         run.scaler.unscale_(run.optimizer)  # before the clipping, which is meant for the real gradients
         if config.grad_clip:
             nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip)
         run.scaler.step(run.optimizer)
         run.scaler.update()
         learning_rate = run.scheduler.get_last_lr()[0]
-        run.scheduler.step(epoch + (step + 1) / len(loader))
-
-        losses.update(loss, terms, len(batch))
-        metrics.update(raw[:, 3].detach() > 0, target[:, 3] > 0.5)  # a logit above 0 is a probability above one half
+        run.scheduler.step(epoch + (step + 1) / steps_per_epoch(loader, config))
         progress.show(loss, learning_rate)
     figures = gather(losses, metrics)  # waits for the device, so that the clock below has seen all of its work
     speed = {"learning_rate": learning_rate, "seconds": progress.seconds, "data_wait": progress.data_wait,
@@ -158,28 +166,28 @@ def train_one_epoch(
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, loader: DataLoader, criterion: LossCalculator, processes: Processes, dtype: torch.dtype | None
+    model: nn.Module,
+    loader: DataLoader,
+    criterion: LossCalculator,
+    processes: Processes,
+    dtype: torch.dtype | None,
+    parts: int = 1,
 ) -> dict[str, float]:
     """Measures a model on every validation photo, each in one process. Returns the figures over all of them."""
     model.eval()
     losses, metrics = LossMeter(processes.device), SegmentationMetrics(processes.device)
     for batch in reporting.Progress(loader, "validation", processes.is_main, 1).watch(batches(loader, 0)):
-        images, target = to_device(batch, processes.device)
-        with autocast(processes.device, dtype):
-            raw = model(images)
-        losses.update(*criterion(raw, target), len(batch))
-        metrics.update(raw[:, 3] > 0, target[:, 3] > 0.5)
+        for part in split([batch], parts, loader.batch_size):
+            images, target = to_device(part, processes.device)
+            with autocast(processes.device, dtype):
+                raw = model(images)
+            losses.update(*criterion(raw, target), len(part))
+            metrics.update(raw[:, 3] > 0, target[:, 3] > 0.5)
     return gather(losses, metrics)
 
 
-def to_device(batch: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """uint8 (N, 4, S, S) to the input (N, 3, S, S) and the target (N, 4, S, S), float32 in [0, 1]."""
-    target = batch.to(device, non_blocking=True).float().div_(255)
-    return target[:, :3].contiguous(memory_format=torch.channels_last), target
-
-
-def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+def steps_per_epoch(loader: DataLoader, config: Config) -> int:
+    return math.ceil(len(loader) / config.accumulate)
 
 
 def gather(losses: LossMeter, metrics: SegmentationMetrics) -> dict[str, float]:
@@ -208,6 +216,7 @@ class Run:
     scheduler: CosineAnnealingWarmRestarts
     scaler: torch.amp.GradScaler
     amp_dtype: torch.dtype | None
+    parts: int = 1  # that a batch is computed in, one after another, where the GPU's memory does not hold all of it
     epochs_done: int = 0
     best_iou: float = -1.0
     history: list[dict] = dataclasses.field(default_factory=list)
@@ -238,6 +247,8 @@ class Run:
             raise checkpointing.CheckpointError(f"the checkpoint does not fit this program's model: {reason}") from None
 
     def _restore(self, content: dict) -> None:
+        for group in content["optimizer"]["param_groups"]:
+            group["fused"] = self.optimizer.defaults["fused"]  # how the step is computed is this program's business
         for name in self.PARTS:
             if content[name]:  # a scaler that was not needed has no state, and one that now is starts anew
                 getattr(self, name).load_state_dict(content[name])
@@ -296,18 +307,26 @@ def start_run(config: Config, processes: Processes) -> Run:
     with utils.one_process_first(processes):  # one downloads, all load
         model = UNetAutoencoder(config.encoder, pretrained, config.use_attention, weights_file)
     model = model.to(processes.device, memory_format=utils.memory_format(processes.device))
-    if utils.needs_sync_batchnorm(processes, config.batch_size):
+    amp_dtype = utils.autocast_dtype(processes.device, config.amp, config.bfloat16_on_cpu)
+    on_gpu = processes.device.type == "cuda"
+    parts = utils.find_parts(model, config.batch_size, config.image_size, processes.device, amp_dtype) if on_gpu else 1
+    if utils.needs_sync_batchnorm(processes, config.batch_size // parts):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    optimizer = Adam(model.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+    # Fused, it skips float16's overflows on the GPU itself, where others would wait for the answer at every step.
+    optimizer = Adam(model.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True)
     scheduler = CosineAnnealingWarmRestarts(optimizer, config.restart_period or config.num_epochs, config.restart_mult)
-    amp_dtype = utils.autocast_dtype(processes.device, config.amp)
     scaler = torch.amp.GradScaler(processes.device.type, enabled=amp_dtype == torch.float16)
-    run = Run(model, model, optimizer, scheduler, scaler, amp_dtype)
+    run = Run(model, model, optimizer, scheduler, scaler, amp_dtype, parts)
     if checkpoint is not None:
         run.restore(checkpoint)
     if processes.world_size > 1:
-        devices = [processes.device] if processes.device.type == "cuda" else None
-        run.parallel_model = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+        devices = [processes.device] if on_gpu else None
+        run.parallel_model = DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
+        # The main process's BatchNorm averages are shared once an epoch instead. The argument has another name in newer
+        # releases of PyTorch than in older ones; the attribute has this one in all.
+        run.parallel_model.broadcast_buffers = False
+    if config.compile:  # a wrapper: validation and what is saved stay those of the plain model
+        run.parallel_model = torch.compile(run.parallel_model)
     return run
 
 
@@ -318,7 +337,7 @@ NEWEST = "newest"  # what a bare --resume means
 # Settings that a continued run must share with the one before it, or it would be another run.
 SAME_WHEN_RESUMED = (
     *("encoder", "use_attention", "image_size", "train_split", "val_split", "seed"),
-    *("learning_rate", "weight_decay", "restart_period", "restart_mult"),
+    *("learning_rate", "weight_decay", "restart_period", "restart_mult", "accumulate"),
 )
 
 
@@ -340,7 +359,7 @@ def find_checkpoint(config: Config) -> dict | None:
     if not {*Run.PARTS, *Run.NUMBERS} <= checkpoint.keys():
         raise checkpointing.CheckpointError(f"{path} holds a model only, no state of a training: resume from last.pth")
     for name in SAME_WHEN_RESUMED:
-        before, now = checkpoint["config"].get(name), getattr(config, name)
+        before, now = checkpoint["config"].get(name, getattr(Config, name)), getattr(config, name)
         if before != now:
             raise ConfigError(f"{path} was trained with {flag(name)} {before} and cannot go on with {now}")
     print(f"going on from {path}, after epoch {checkpoint['epoch']}", flush=True)
@@ -398,8 +417,9 @@ def preview(run: Run, dataset: COCOPersonDataset) -> tuple[Tensor, Tensor]:
     chosen = np.linspace(0, len(dataset) - 1, min(PREVIEW_PHOTOS, len(dataset)), dtype=int)
     device = next(run.model.parameters()).device
     images, target = to_device(torch.stack([dataset[int(index)] for index in chosen]), device)
-    with autocast(device, run.amp_dtype):
-        return target, run.model.eval().predict(images)
+    model = run.model.eval()
+    with autocast(device, run.amp_dtype):  # one at a time: they may be more than the memory holds at once
+        return target, torch.cat([model.predict(image) for image in images.split(1)])
 
 
 def describe(run: Run, config: Config, processes: Processes, train_loader: DataLoader, val_loader: DataLoader) -> str:
@@ -418,7 +438,10 @@ def describe(run: Run, config: Config, processes: Processes, train_loader: DataL
         "device": f"{processes.device}, {precision(run.amp_dtype)}, {processes.world_size} process"
                   f"{'es' if processes.world_size > 1 else ''}, {train_loader.num_workers} workers each",
         "note": "; ".join(filter(None, [processes.note, unfinished_cycle(run.scheduler, config.num_epochs)])),
-        "batch": f"{config.batch_size * processes.world_size} photos a step, {len(train_loader)} steps an epoch",
+        "batch": f"{config.batch_size * config.accumulate * processes.world_size} photos a step, "
+                 f"{steps_per_epoch(train_loader, config)} steps an epoch",
+        "memory": f"{config.batch_size} photos at once do not fit in the free memory of {processes.device}: "
+                  f"each batch is computed in {run.parts} parts" if run.parts > 1 else "",
         "model": f"{config.encoder}, {parameters / 1e6:.1f} million parameters",
         "disk": f"up to {reporting.readable_size(disk)} of checkpoints in {folder} ({kept}), "
                 f"{reporting.readable_size(shutil.disk_usage(folder).free)} free",

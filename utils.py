@@ -1,4 +1,4 @@
-"""What a training measures with, and the processes it runs in."""
+"""What a training measures with, what a step is made of, and the processes it runs in."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -82,6 +83,13 @@ def sum_over_processes(sums: Tensor) -> None:
         dist.all_reduce(sums)
 
 
+def largest_over_processes(number: int, device: torch.device) -> int:
+    largest = torch.tensor(number, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
+
+
 class SegmentationMetrics:
     """IoU and Dice as sums over images and pixels, which add up exactly over batches and processes."""
 
@@ -146,6 +154,76 @@ class LossMeter:
     def compute(self) -> dict[str, float]:
         *sums, images = self._sums.tolist()
         return {name: total / images if images else 0.0 for name, total in zip(self.NAMES, sums, strict=True)}
+
+
+# --- the pieces of a step ---------------------------------------------------------------------------------
+
+
+def to_device(batch: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """uint8 (N, 4, S, S) to the input (N, 3, S, S) and the target (N, 4, S, S), float32 in [0, 1]."""
+    target = batch.to(device, non_blocking=True).float().div_(255)
+    return target[:, :3].contiguous(memory_format=torch.channels_last), target
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def groups(batches: Iterator[Tensor], size: int) -> Iterator[list[Tensor]]:
+    """So many batches at a time; the last group may be smaller."""
+    return iter(lambda: list(islice(batches, size)), [])
+
+
+def split(batches: list[Tensor], parts: int, batch_size: int) -> list[Tensor]:
+    """The same photos in smaller batches: a full one as evenly as can be into `parts`, a shorter one into fewer."""
+    return [part for batch in batches for part in batch.tensor_split(-(-len(batch) * parts // batch_size))]
+
+
+def gradients_shared(model: nn.Module, now: bool) -> AbstractContextManager:
+    """Several processes average their gradients in a step's last backward pass, not in those that only add to them."""
+    return nullcontext() if now or not hasattr(model, "no_sync") else model.no_sync()
+
+
+def find_parts(
+    model: nn.Module, batch_size: int, image_size: int, device: torch.device, dtype: torch.dtype | None
+) -> int:
+    """Into how many parts a batch must be split for the device's memory: the same number on all processes.
+
+    It is tried on black photos before the training, with the model not yet wrapped for several processes: those would
+    wait for one that fails half-way. The model is left as it was, BatchNorm's averages included.
+
+    Raises:
+        LaunchError: not even one photo fits; on all processes together.
+    """
+    before = [buffer.clone() for buffer in model.buffers()]
+    parts, most = 1, batch_size + 1  # the most stands for none that fits
+    while parts < most and not fits(model, -(-batch_size // parts), image_size, device, dtype):
+        torch.cuda.empty_cache()  # only now, when the failed pass has let go of its tensors
+        parts = most if parts == batch_size else min(2 * parts, batch_size)
+    for buffer, value in zip(model.buffers(), before, strict=True):
+        buffer.copy_(value)
+    torch.cuda.empty_cache()
+    parts = largest_over_processes(parts, device)
+    if parts == most:
+        raise LaunchError(f"the free memory of {device} does not hold the training of a single photo of {image_size} "
+                          "pixels: choose a smaller --image-size or --encoder, or another GPU")  # fmt: skip
+    return parts
+
+
+def fits(model: nn.Module, photos: int, image_size: int, device: torch.device, dtype: torch.dtype | None) -> bool:
+    """Whether a forward and a backward pass with so many photos have room beside the rest of a training."""
+    try:
+        # Adam's two moments, and the gradients of the parts before.
+        rest = [torch.empty_like(weights) for weights in model.parameters() for _ in range(3)]  # noqa: F841
+        images, target = to_device(torch.zeros(photos, 4, image_size, image_size, dtype=torch.uint8), device)
+        with autocast(device, dtype):
+            raw = model(images)
+        LossCalculator()(raw, target)[0].backward()
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        model.zero_grad(set_to_none=True)
+    return True
 
 
 # --- processes and devices --------------------------------------------------------------------------------
@@ -308,11 +386,31 @@ def share_buffers(model: nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
-def autocast_dtype(device: torch.device, wanted: bool) -> torch.dtype | None:
-    """bfloat16 on a CUDA GPU that has it, else float16; None where the training stays in float32."""
+def autocast_dtype(device: torch.device, wanted: bool, on_cpu: bool = False) -> torch.dtype | None:
+    """bfloat16 on a CUDA GPU that has it, else float16; None where the training stays in float32.
+
+    Args:
+        wanted: half precision on a GPU.
+        on_cpu: bfloat16 on a CPU.
+
+    Raises:
+        LaunchError: it is wanted on a CPU that would have to emulate it.
+    """
+    if device.type == "cpu" and on_cpu:
+        if not cpu_has_bfloat16():
+            raise LaunchError("--bfloat16-on-cpu: this CPU has no instructions for bfloat16 and would get slower")
+        return torch.bfloat16
     if not wanted or device.type != "cuda":
         return None
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this machine says so: as AVX-512 or AMX on a PC, as "bf16" on ARM."""
+    try:
+        return re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", Path("/proc/cpuinfo").read_text()) is not None
+    except OSError:  # no Linux
+        return False
 
 
 def memory_format(device: torch.device) -> torch.memory_format:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import copy
 import dataclasses
 import functools
 import inspect
@@ -18,9 +20,12 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import trainer
-from datasets import COCOPersonDataset, make_loader
+import utils
+from datasets import COCOPersonDataset, batches, make_loader
+from models import UNetAutoencoder
 from trainer import LIMITS, SAMPLE, Config, Run, parse
 from utils import LossCalculator, Processes
 
@@ -306,6 +311,173 @@ def test_evaluate_is_the_mean_over_photos_and_changes_nothing(coco_root):
         assert figures["images"] == 5
         assert not model.training
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+# --- a batch in parts -------------------------------------------------------------------------------------
+
+
+def run_of(model: nn.Module, parts: int = 1) -> Run:
+    """Plain descent at rate 1, so that the weights move by the gradient."""
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    scheduler = CosineAnnealingWarmRestarts(optimizer, 10**6)
+    return Run(model, model, optimizer, scheduler, torch.amp.GradScaler("cpu", enabled=False), None, parts)
+
+
+def train_once(model: nn.Module, coco_root, batch_size: int, parts: int = 1, **settings) -> dict[str, float]:
+    loader = make_loader(COCOPersonDataset(coco_root, "train2017", 32), batch_size, 0, training=True)
+    config = Config(batch_size=batch_size, grad_clip=0, **settings)
+    return trainer.train_one_epoch(run_of(model, parts), loader, LossCalculator(), 0, config, ALONE)
+
+
+@pytest.mark.parametrize(("accumulate", "parts"), [(1, 1), (1, 2), (2, 1), (2, 3), (3, 4), (7, 1)])
+def test_a_step_takes_the_mean_over_its_photos_however_they_are_cut(accumulate, parts, coco_root):
+    # Ten photos in batches of four, the last of two: with accumulate=2 a step has eight photos, and the next one two.
+    torch.manual_seed(0)
+    model = nn.Conv2d(3, 4, 1).double()
+    by_hand = copy.deepcopy(model)
+    double = functools.partial(torch.Tensor.to, dtype=torch.float64)
+    model.register_forward_pre_hook(lambda _, inputs: double(inputs[0]))
+    figures = train_once(model, coco_root, 4, parts, accumulate=accumulate)
+
+    loader = make_loader(COCOPersonDataset(coco_root, "train2017", 32), 4, 0, training=True)
+    photos = torch.cat(list(batches(loader, 0))).double() / 255
+    losses = 0.0
+    for step in photos.split(4 * accumulate):
+        one_by_one = [LossCalculator()(by_hand(photo[None, :3]), photo[None])[0] for photo in step]
+        losses += sum(loss.item() for loss in one_by_one)
+        gradients = torch.autograd.grad(sum(one_by_one) / len(step), list(by_hand.parameters()))
+        with torch.no_grad():
+            for weights, gradient in zip(by_hand.parameters(), gradients, strict=True):
+                weights -= gradient
+    assert figures["loss"] == pytest.approx(losses / 10, rel=1e-6)
+    assert figures["images"] == 10
+    for weights, expected in zip(model.parameters(), by_hand.parameters(), strict=True):
+        assert torch.allclose(weights, expected, rtol=0, atol=1e-7)
+
+
+def test_gradients_are_shared_with_the_last_part_only(coco_root):
+    model = nn.Conv2d(3, 4, 1)
+    model.no_sync = Mock(side_effect=contextlib.nullcontext)
+    train_once(model, coco_root, 5, parts=2, accumulate=2)
+    assert model.no_sync.call_count == 3  # of four parts of one step
+
+
+def test_a_batch_in_parts_trains_the_real_model_like_the_whole_up_to_batchnorm(coco_root, monkeypatch):
+    torch.manual_seed(0)
+    start = UNetAutoencoder("resnet18", pretrained=False).double().eval()
+    whole, cut = copy.deepcopy(start), copy.deepcopy(start)
+    for model in (whole, cut):  # BatchNorm goes by its averages: the only difference is left out
+        monkeypatch.setattr(model, "train", Mock())
+    figures = [train_once(model, coco_root, 10, parts)["loss"] for model, parts in ((whole, 1), (cut, 4))]
+    assert figures[1] == pytest.approx(figures[0], abs=1e-6)
+    moved = 0.0
+    for before, one, other in zip(*(model.parameters() for model in (start, whole, cut)), strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=1e-6)
+        moved = max(moved, (one - before).abs().max().item())
+    assert moved > 1e-2
+
+
+class Cramped(Tiny):
+    """As if the device's memory held no more than `room` photos."""
+
+    room = 2
+
+    def forward(self, images):
+        if len(images) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return super().forward(images)
+
+
+def test_a_run_in_parts_says_so_and_trains_and_validates(coco_root, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trainer, "UNetAutoencoder", Cramped)
+    config = small(coco_root, tmp_path / "run", num_epochs=1, accumulate=2)
+    run = trainer.start_run(config, ALONE)
+    run.parts = utils.find_parts(run.model, 4, 32, ALONE.device, None)
+    monkeypatch.setattr(trainer, "start_run", lambda *_: run)
+    trainer.main(config)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "4 photos at once do not fit in the free memory of cpu: each batch is computed in 2 parts" in told
+    assert "8 photos a step, 2 steps an epoch" in told
+    assert run.epochs_done == 1
+
+
+@pytest.mark.usefixtures("tiny")
+def test_the_schedule_counts_steps_not_batches(coco_root, tmp_path):
+    rates = []
+    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    trainer.main(small(coco_root, tmp_path / "run", num_epochs=2, learning_rate=0.01, accumulate=2))
+    hook.remove()
+    assert rates == pytest.approx([cosine(0.01, step / 2, 2, 1) for step in range(4)], rel=1e-6)
+
+
+class Fetched(TorchDispatchMode):
+    """Counts the figures that Python asks of a tensor: on a GPU it would wait for each."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        fetches = function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        self.count += fetches and args[0].is_floating_point()
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("tiny")
+def test_the_loop_waits_for_the_device_only_where_it_logs(coco_root):
+    config = small(coco_root, "unused", batch_size=2, log_every=2)
+    run = trainer.start_run(config, ALONE)
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)  # as with float16
+    loader = make_loader(COCOPersonDataset(coco_root, "train2017", 32), 2, 0, training=True)
+    with Fetched() as fetched:
+        trainer.train_one_epoch(run, loader, LossCalculator(), 0, config, ALONE)
+    assert fetched.count == 2  # of five steps the second and the fourth
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_scaled_step_that_overflows_changes_nothing(coco_root):
+    config = small(coco_root, "unused", batch_size=10)
+    run = trainer.start_run(config, ALONE)
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
+    before = [weights.clone() for weights in run.model.parameters()]
+    loader = make_loader(COCOPersonDataset(coco_root, "train2017", 32), 10, 0, training=True)
+    trainer.train_one_epoch(run, loader, LossCalculator(10**6, 10**6, 10**6), 0, config, ALONE)
+    assert all(torch.equal(one, other) for one, other in zip(before, run.model.parameters(), strict=True))
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_checkpoint_of_an_unfused_adam_goes_on_fused(coco_root, tmp_path):
+    run = trainer.start_run(small(coco_root, tmp_path), ALONE)
+    run.optimizer = torch.optim.Adam(run.model.parameters())  # as it was written before there was the setting
+    run.model(torch.rand(2, 3, 32, 32)).sum().backward()
+    run.optimizer.step()
+    content = run.checkpoint(small(coco_root, tmp_path))
+    for missing in ("accumulate", "compile", "bfloat16_on_cpu"):
+        del content["config"][missing]
+    torch.save(content, tmp_path / "old.pth")
+    resumed = trainer.start_run(small(coco_root, tmp_path, resume=str(tmp_path / "old.pth")), ALONE)
+    assert resumed.optimizer.param_groups[0]["fused"]
+    moments = [state["exp_avg"] for state in resumed.optimizer.state.values()]
+    assert all(map(torch.equal, moments, [state["exp_avg"] for state in run.optimizer.state.values()]))
+    with pytest.raises(trainer.ConfigError, match="--accumulate 1 and cannot go on with 2"):
+        trainer.start_run(small(coco_root, tmp_path, resume=str(tmp_path / "old.pth"), accumulate=2), ALONE)
+
+
+# --- compiled ---------------------------------------------------------------------------------------------
+
+
+def test_compiled_the_model_gives_the_same_loss_and_gradients(monkeypatch, coco_root):
+    # Captured whole, with its backward pass, but run as it is: to translate it into C++ as well takes minutes.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
+    run = trainer.start_run(small(coco_root, "unused", compile=True), ALONE)
+    assert run.parallel_model is not run.model
+    target = torch.rand(2, 4, 32, 32, generator=torch.Generator().manual_seed(0)).round()
+    results = []
+    for model in (copy.deepcopy(run.model), run.parallel_model):
+        loss, _ = LossCalculator()(model(target[:, :3]), target)
+        loss.backward()
+        results.append([loss.detach(), *(weights.grad for weights in model.parameters())])
+    for plain, compiled in zip(*results, strict=True):
+        assert torch.allclose(plain, compiled, rtol=1e-3, atol=1e-5)
+    assert not any("_orig_mod" in key for key in run.model.state_dict())
 
 
 # --- data that cannot be used -----------------------------------------------------------------------------

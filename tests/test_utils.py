@@ -15,7 +15,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.run import get_args_parser
+from torch.nn.parallel import DistributedDataParallel
 
 import utils
 from utils import LaunchError, LossCalculator, LossMeter, Processes, SegmentationMetrics, pick_device, spread_command
@@ -188,10 +190,50 @@ def one_of_two(rank: int, folder: Path) -> None:
     metrics.synchronize()
     meter.synchronize()
     torch.save([norm.state_dict(), metrics.compute(), meter.compute(), utils.from_main(rank)], folder / f"{rank}.pt")
+    torch.save([three_passes(rank), parts_in([4, 1][rank]), parts_in([0, 4][rank])], folder / f"steps{rank}.pt")
     if rank == 0:
         idle.update(*spent(3.0), images=1)  # one image for two processes
     idle.synchronize()
     (folder / f"idle{rank}").write_text(str(idle.compute()["loss"]))
+
+
+def three_passes(rank: int) -> tuple[Tensor, list[int]]:
+    """The gradient of w * x summed up over passes with x = 1, 2, 4, or ten times that; and how often it was shared."""
+    model, shared = DistributedDataParallel(nn.Linear(1, 1, bias=False), gradient_as_bucket_view=True), []
+
+    def share(_, bucket):  # PyTorch takes no annotations that are texts
+        shared.append(len(bucket.gradients()))
+        return default_hooks.allreduce_hook(None, bucket)
+
+    model.register_comm_hook(None, share)
+    for number, x in enumerate((1.0, 2.0, 4.0)):
+        with utils.gradients_shared(model, now=number == 2):
+            model(torch.full((1, 1), x * 10**rank)).sum().backward()
+    return model.module.weight.grad.clone(), shared
+
+
+class Cramped(nn.Conv2d):
+    """A device whose memory holds so many photos, in the backward pass: the forward one has already left its traces."""
+
+    def __init__(self, room: int):
+        super().__init__(3, 4, 1)
+        self.norm, self.room = nn.BatchNorm2d(3), room
+
+    def forward(self, images: Tensor) -> Tensor:
+        raw = super().forward(self.norm(images + 1))
+        raw.register_hook(lambda gradient: self.fill(len(gradient)))
+        return raw
+
+    def fill(self, photos: int) -> None:
+        if photos > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def parts_in(room: int) -> int | str:
+    try:
+        return utils.find_parts(Cramped(room), 4, 32, CPU, None)
+    except LaunchError as error:
+        return str(error)
 
 
 @pytest.fixture(scope="module")
@@ -224,6 +266,52 @@ def test_the_main_process_goes_first_and_the_others_have_its_averages_and_its_wo
         assert buffers["running_mean"].tolist() == [1, 1, 1]
         assert buffers["num_batches_tracked"] == 5
         assert word == 0
+
+
+def test_gradients_of_several_passes_are_shared_once(two):
+    for rank in range(2):
+        gradient, shared = torch.load(two / f"steps{rank}.pt")[0]
+        assert gradient.item() == (7 + 70) / 2
+        assert shared == [1]
+
+
+def test_processes_agree_on_the_parts(two):
+    steps = [torch.load(two / f"steps{rank}.pt") for rank in range(2)]
+    assert [parts for _, parts, _ in steps] == [4, 4]
+    assert all("--image-size" in error for _, _, error in steps)  # on the one that has room as well
+
+
+# --- a batch in parts -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("room", "parts"), [(10, 1), (9, 2), (5, 2), (4, 4), (3, 4), (2, 8), (1, 10)])
+def test_a_batch_is_halved_until_it_fits_and_the_model_is_left_alone(room, parts):
+    model = Cramped(room)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert utils.find_parts(model, 10, 32, CPU, None) == parts
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(weights.grad is None for weights in model.parameters())
+    largest = max(map(len, utils.split([torch.zeros(10, 1), torch.zeros(3, 1)], parts, 10)))
+    assert largest <= room
+
+
+def test_where_not_one_photo_fits_the_user_is_told():
+    assert "single photo of 32 pixels" in parts_in(0)
+    with pytest.raises(RuntimeError, match="channels"):  # another mistake is none of memory
+        utils.find_parts(nn.Conv2d(5, 4, 1), 4, 32, CPU, None)
+
+
+@pytest.mark.parametrize(("photos", "parts", "sizes"), [(8, 1, [8]), (8, 4, [2, 2, 2, 2]), (8, 3, [3, 3, 2]),
+                                                        (5, 4, [2, 2, 1]), (2, 4, [2]), (8, 8, [1] * 8)])  # fmt: skip
+def test_parts_are_even_and_a_short_batch_has_fewer(photos, parts, sizes):
+    batch = torch.arange(photos)
+    split = utils.split([batch, batch], parts, batch_size=8)
+    assert list(map(len, split)) == 2 * sizes
+    assert torch.equal(torch.cat(split), torch.cat([batch, batch]))
+
+
+def test_groups_take_everything_once():
+    assert list(utils.groups(iter("abcde"), 2)) == [["a", "b"], ["c", "d"], ["e"]]
 
 
 ARGV = ["code/trainer.py", "--nproc-per-node=1", "--seed", "8"]  # arguments of the script are not the launcher's
@@ -341,6 +429,25 @@ def test_half_precision_is_the_one_that_the_gpu_itself_has(monkeypatch, native, 
     assert utils.autocast_dtype(torch.device("cuda"), wanted=True) == dtype
     assert utils.autocast_dtype(torch.device("cuda"), wanted=False) is None
     assert utils.autocast_dtype(CPU, wanted=True) is None
+
+
+def test_bfloat16_on_a_cpu_is_for_those_who_ask_and_have_it(monkeypatch):
+    monkeypatch.setattr(utils, "cpu_has_bfloat16", lambda: True)
+    assert utils.autocast_dtype(CPU, wanted=False, on_cpu=True) == torch.bfloat16
+    assert utils.autocast_dtype(torch.device("cuda"), wanted=False, on_cpu=True) is None
+    monkeypatch.setattr(utils, "cpu_has_bfloat16", lambda: False)
+    with pytest.raises(LaunchError, match="--bfloat16-on-cpu"):
+        utils.autocast_dtype(CPU, wanted=True, on_cpu=True)
+    assert utils.autocast_dtype(CPU, wanted=True) is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "has_it"),
+    [("fma avx512_bf16 sse2", True), ("amx_bf16 amx_tile", True), ("asimd bf16 i8mm", True), ("avx512f sse2", False)],
+)
+def test_a_cpu_says_whether_it_has_bfloat16(monkeypatch, flags, has_it):
+    monkeypatch.setattr(Path, "read_text", lambda *_: f"flags : {flags}\n")
+    assert utils.cpu_has_bfloat16() is has_it
 
 
 @pytest.mark.parametrize(("device", "world_size", "needed"), [("cuda", 2, True), ("cuda", 1, False), ("cpu", 2, False)])

@@ -12,14 +12,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it is in tools/ that Python looks
 
-from tools import bench_edges, bench_predict, bench_start, measuring
+from tools import bench_edges, bench_predict, bench_start, bench_step, measuring
 
 # Each takes the options, measures, and returns its tables as Markdown.
 SECTIONS = {
     "predict": bench_predict.photos,
     "edges": bench_edges.edges,
     "start": bench_start.start,
+    "step": bench_step.step,
+    "waiting": bench_step.waiting,
+    "processes": bench_step.processes,
+    "growth": bench_step.growth,
+    "accuracy": bench_step.accuracy,
 }
+ONLY_WHEN_NAMED = {"accuracy"}  # takes hours
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -38,7 +44,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(options: argparse.Namespace) -> None:
     print(measuring.machine(), flush=True)
-    for name in options.sections or SECTIONS:
+    for name in options.sections or [name for name in SECTIONS if name not in ONLY_WHEN_NAMED]:
         print(f"\n{SECTIONS[name](options)}", flush=True)
 
 
