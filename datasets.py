@@ -6,13 +6,10 @@ person index ► photo and mask ► letterbox ► augmentations ► dataset ► 
 from __future__ import annotations
 
 import os
-import random
 import signal
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
-
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # before its import: it would ask the network
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -21,10 +18,13 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from person_index import DataError, open_index
 
+if TYPE_CHECKING:
+    from augmentation import Augmenter
+
 # --- a photo, its square, and the way back ----------------------------------------------------------------
 
 
-def read_photo(path: Path, size: tuple[int, int]) -> np.ndarray:
+def read_photo(path: str | Path, size: tuple[int, int]) -> np.ndarray:
     """Reads a photo as uint8 RGB (height, width, 3) in the orientation that its annotations were drawn in.
 
     COCO's masks lie on the pixels as stored; sets drawn on the photo as shown (EXIF orientation applied)
@@ -34,7 +34,8 @@ def read_photo(path: Path, size: tuple[int, int]) -> np.ndarray:
         DataError: the file cannot be read, or its size is not the annotation's; names the file.
     """
     try:
-        encoded = np.fromfile(path, np.uint8)
+        with open(path, "rb", buffering=0) as file:
+            encoded = np.frombuffer(file.read(), np.uint8)
     except OSError as error:
         raise DataError(f"the photo {path} cannot be read: {error.strerror}") from None
     as_stored = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
@@ -76,17 +77,28 @@ def letterbox(image: np.ndarray, size: int) -> tuple[np.ndarray, dict]:
         The square, (size, size) with the channels of `image`, and the metadata that `restore` needs:
         original_size (width, height), scale, padding (left, top, right, bottom) in pixels.
     """
-    height, width = image.shape[:2]
-    scale = size / max(height, width)
-    new_width, new_height = max(1, round(width * scale)), max(1, round(height * scale))
-    left, top = (size - new_width) // 2, (size - new_height) // 2
+    metadata = placement(image.shape[1::-1], size)
     square = np.zeros((size, size, *image.shape[2:]), image.dtype)
-    fitted = resize(image, (new_width, new_height))
-    square[top : top + new_height, left : left + new_width] = fitted.reshape(new_height, new_width, *image.shape[2:])
+    inside = unpadded(square, metadata["padding"])
+    inside[...] = resize(image, inside.shape[1::-1]).reshape(inside.shape)
     if image.ndim == 2 or image.shape[2] in (1, 4):
         harden(square)
-    padding = (left, top, size - new_width - left, size - new_height - top)
-    return square, {"original_size": (width, height), "scale": scale, "padding": padding}
+    return square, metadata
+
+
+def placement(original_size: tuple[int, int], size: int) -> dict:
+    """Where a photo of (width, height) lies in its square: the metadata of `letterbox`."""
+    scale = size / max(original_size)
+    width, height = (max(1, round(side * scale)) for side in original_size)
+    left, top = (size - width) // 2, (size - height) // 2
+    padding = (left, top, size - width - left, size - height - top)
+    return {"original_size": original_size, "scale": scale, "padding": padding}
+
+
+def unpadded(square: np.ndarray, padding: tuple[int, int, int, int]) -> np.ndarray:
+    """The part of a square that is not padding, as a view."""
+    left, top, right, bottom = padding
+    return square[top : square.shape[0] - bottom, left : square.shape[1] - right]
 
 
 def harden(image: np.ndarray) -> None:
@@ -97,9 +109,16 @@ def harden(image: np.ndarray) -> None:
 
 def to_rgba(photo: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """uint8 RGB (H, W, 3) and mask (H, W) as one RGBA image (H, W, 4)."""
-    rgba = cv2.cvtColor(photo, cv2.COLOR_RGB2RGBA)
-    rgba[..., 3] = mask
-    return rgba
+    return cv2.insertChannel(mask, cv2.cvtColor(photo, cv2.COLOR_RGB2RGBA), 3)
+
+
+def to_sample(photo: np.ndarray, mask: np.ndarray) -> torch.Tensor:
+    """uint8 RGB (S, S, 3) and mask (S, S) as a sample (4, S, S), the mask cut at one half."""
+    sample = torch.empty(4, *mask.shape, dtype=torch.uint8)
+    red, green, blue, alpha = sample.numpy()
+    cv2.split(photo, [red, green, blue])  # straight into the tensor's memory
+    cv2.threshold(mask, 127, 255, cv2.THRESH_BINARY, dst=alpha)
+    return sample
 
 
 def restore(array: np.ndarray, metadata: dict) -> np.ndarray:
@@ -112,49 +131,9 @@ def restore(array: np.ndarray, metadata: dict) -> np.ndarray:
     Returns:
         (height, width) or (height, width, C) of the same dtype; interpolated, so a mask is to be cut again.
     """
-    left, top, right, bottom = metadata["padding"]
-    cropped = array[top : array.shape[0] - bottom, left : array.shape[1] - right]
+    cropped = unpadded(array, metadata["padding"])
     width, height = metadata["original_size"]
     return resize(cropped, (width, height)).reshape(height, width, *array.shape[2:])
-
-
-# --- augmentation -----------------------------------------------------------------------------------------
-
-
-def augmentations() -> list:
-    """The augmentations, applied in this order to the letterboxed square. Add or remove one by its line."""
-    import albumentations as A  # here, because a prediction needs none and its import takes a second
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="ShiftScaleRotate is a special case of Affine")
-        return [
-            A.HorizontalFlip(p=0.5),
-            A.RandomRotate90(p=0.1),
-            A.ShiftScaleRotate(shift_limit=0.0625, scale_limit=0.2, rotate_limit=15, p=0.5),
-            A.RandomBrightnessContrast(brightness_limit=0.2, contrast_limit=0.2, p=0.3),
-            A.HueSaturationValue(hue_shift_limit=10, sat_shift_limit=20, val_shift_limit=10, p=0.3),
-            A.GaussianBlur(blur_limit=(3, 5), p=0.1),
-        ]
-
-
-class Augmenter:
-    """Applies `augmentations()` to an RGBA square; what comes out depends on the seed alone."""
-
-    def __init__(self) -> None:
-        import albumentations as A
-
-        self._transforms = A.Compose(augmentations(), mask_interpolation=cv2.INTER_LINEAR)
-
-    def __call__(self, rgba: np.ndarray, seed: list[int]) -> np.ndarray:
-        """uint8 (S, S, 4) to the same; `seed` is any list of non-negative numbers."""
-        # One pair of generators for the whole list: set_random_seed() would give each transform the same
-        # seed, so that a photo that is flipped would always be rotated as well.
-        entropy = int.from_bytes(np.random.SeedSequence(seed).generate_state(4).tobytes(), "little")
-        self._transforms.set_random_state(np.random.default_rng(entropy), random.Random(entropy))
-        out = self._transforms(image=np.ascontiguousarray(rgba[..., :3]), mask=np.ascontiguousarray(rgba[..., 3]))
-        augmented = to_rgba(out["image"], out["mask"])
-        harden(augmented)
-        return augmented
 
 
 # --- the dataset and its loaders --------------------------------------------------------------------------
@@ -189,7 +168,7 @@ class COCOPersonDataset(Dataset):
         self.image_size = image_size
         self.store_metadata = store_metadata
         self.seed = seed
-        self._augment = Augmenter() if augment else None
+        self._augment = _augmenter() if augment else None
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see it change
 
     def __len__(self) -> int:
@@ -201,10 +180,10 @@ class COCOPersonDataset(Dataset):
     def __getitem__(self, index: int) -> torch.Tensor | tuple[torch.Tensor, dict]:
         """uint8 (4, S, S): R, G, B, A; A is 0 or 255. With `store_metadata`, (that, metadata)."""
         self.index.check(index)
-        rgba, metadata = letterbox(self.original(index), self.image_size)
+        photo, mask, metadata = self._square(index)
         if self._augment is not None:
-            rgba = self._augment(rgba, [self.seed, int(self._epoch), index])
-        sample = torch.from_numpy(np.stack(cv2.split(rgba)))
+            photo, mask = self._augment(photo, mask, [self.seed, int(self._epoch), index])
+        sample = to_sample(photo, mask)
         if not self.store_metadata:
             return sample
         return sample, {
@@ -213,10 +192,24 @@ class COCOPersonDataset(Dataset):
             **metadata,
         }
 
+    def _square(self, index: int) -> tuple[np.ndarray, np.ndarray, dict]:
+        """The letterboxed photo, uint8 (S, S, 3), its mask (S, S), 0 or 255, and the metadata of `letterbox`."""
+        photo, metadata = letterbox(self._photo(index), self.image_size)
+        mask, _ = letterbox(self.index.alpha(index), self.image_size)
+        return photo, mask, metadata
+
+    def _photo(self, index: int) -> np.ndarray:
+        return read_photo(os.path.join(self.photos, self.index.file_name(index)), self.index.size(index))
+
     def original(self, index: int) -> np.ndarray:
         """The photo and its mask before any resizing: uint8 RGBA (height, width, 4)."""
-        photo = read_photo(self.photos / self.index.file_name(index), self.index.size(index))
-        return to_rgba(photo, self.index.alpha(index))
+        return to_rgba(self._photo(index), self.index.alpha(index))
+
+
+def _augmenter() -> Augmenter:
+    from augmentation import Augmenter  # here, because a prediction needs none and albumentations takes a second
+
+    return Augmenter()
 
 
 def usable_cores() -> int:

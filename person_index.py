@@ -98,7 +98,8 @@ class PersonIndex:
         """The union of all persons as uint8 (height, width), 0 or 255."""
         width, height = self.size(index)
         mask = coco_mask.decode({"size": [height, width], "counts": self._slice("masks", index).tobytes()})
-        return cv2.transpose(mask.T) * 255  # decoded column by column; cv2 turns it faster than numpy
+        np.negative(mask, out=mask)  # 1 to 255
+        return cv2.transpose(mask.T)  # decoded column by column; cv2 turns it faster than numpy
 
     def _slice(self, name: str, index: int) -> np.ndarray:
         start, end = self._arrays[f"{name}_offsets"][index : index + 2]

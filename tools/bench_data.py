@@ -1,0 +1,105 @@
+"""Samples and batches beside the ways that people use today, each written as its users write it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # before its import: it would ask the network
+
+import albumentations as A
+import cv2
+import numpy as np
+import torch
+from albumentations.pytorch import ToTensorV2
+from pycocotools.coco import COCO
+from torchvision import tv_tensors
+from torchvision.io import decode_image
+from torchvision.transforms import v2
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class CocoFiles(torch.utils.data.Dataset):
+    """What the references share: pycocotools' annotations, a mask drawn per annotation."""
+
+    def __init__(self, root: str, split: str):
+        self.folder = Path(root, split)
+        self.coco = COCO(Path(root, "annotations", f"instances_{split}.json"))
+        self.persons = self.coco.getCatIds(catNms=["person"])
+        self.ids = sorted(self.coco.getImgIds(catIds=self.persons))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def file(self, index: int) -> str:
+        return str(self.folder / self.coco.loadImgs(self.ids[index])[0]["file_name"])
+
+    def mask(self, index: int) -> np.ndarray:
+        """The union of the persons, uint8 (height, width), 0 or 1."""
+        annotations = self.coco.loadAnns(self.coco.getAnnIds(imgIds=self.ids[index], catIds=self.persons))
+        record = self.coco.loadImgs(self.ids[index])[0]
+        mask = np.zeros((record["height"], record["width"]), np.uint8)
+        for annotation in annotations:
+            mask = np.maximum(mask, self.coco.annToMask(annotation))
+        return mask
+
+
+class Tutorial(CocoFiles):
+    """pycocotools, cv2.imread and one A.Compose: the way of most tutorials and notebooks."""
+
+    def __init__(self, root: str, split: str, size: int):
+        super().__init__(root, split)
+        self.transform = A.Compose([
+            A.LongestMaxSize(size),
+            A.PadIfNeeded(size, size, border_mode=cv2.BORDER_CONSTANT),
+            A.HorizontalFlip(p=0.5),
+            A.RandomRotate90(p=0.1),
+            A.ShiftScaleRotate(shift_limit=0.0625, scale_limit=0.2, rotate_limit=15, p=0.5),
+            A.RandomBrightnessContrast(brightness_limit=0.2, contrast_limit=0.2, p=0.3),
+            A.HueSaturationValue(hue_shift_limit=10, sat_shift_limit=20, val_shift_limit=10, p=0.3),
+            A.GaussianBlur(blur_limit=(3, 5), p=0.1),
+            A.Normalize(MEAN, STD),
+            ToTensorV2(),
+        ])  # fmt: skip
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The input, float32 (3, S, S), and the target, float32 (4, S, S)."""
+        image = cv2.cvtColor(cv2.imread(self.file(index)), cv2.COLOR_BGR2RGB)
+        out = self.transform(image=image, mask=self.mask(index))
+        alpha = out["mask"].float().unsqueeze(0)
+        return out["image"], torch.cat([out["image"], alpha])
+
+
+class Torchvision(CocoFiles):
+    """torchvision's own way: decode_image, tv_tensors and transforms v2, with equivalent steps."""
+
+    def __init__(self, root: str, split: str, size: int):
+        super().__init__(root, split)
+        self.size = size
+        warp = v2.RandomAffine(15, (0.0625, 0.0625), (0.8, 1.2), interpolation=v2.InterpolationMode.BILINEAR)
+        quarter_turns = v2.RandomChoice([v2.RandomRotation((a, a)) for a in (0, 90, 180, 270)])
+        self.transform = v2.Compose([
+            v2.RandomHorizontalFlip(0.5),
+            v2.RandomApply([quarter_turns], 0.1),
+            v2.RandomApply([warp], 0.5),
+            v2.RandomApply([v2.ColorJitter(brightness=0.2, contrast=0.2)], 0.3),
+            v2.RandomApply([v2.ColorJitter(brightness=0.04, saturation=0.1, hue=10 / 180)], 0.3),
+            v2.RandomApply([v2.GaussianBlur(5, (0.5, 3.0))], 0.1),
+            v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
+            v2.Normalize(MEAN, STD),
+        ])  # fmt: skip
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The input, float32 (3, S, S), and the target, float32 (4, S, S)."""
+        image = tv_tensors.Image(decode_image(self.file(index), mode="RGB"))
+        mask = tv_tensors.Mask(torch.from_numpy(self.mask(index)))
+        height, width = image.shape[-2:]
+        scale = self.size / max(height, width)
+        fitted = round(height * scale), round(width * scale)
+        left, top = (self.size - fitted[1]) // 2, (self.size - fitted[0]) // 2
+        square = v2.Compose([
+            v2.Resize(fitted), v2.Pad([left, top, self.size - fitted[1] - left, self.size - fitted[0] - top])
+        ])
+        image, mask = self.transform(*square(image, mask))
+        return image, torch.cat([image, mask.float().unsqueeze(0)])
