@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from person_index import DataError, open_index
+from person_index import DataError, index_places, open_index
+from photo_cache import PhotoCache, open_cache
 
 if TYPE_CHECKING:
     from augmentation import Augmenter
@@ -89,16 +90,29 @@ def letterbox(image: np.ndarray, size: int) -> tuple[np.ndarray, dict]:
 def placement(original_size: tuple[int, int], size: int) -> dict:
     """Where a photo of (width, height) lies in its square: the metadata of `letterbox`."""
     scale = size / max(original_size)
-    width, height = (max(1, round(side * scale)) for side in original_size)
+    width, height = fitted_size(original_size, size)
     left, top = (size - width) // 2, (size - height) // 2
     padding = (left, top, size - width - left, size - height - top)
     return {"original_size": original_size, "scale": scale, "padding": padding}
+
+
+def fitted_size(original_size: tuple[int, int], size: int) -> tuple[int, int]:
+    """The (width, height) that a photo of another has inside its square."""
+    scale = size / max(original_size)
+    return max(1, round(original_size[0] * scale)), max(1, round(original_size[1] * scale))
 
 
 def unpadded(square: np.ndarray, padding: tuple[int, int, int, int]) -> np.ndarray:
     """The part of a square that is not padding, as a view."""
     left, top, right, bottom = padding
     return square[top : square.shape[0] - bottom, left : square.shape[1] - right]
+
+
+def pad(fitted: np.ndarray, padding: tuple[int, int, int, int], size: int) -> np.ndarray:
+    """The inverse of `unpadded`: the same pixels in a square of zeros."""
+    square = np.zeros((size, size, *fitted.shape[2:]), fitted.dtype)
+    unpadded(square, padding)[...] = fitted
+    return square
 
 
 def harden(image: np.ndarray) -> None:
@@ -149,9 +163,10 @@ class COCOPersonDataset(Dataset):
         augment: whether to apply `augmentations()`.
         store_metadata: whether a sample is (tensor, metadata) instead of the tensor alone.
         seed: of the augmentations. A sample depends on (seed, epoch, index) and on nothing else.
+        cache: whether to keep the letterboxed photos on disk, for faster epochs; the samples are the same.
 
     Raises:
-        DataError: the data cannot be used.
+        DataError: the data cannot be used, or the cache does not fit on the disk.
     """
 
     def __init__(
@@ -162,14 +177,18 @@ class COCOPersonDataset(Dataset):
         augment: bool = False,
         store_metadata: bool = False,
         seed: int = 0,
+        cache: bool = False,
     ):
         self.photos = Path(root) / split
         self.index = open_index(root, split)
         self.image_size = image_size
         self.store_metadata = store_metadata
         self.seed = seed
+        self.cache: PhotoCache | None = None
         self._augment = _augmenter() if augment else None
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see it change
+        if cache:
+            self.cache = self._open_cache(index_places(Path(root), split))
 
     def __len__(self) -> int:
         return len(self.index)
@@ -194,12 +213,36 @@ class COCOPersonDataset(Dataset):
 
     def _square(self, index: int) -> tuple[np.ndarray, np.ndarray, dict]:
         """The letterboxed photo, uint8 (S, S, 3), its mask (S, S), 0 or 255, and the metadata of `letterbox`."""
-        photo, metadata = letterbox(self._photo(index), self.image_size)
-        mask, _ = letterbox(self.index.alpha(index), self.image_size)
+        fitted = self.cache.get(index) if self.cache is not None else None
+        if fitted is None:
+            photo, metadata = letterbox(self._photo(index), self.image_size)
+            return photo, letterbox(self.index.alpha(index), self.image_size)[0], metadata
+        metadata = placement(self.index.size(index), self.image_size)
+        photo, mask = (pad(image, metadata["padding"], self.image_size) for image in fitted)
         return photo, mask, metadata
 
+    def _open_cache(self, places: list[Path]) -> PhotoCache:
+        everything = range(len(self))
+
+        def draw(index: int) -> tuple[np.ndarray, np.ndarray]:
+            photo, mask, metadata = self._square(index)
+            return unpadded(photo, metadata["padding"]), unpadded(mask, metadata["padding"])
+
+        return open_cache(
+            name=f"{self.photos.name}.{self.image_size}",
+            state=repr(self.index.fingerprint),
+            folders=list(dict.fromkeys([self.index.path.parent, *(place.parent for place in places)])),
+            files=[self._file(index) for index in everything],
+            sizes=np.array([fitted_size(self.index.size(index), self.image_size) for index in everything]),
+            draw=draw,
+            threads=usable_cores(),
+        )
+
+    def _file(self, index: int) -> str:
+        return os.path.join(self.photos, self.index.file_name(index))
+
     def _photo(self, index: int) -> np.ndarray:
-        return read_photo(os.path.join(self.photos, self.index.file_name(index)), self.index.size(index))
+        return read_photo(self._file(index), self.index.size(index))
 
     def original(self, index: int) -> np.ndarray:
         """The photo and its mask before any resizing: uint8 RGBA (height, width, 4)."""
