@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import io
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # before its import: it would ask the network
@@ -17,7 +21,78 @@ from torchvision import tv_tensors
 from torchvision.io import decode_image
 from torchvision.transforms import v2
 
+from datasets import COCOPersonDataset, batches, make_loader
+from tools.measuring import Way, alternate, table
+
+SIZE, BATCH, WORKERS = 384, 32, 2
+PHOTOS = 250  # of the split, at most: a round is to last seconds
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def sample(options: argparse.Namespace) -> str:
+    """One sample after the other, on one core."""
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+    theirs, ours = references(options), silueta(options)
+    tutorial = theirs["tutorial"]
+    ways = [Way(name, one_by_one(dataset)) for name, dataset in (theirs | ours).items()]
+    ways.append(Way("JPEG decode alone", decode_alone(tutorial)))
+    alternate(ways, options.rounds)
+    return table(f"Samples of {SIZE} x {SIZE}, one core", "sample", ways[0], ways)
+
+
+def loader(options: argparse.Namespace) -> str:
+    """Through the DataLoader into the training process."""
+    cv2.setNumThreads(-1)  # as it is where nobody sets it
+    ways = []
+    for name, dataset in references(options).items():
+        subset = torch.utils.data.Subset(dataset, range(min(PHOTOS, len(dataset))))
+        batch_loader = torch.utils.data.DataLoader(subset, BATCH, True, num_workers=WORKERS, persistent_workers=True)
+        ways.append(Way(name, lambda batch_loader=batch_loader: sum(len(images) for images, _ in batch_loader)))
+    for name, dataset in silueta(options).items():
+        batch_loader = make_loader(dataset, BATCH, WORKERS, training=True)
+        ways.append(Way(name, lambda batch_loader=batch_loader: sum(map(len, batches(batch_loader, 0)))))
+    alternate(ways, options.rounds)
+    title = f"Batches of {BATCH} at {SIZE} x {SIZE} from {WORKERS} workers, in the training process"
+    return table(title, "sample", ways[0], ways)
+
+
+def references(options: argparse.Namespace) -> dict[str, CocoFiles]:
+    kinds = {"tutorial": Tutorial, "torchvision": Torchvision}
+    return {name: kind(options.data_root, options.split, SIZE) for name, kind in kinds.items()}
+
+
+def silueta(options: argparse.Namespace) -> dict[str, COCOPersonDataset]:
+    return {
+        name: COCOPersonDataset(options.data_root, options.split, SIZE, augment=True, cache=cache)
+        for name, cache in (("Silueta", False), ("Silueta --cache", True))
+    }
+
+
+def one_by_one(dataset: torch.utils.data.Dataset) -> Callable[[], int]:
+    """A round over the same photos with new draws, which an epoch's number stands for with ours."""
+    indices = range(min(PHOTOS, len(dataset)))
+    epochs = iter(range(10**6))
+
+    def work() -> int:
+        if isinstance(dataset, COCOPersonDataset):
+            dataset.set_epoch(next(epochs))
+        for index in indices:
+            dataset[index]
+        return len(indices)
+
+    return work
+
+
+def decode_alone(dataset: CocoFiles) -> Callable[[], int]:
+    encoded = [np.fromfile(dataset.file(index), np.uint8) for index in range(min(PHOTOS, len(dataset)))]
+
+    def work() -> int:
+        for content in encoded:
+            cv2.imdecode(content, cv2.IMREAD_COLOR)
+        return len(encoded)
+
+    return work
 
 
 class CocoFiles(torch.utils.data.Dataset):
@@ -25,7 +100,8 @@ class CocoFiles(torch.utils.data.Dataset):
 
     def __init__(self, root: str, split: str):
         self.folder = Path(root, split)
-        self.coco = COCO(Path(root, "annotations", f"instances_{split}.json"))
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.coco = COCO(Path(root, "annotations", f"instances_{split}.json"))
         self.persons = self.coco.getCatIds(catNms=["person"])
         self.ids = sorted(self.coco.getImgIds(catIds=self.persons))
 

@@ -12,10 +12,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it is in tools/ that Python looks
 
-from tools import bench_predict, measuring
+from tools import bench_data, bench_predict, measuring
 
 # Each takes the options, measures, and returns its tables as Markdown.
 SECTIONS = {
+    "sample": bench_data.sample,
+    "loader": bench_data.loader,
     "predict": bench_predict.photos,
 }
 
