@@ -80,12 +80,14 @@ class HueSaturationValue(A.HueSaturationValue):
 
 
 def hsv_tables(hue_shift: float, sat_shift: float, val_shift: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What becomes of the 256 values of hue, saturation and value; what is grey stays grey."""
-    values = np.arange(256)
-    saturation = np.clip(values + int(sat_shift), 0, 255)
+    """What becomes of the 256 values of hue, saturation and value: uint8; what is grey stays grey."""
+    hue = np.mod(VALUES + hue_shift, 180)
+    saturation, value = (np.minimum(np.maximum(VALUES + int(shift), 0), 255) for shift in (sat_shift, val_shift))
     saturation[0] = 0
-    tables = np.mod(values + hue_shift, 180), saturation, np.clip(values + int(val_shift), 0, 255)
-    return tuple(table.astype(np.uint8) for table in tables)
+    return hue.astype(np.uint8), saturation.astype(np.uint8), value.astype(np.uint8)
+
+
+VALUES = np.arange(256)
 
 
 class Augmenter:

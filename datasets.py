@@ -57,13 +57,13 @@ def _decode(encoded: np.ndarray, flags: int) -> np.ndarray | None:
         return None
 
 
-def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resizes to (width, height), averaging where it shrinks by more than two, linear otherwise."""
+def resize(image: np.ndarray, size: tuple[int, int], out: np.ndarray | None = None) -> np.ndarray:
+    """Resizes to (width, height), into `out` if given: averages where it shrinks by more than two, else linear."""
     height, width = image.shape[:2]
-    if (width, height) == tuple(size):
+    if (width, height) == tuple(size) and out is None:
         return image
     shrinks = max(width / size[0], height / size[1]) > 2
-    return cv2.resize(image, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+    return cv2.resize(image, size, dst=out, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
 
 def letterbox(image: np.ndarray, size: int) -> tuple[np.ndarray, dict]:
@@ -81,7 +81,7 @@ def letterbox(image: np.ndarray, size: int) -> tuple[np.ndarray, dict]:
     metadata = placement(image.shape[1::-1], size)
     square = np.zeros((size, size, *image.shape[2:]), image.dtype)
     inside = unpadded(square, metadata["padding"])
-    inside[...] = resize(image, inside.shape[1::-1]).reshape(inside.shape)
+    resize(image, inside.shape[1::-1], out=inside)
     if image.ndim == 2 or image.shape[2] in (1, 4):
         harden(square)
     return square, metadata
@@ -128,11 +128,10 @@ def to_rgba(photo: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 def to_sample(photo: np.ndarray, mask: np.ndarray) -> torch.Tensor:
     """uint8 RGB (S, S, 3) and mask (S, S) as a sample (4, S, S), the mask cut at one half."""
-    sample = torch.empty(4, *mask.shape, dtype=torch.uint8)
-    red, green, blue, alpha = sample.numpy()
-    cv2.split(photo, [red, green, blue])  # straight into the tensor's memory
-    cv2.threshold(mask, 127, 255, cv2.THRESH_BINARY, dst=alpha)
-    return sample
+    sample = np.empty((4, *mask.shape), np.uint8)
+    cv2.split(photo, [*sample[:3]])  # straight into the sample's memory
+    cv2.threshold(mask, 127, 255, cv2.THRESH_BINARY, dst=sample[3])
+    return torch.from_numpy(sample)
 
 
 def restore(array: np.ndarray, metadata: dict) -> np.ndarray:
