@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # --- a photo, its square, and the way back ----------------------------------------------------------------
 
 
-def read_photo(path: str | Path, size: tuple[int, int]) -> np.ndarray:
+def read_photo(path: Path, size: tuple[int, int]) -> np.ndarray:
     """Reads a photo as uint8 RGB (height, width, 3) in the orientation that its annotations were drawn in.
 
     COCO's masks lie on the pixels as stored; sets drawn on the photo as shown (EXIF orientation applied)
@@ -35,8 +35,7 @@ def read_photo(path: str | Path, size: tuple[int, int]) -> np.ndarray:
         DataError: the file cannot be read, or its size is not the annotation's; names the file.
     """
     try:
-        with open(path, "rb", buffering=0) as file:
-            encoded = np.frombuffer(file.read(), np.uint8)
+        encoded = np.fromfile(path, np.uint8)
     except OSError as error:
         raise DataError(f"the photo {path} cannot be read: {error.strerror}") from None
     as_stored = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
@@ -237,8 +236,8 @@ class COCOPersonDataset(Dataset):
             threads=usable_cores(),
         )
 
-    def _file(self, index: int) -> str:
-        return os.path.join(self.photos, self.index.file_name(index))
+    def _file(self, index: int) -> Path:
+        return self.photos / self.index.file_name(index)
 
     def _photo(self, index: int) -> np.ndarray:
         return read_photo(self._file(index), self.index.size(index))

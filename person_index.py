@@ -12,11 +12,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Annotated
 
-import cv2
 import msgspec
 import numpy as np
 import torch
 from pycocotools import mask as coco_mask
+
+from masks import draw_mask
 
 INDEX_VERSION = 1  # of the index file's content; another version is built anew
 MAX_SIDE, MAX_PIXELS = 2**20, 2**28  # of a photo: more is taken for a broken record, not for a photo
@@ -97,9 +98,7 @@ class PersonIndex:
     def alpha(self, index: int) -> np.ndarray:
         """The union of all persons as uint8 (height, width), 0 or 255."""
         width, height = self.size(index)
-        mask = coco_mask.decode({"size": [height, width], "counts": self._slice("masks", index).tobytes()})
-        np.negative(mask, out=mask)  # 1 to 255
-        return cv2.transpose(mask.T)  # decoded column by column; cv2 turns it faster than numpy
+        return draw_mask(self._slice("masks", index), width, height)
 
     def _slice(self, name: str, index: int) -> np.ndarray:
         start, end = self._arrays[f"{name}_offsets"][index : index + 2]

@@ -66,7 +66,7 @@ def row_offsets(sizes: np.ndarray) -> np.ndarray:
 
 
 def open_cache(
-    name: str, state: str, folders: list[Path], files: list[str], sizes: np.ndarray,
+    name: str, state: str, folders: list[Path], files: list[Path], sizes: np.ndarray,
     draw: Callable[[int], Pixels], threads: int,
 ) -> PhotoCache:  # fmt: skip
     """Opens a cache, and first makes what is missing in it or was made from a photo that has changed since.
@@ -117,7 +117,7 @@ def _place(name: str, folders: list[Path], size: int) -> Path:
     raise DataError(f"the cache cannot be kept in {' or '.join(map(str, folders))}: make one of them writable")
 
 
-def _stamp(file: str) -> int:
+def _stamp(file: Path) -> int:
     """The state of a photo's file as a positive int64; 0 where it cannot be told."""
     try:
         stat = os.stat(file)

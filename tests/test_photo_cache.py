@@ -205,7 +205,7 @@ def test_a_folder_that_cannot_be_written_gives_way_to_the_next(tmp_path, coco_ro
     write_photo(tmp_path / "photo.png", photo)
     (tmp_path / "a file").touch()
     folders = [tmp_path / "a file", tmp_path / "folder"]
-    settings = dict(files=[str(tmp_path / "photo.png")], sizes=np.array([[3, 2]]), draw=lambda i: (photo, mask))
+    settings = dict(files=[tmp_path / "photo.png"], sizes=np.array([[3, 2]]), draw=lambda i: (photo, mask))
     cache = photo_cache.open_cache("name", "state", folders, threads=1, **settings)
     assert cache.path.parent == folders[1]
     assert all(np.array_equal(found, given) for found, given in zip(cache.get(0), (photo, mask), strict=True))

@@ -25,7 +25,7 @@ from datasets import COCOPersonDataset, batches, make_loader
 from tools.measuring import Way, alternate, table
 
 SIZE, BATCH, WORKERS = 384, 32, 2
-PHOTOS = 250  # of the split, at most: a round is to last seconds
+PHOTOS = 250  # of the split at most, for one sample after the other: a round is to last seconds
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -44,14 +44,7 @@ def sample(options: argparse.Namespace) -> str:
 def loader(options: argparse.Namespace) -> str:
     """Through the DataLoader into the training process."""
     cv2.setNumThreads(-1)  # as it is where nobody sets it
-    ways = []
-    for name, dataset in references(options).items():
-        subset = torch.utils.data.Subset(dataset, range(min(PHOTOS, len(dataset))))
-        batch_loader = torch.utils.data.DataLoader(subset, BATCH, True, num_workers=WORKERS, persistent_workers=True)
-        ways.append(Way(name, lambda batch_loader=batch_loader: sum(len(images) for images, _ in batch_loader)))
-    for name, dataset in silueta(options).items():
-        batch_loader = make_loader(dataset, BATCH, WORKERS, training=True)
-        ways.append(Way(name, lambda batch_loader=batch_loader: sum(map(len, batches(batch_loader, 0)))))
+    ways = [Way(name, batch_by_batch(dataset)) for name, dataset in (references(options) | silueta(options)).items()]
     alternate(ways, options.rounds)
     title = f"Batches of {BATCH} at {SIZE} x {SIZE} from {WORKERS} workers, in the training process"
     return table(title, "sample", ways[0], ways)
@@ -82,6 +75,15 @@ def one_by_one(dataset: torch.utils.data.Dataset) -> Callable[[], int]:
         return len(indices)
 
     return work
+
+
+def batch_by_batch(dataset: torch.utils.data.Dataset) -> Callable[[], int]:
+    """A round over the whole split, with the loader that each way's users have."""
+    if isinstance(dataset, COCOPersonDataset):
+        ours, epochs = make_loader(dataset, BATCH, WORKERS, training=True), iter(range(10**6))
+        return lambda: sum(map(len, batches(ours, next(epochs))))
+    theirs = torch.utils.data.DataLoader(dataset, BATCH, True, num_workers=WORKERS, persistent_workers=True)
+    return lambda: sum(len(images) for images, _ in theirs)
 
 
 def decode_alone(dataset: CocoFiles) -> Callable[[], int]:
@@ -174,8 +176,6 @@ class Torchvision(CocoFiles):
         scale = self.size / max(height, width)
         fitted = round(height * scale), round(width * scale)
         left, top = (self.size - fitted[1]) // 2, (self.size - fitted[0]) // 2
-        square = v2.Compose([
-            v2.Resize(fitted), v2.Pad([left, top, self.size - fitted[1] - left, self.size - fitted[0] - top])
-        ])
-        image, mask = self.transform(*square(image, mask))
+        padding = [left, top, self.size - fitted[1] - left, self.size - fitted[0] - top]
+        image, mask = self.transform(*v2.Compose([v2.Resize(fitted), v2.Pad(padding)])(image, mask))
         return image, torch.cat([image, mask.float().unsqueeze(0)])
