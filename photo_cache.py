@@ -85,8 +85,9 @@ def open_cache(
     """
     key = sha256(repr((CACHE_VERSION, state)).encode()).hexdigest()[:16]
     path = _place(f"{name}.{key}.photos", folders, int(row_offsets(sizes)[-1]))
-    for outdated in set(path.parent.glob(f"{name}.*.photos")) - {path}:
-        outdated.unlink(missing_ok=True)
+    for file in path.parent.iterdir():
+        if file.name.startswith(f"{name}.") and file.suffix == ".photos" and file != path:
+            file.unlink(missing_ok=True)  # of another state
     stamps = np.fromfile(path, np.int64, len(files))
     wanted = np.array([_stamp(file) for file in files], np.int64)
     missing = np.flatnonzero((stamps != wanted) | (wanted == 0))

@@ -16,9 +16,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import add_person, edit, refusal, write_photo
+from test_trainer import Tiny, small
 
+import checkpointing
 import datasets
 import photo_cache
+import trainer
 from datasets import COCOPersonDataset, batches, make_loader
 
 TRAIN, VAL = "train2017", "val2017"
@@ -76,6 +79,16 @@ def test_workers_read_the_same_file(coco_root, drawn, workers, start):
     assert torch.equal(torch.cat(list(batches(loader, 0))), samples_of(dataset))
     assert drawn == []
     assert len(pickle.dumps(dataset.cache)) < 2000  # the file's name, not its content
+
+
+def test_a_training_says_where_its_samples_come_from_and_has_the_same_bits(coco_root, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trainer, "UNetAutoencoder", Tiny)
+    weights = []
+    for cache, said in ((False, "from the photos"), (True, "letterboxed once")):
+        trainer.main(small(coco_root, tmp_path / str(cache), num_epochs=1, num_workers=int(cache), cache=cache))
+        assert said in capsys.readouterr().out
+        weights.append(checkpointing.load(tmp_path / str(cache) / "last.pth")["model"])
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_the_photos_are_not_read_again(coco_root, drawn):
@@ -141,7 +154,7 @@ def test_what_is_made_stays_after_a_kill(coco_root, drawn):
         import datasets, photo_cache
         photo_cache.CHUNK, slow = 2, datasets.read_photo
         def read(path, size):
-            if "05.jpg" in path:
+            if "05.jpg" in str(path):
                 print("the fifth", flush=True)
                 time.sleep(60)
             return slow(path, size)
