@@ -5,8 +5,10 @@ person index ► photo and mask ► letterbox ► augmentations ► dataset ► 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -290,14 +292,27 @@ def make_loader(
         drop_last=drop_last,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         generator=torch.Generator().manual_seed(dataset.seed),  # workers must not draw from the model's dice
     )
 
 
-def _start_worker(_worker: int) -> None:
+def start_worker(_worker: int) -> None:
+    """What a process that makes samples and nothing else begins with."""
     cv2.setNumThreads(0)  # each worker is a core's worth of work already
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process: the training one ends the workers
+    _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """Without it, glibc returns a photo's memory after each sample, and the kernel clears each page anew."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):  # musl has none
+        libc.mallopt(M_MMAP_THRESHOLD, 2**25)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**26)
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h, in bytes
 
 
 def batches(loader: DataLoader, epoch: int) -> Iterator[torch.Tensor]:

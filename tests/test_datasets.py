@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import random
 import signal
 import struct
@@ -363,6 +364,19 @@ def test_workers_keep_to_one_thread_ignore_ctrl_c_and_leave_the_dice_of_the_mode
         assert torch.cat(list(make_loader(Probe(), 2, 2, training))).tolist() == [[1, 1]] * 4
     assert torch.equal(torch.get_rng_state(), dice)
     assert cv2.getNumThreads() == threads
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
+def test_a_worker_keeps_the_memory_that_it_has_freed():
+    code = """if True:
+        import resource
+        import datasets, numpy
+        datasets.start_worker(0)
+        for _ in range(10):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            [numpy.ones(2**23, numpy.uint8) for _ in range(4)]
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 100)"""
+    assert fresh_python(code) == ["True"]  # 8192 pages otherwise
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import multiprocessing
 import os
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # before its import: it would ask the network
@@ -21,6 +23,7 @@ from torchvision import tv_tensors
 from torchvision.io import decode_image
 from torchvision.transforms import v2
 
+import datasets
 from datasets import COCOPersonDataset, batches, make_loader
 from tools.measuring import Way, alternate, table
 
@@ -30,15 +33,37 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def sample(options: argparse.Namespace) -> str:
-    """One sample after the other, on one core."""
-    cv2.setNumThreads(1)
-    torch.set_num_threads(1)
+    """One sample after the other, on one core; each way in a process of its own, as in a loader's worker."""
     theirs, ours = references(options), silueta(options)
-    tutorial = theirs["tutorial"]
-    ways = [Way(name, one_by_one(dataset)) for name, dataset in (theirs | ours).items()]
-    ways.append(Way("JPEG decode alone", decode_alone(tutorial)))
+    ways = [Way(name, in_a_process(one_by_one(dataset), one_thread)) for name, dataset in theirs.items()]
+    ways += [Way(name, in_a_process(one_by_one(dataset), datasets.start_worker)) for name, dataset in ours.items()]
+    ways.append(Way("JPEG decode alone", in_a_process(decode_alone(theirs["tutorial"]), one_thread)))
     alternate(ways, options.rounds)
     return table(f"Samples of {SIZE} x {SIZE}, one core", "sample", ways[0], ways)
+
+
+def one_thread(_worker: int) -> None:
+    cv2.setNumThreads(0)
+
+
+def in_a_process(work: Callable[[], int], start: Callable[[int], None]) -> Callable[[], int]:
+    """The same work, done in a forked process of its own."""
+
+    def begin() -> None:
+        global _work
+        _work = work
+        torch.set_num_threads(1)
+        start(0)
+
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("fork"), begin)
+    return lambda: pool.submit(_do).result()
+
+
+_work: Callable[[], int]
+
+
+def _do() -> int:
+    return _work()
 
 
 def loader(options: argparse.Namespace) -> str:
