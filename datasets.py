@@ -5,16 +5,15 @@ person index ► photo and mask ► letterbox ► augmentations ► dataset ► 
 
 from __future__ import annotations
 
+import ctypes
 import io
 import os
-import random
 import signal
 import struct
-import warnings
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # before its import: it would ask the network
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -22,9 +21,14 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from person_index import MAX_PIXELS, DataError, open_index
+from person_index import MAX_PIXELS, DataError, index_places, open_index
+from photo_cache import PhotoCache, open_cache
+
+if TYPE_CHECKING:
+    from augmentation import Augmenter
 
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns above this and refuses above its double
+
 
 # --- a photo, its square, and the way back ----------------------------------------------------------------
 
@@ -99,13 +103,13 @@ def _decode(encoded: np.ndarray, flags: int) -> np.ndarray | None:
         return None
 
 
-def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resizes to (width, height), averaging where it shrinks by more than two, linear otherwise."""
+def resize(image: np.ndarray, size: tuple[int, int], out: np.ndarray | None = None) -> np.ndarray:
+    """Resizes to (width, height), into `out` if given: averages where it shrinks by more than two, else linear."""
     height, width = image.shape[:2]
-    if (width, height) == tuple(size):
+    if (width, height) == tuple(size) and out is None:
         return image
     shrinks = max(width / size[0], height / size[1]) > 2
-    return cv2.resize(image, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+    return cv2.resize(image, size, dst=out, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
 
 def letterbox(image: np.ndarray, size: int) -> tuple[np.ndarray, dict]:
@@ -120,17 +124,41 @@ def letterbox(image: np.ndarray, size: int) -> tuple[np.ndarray, dict]:
         The square, (size, size) with the channels of `image`, and the metadata that `restore` needs:
         original_size (width, height), scale, padding (left, top, right, bottom) in pixels.
     """
-    height, width = image.shape[:2]
-    scale = size / max(height, width)
-    new_width, new_height = max(1, round(width * scale)), max(1, round(height * scale))
-    left, top = (size - new_width) // 2, (size - new_height) // 2
+    metadata = placement(image.shape[1::-1], size)
     square = np.zeros((size, size, *image.shape[2:]), image.dtype)
-    fitted = resize(image, (new_width, new_height))
-    square[top : top + new_height, left : left + new_width] = fitted.reshape(new_height, new_width, *image.shape[2:])
+    inside = unpadded(square, metadata["padding"])
+    resize(image, inside.shape[1::-1], out=inside)
     if image.ndim == 2 or image.shape[2] in (1, 4):
         harden(square)
-    padding = (left, top, size - new_width - left, size - new_height - top)
-    return square, {"original_size": (width, height), "scale": scale, "padding": padding}
+    return square, metadata
+
+
+def placement(original_size: tuple[int, int], size: int) -> dict:
+    """Where a photo of (width, height) lies in its square: the metadata of `letterbox`."""
+    scale = size / max(original_size)
+    width, height = fitted_size(original_size, size)
+    left, top = (size - width) // 2, (size - height) // 2
+    padding = (left, top, size - width - left, size - height - top)
+    return {"original_size": original_size, "scale": scale, "padding": padding}
+
+
+def fitted_size(original_size: tuple[int, int], size: int) -> tuple[int, int]:
+    """The (width, height) that a photo of another has inside its square."""
+    scale = size / max(original_size)
+    return max(1, round(original_size[0] * scale)), max(1, round(original_size[1] * scale))
+
+
+def unpadded(square: np.ndarray, padding: tuple[int, int, int, int]) -> np.ndarray:
+    """The part of a square that is not padding, as a view."""
+    left, top, right, bottom = padding
+    return square[top : square.shape[0] - bottom, left : square.shape[1] - right]
+
+
+def pad(fitted: np.ndarray, padding: tuple[int, int, int, int], size: int) -> np.ndarray:
+    """The inverse of `unpadded`: the same pixels in a square of zeros."""
+    square = np.zeros((size, size, *fitted.shape[2:]), fitted.dtype)
+    unpadded(square, padding)[...] = fitted
+    return square
 
 
 def harden(image: np.ndarray) -> None:
@@ -141,15 +169,15 @@ def harden(image: np.ndarray) -> None:
 
 def to_rgba(photo: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """uint8 RGB (H, W, 3) and mask (H, W) as one RGBA image (H, W, 4)."""
-    rgba = cv2.cvtColor(photo, cv2.COLOR_RGB2RGBA)
-    rgba[..., 3] = mask
-    return rgba
+    return cv2.insertChannel(mask, cv2.cvtColor(photo, cv2.COLOR_RGB2RGBA), 3)
 
 
-def crop(array: np.ndarray, metadata: dict) -> np.ndarray:
-    """What `letterbox` made of the image, without the padding: a view."""
-    left, top, right, bottom = metadata["padding"]
-    return array[top : array.shape[0] - bottom, left : array.shape[1] - right]
+def to_sample(photo: np.ndarray, mask: np.ndarray) -> torch.Tensor:
+    """uint8 RGB (S, S, 3) and mask (S, S) as a sample (4, S, S), the mask cut at one half."""
+    sample = np.empty((4, *mask.shape), np.uint8)
+    cv2.split(photo, [*sample[:3]])  # straight into the sample's memory
+    cv2.threshold(mask, 127, 255, cv2.THRESH_BINARY, dst=sample[3])
+    return torch.from_numpy(sample)
 
 
 def restore(array: np.ndarray, metadata: dict) -> np.ndarray:
@@ -162,47 +190,9 @@ def restore(array: np.ndarray, metadata: dict) -> np.ndarray:
     Returns:
         (height, width) or (height, width, C) of the same dtype; interpolated, so a mask is to be cut again.
     """
+    cropped = unpadded(array, metadata["padding"])
     width, height = metadata["original_size"]
-    return resize(crop(array, metadata), (width, height)).reshape(height, width, *array.shape[2:])
-
-
-# --- augmentation -----------------------------------------------------------------------------------------
-
-
-def augmentations() -> list:
-    """The augmentations, applied in this order to the letterboxed square. Add or remove one by its line."""
-    import albumentations as A  # here, because a prediction needs none and its import takes a second
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="ShiftScaleRotate is a special case of Affine")
-        return [
-            A.HorizontalFlip(p=0.5),
-            A.RandomRotate90(p=0.1),
-            A.ShiftScaleRotate(shift_limit=0.0625, scale_limit=0.2, rotate_limit=15, p=0.5),
-            A.RandomBrightnessContrast(brightness_limit=0.2, contrast_limit=0.2, p=0.3),
-            A.HueSaturationValue(hue_shift_limit=10, sat_shift_limit=20, val_shift_limit=10, p=0.3),
-            A.GaussianBlur(blur_limit=(3, 5), p=0.1),
-        ]
-
-
-class Augmenter:
-    """Applies `augmentations()` to an RGBA square; what comes out depends on the seed alone."""
-
-    def __init__(self) -> None:
-        import albumentations as A
-
-        self._transforms = A.Compose(augmentations(), mask_interpolation=cv2.INTER_LINEAR)
-
-    def __call__(self, rgba: np.ndarray, seed: list[int]) -> np.ndarray:
-        """uint8 (S, S, 4) to the same; `seed` is any list of non-negative numbers."""
-        # One pair of generators for the whole list: set_random_seed() would give each transform the same
-        # seed, so that a photo that is flipped would always be rotated as well.
-        entropy = int.from_bytes(np.random.SeedSequence(seed).generate_state(4).tobytes(), "little")
-        self._transforms.set_random_state(np.random.default_rng(entropy), random.Random(entropy))
-        out = self._transforms(image=np.ascontiguousarray(rgba[..., :3]), mask=np.ascontiguousarray(rgba[..., 3]))
-        augmented = to_rgba(out["image"], out["mask"])
-        harden(augmented)
-        return augmented
+    return resize(cropped, (width, height)).reshape(height, width, *array.shape[2:])
 
 
 # --- the dataset and its loaders --------------------------------------------------------------------------
@@ -218,9 +208,10 @@ class COCOPersonDataset(Dataset):
         augment: whether to apply `augmentations()`.
         store_metadata: whether a sample is (tensor, metadata) instead of the tensor alone.
         seed: of the augmentations. A sample depends on (seed, epoch, index) and on nothing else.
+        cache: whether to keep the letterboxed photos on disk, for faster epochs; the samples are the same.
 
     Raises:
-        DataError: the data cannot be used.
+        DataError: the data cannot be used, or the cache does not fit on the disk.
     """
 
     def __init__(
@@ -231,14 +222,18 @@ class COCOPersonDataset(Dataset):
         augment: bool = False,
         store_metadata: bool = False,
         seed: int = 0,
+        cache: bool = False,
     ):
         self.photos = Path(root) / split
         self.index = open_index(root, split, usable_cores())
         self.image_size = image_size
         self.store_metadata = store_metadata
         self.seed = seed
-        self._augment = Augmenter() if augment else None
+        self.cache: PhotoCache | None = None
+        self._augment = _augmenter() if augment else None
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see it change
+        if cache:
+            self.cache = self._open_cache(index_places(Path(root), split))
 
     def __len__(self) -> int:
         return len(self.index)
@@ -249,10 +244,10 @@ class COCOPersonDataset(Dataset):
     def __getitem__(self, index: int) -> torch.Tensor | tuple[torch.Tensor, dict]:
         """uint8 (4, S, S): R, G, B, A; A is 0 or 255. With `store_metadata`, (that, metadata)."""
         self.index.check(index)
-        rgba, metadata = letterbox(self.original(index), self.image_size)
+        photo, mask, metadata = self._square(index)
         if self._augment is not None:
-            rgba = self._augment(rgba, [self.seed, int(self._epoch), index])
-        sample = torch.from_numpy(np.stack(cv2.split(rgba)))
+            photo, mask = self._augment(photo, mask, [self.seed, int(self._epoch), index])
+        sample = to_sample(photo, mask)
         if not self.store_metadata:
             return sample
         return sample, {
@@ -261,10 +256,48 @@ class COCOPersonDataset(Dataset):
             **metadata,
         }
 
+    def _square(self, index: int) -> tuple[np.ndarray, np.ndarray, dict]:
+        """The letterboxed photo, uint8 (S, S, 3), its mask (S, S), 0 or 255, and the metadata of `letterbox`."""
+        fitted = self.cache.get(index) if self.cache is not None else None
+        if fitted is None:
+            photo, metadata = letterbox(self._photo(index), self.image_size)
+            return photo, letterbox(self.index.alpha(index), self.image_size)[0], metadata
+        metadata = placement(self.index.size(index), self.image_size)
+        photo, mask = (pad(image, metadata["padding"], self.image_size) for image in fitted)
+        return photo, mask, metadata
+
+    def _open_cache(self, places: list[Path]) -> PhotoCache:
+        everything = range(len(self))
+
+        def draw(index: int) -> tuple[np.ndarray, np.ndarray]:
+            photo, mask, metadata = self._square(index)
+            return unpadded(photo, metadata["padding"]), unpadded(mask, metadata["padding"])
+
+        return open_cache(
+            name=f"{self.photos.name}.{self.image_size}",
+            state=repr(self.index.fingerprint),
+            folders=list(dict.fromkeys([self.index.path.parent, *(place.parent for place in places)])),
+            files=[self._file(index) for index in everything],
+            sizes=np.array([fitted_size(self.index.size(index), self.image_size) for index in everything]),
+            draw=draw,
+            threads=usable_cores(),
+        )
+
+    def _file(self, index: int) -> Path:
+        return self.photos / self.index.file_name(index)
+
+    def _photo(self, index: int) -> np.ndarray:
+        return read_photo(self._file(index), self.index.size(index))
+
     def original(self, index: int) -> np.ndarray:
         """The photo and its mask before any resizing: uint8 RGBA (height, width, 4)."""
-        photo = read_photo(self.photos / self.index.file_name(index), self.index.size(index))
-        return to_rgba(photo, self.index.alpha(index))
+        return to_rgba(self._photo(index), self.index.alpha(index))
+
+
+def _augmenter() -> Augmenter:
+    from augmentation import Augmenter  # here, because a prediction needs none and albumentations takes a second
+
+    return Augmenter()
 
 
 def usable_cores() -> int:
@@ -304,14 +337,27 @@ def make_loader(
         drop_last=drop_last,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         generator=torch.Generator().manual_seed(dataset.seed),  # workers must not draw from the model's dice
     )
 
 
-def _start_worker(_worker: int) -> None:
+def start_worker(_worker: int) -> None:
+    """What a process that makes samples and nothing else begins with."""
     cv2.setNumThreads(0)  # each worker is a core's worth of work already
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process: the training one ends the workers
+    _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """Without it, glibc returns a photo's memory after each sample, and the kernel clears each page anew."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):  # musl has none
+        libc.mallopt(M_MMAP_THRESHOLD, 2**25)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**26)
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h, in bytes
 
 
 def batches(loader: DataLoader, epoch: int) -> Iterator[torch.Tensor]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import cv2
 import numpy as np
 
-from datasets import crop, resize, restore
+from datasets import resize, restore, unpadded
 from photos import strips
 
 GUIDE_RADIUS = 2  # pixels of the square: an edge is looked for within so many
@@ -39,7 +39,9 @@ def alpha_of(probabilities: np.ndarray, square: np.ndarray, metadata: dict, rgb:
     """
     if metadata["scale"] >= 1:
         return restore(probabilities, metadata)
-    factors, constant = linear_model(crop(square, metadata), crop(probabilities, metadata))
+    factors, constant = linear_model(
+        unpadded(square, metadata["padding"]), unpadded(probabilities, metadata["padding"])
+    )
     alpha = resize(constant, rgb.shape[1::-1])
     for rows, columns, local in enlarged_at(surroundings(factors, alpha.shape), factors, alpha.shape):
         alpha[rows, columns] += np.einsum("nc,nc->n", local, rgb[rows, columns])
@@ -138,7 +140,7 @@ def foreground(
     Returns:
         uint8 (H, W, 3); the photo's own pixels wherever opacity is 0 or 255.
     """
-    content = crop(square, metadata)
+    content = unpadded(square, metadata["padding"])
     coarse = resize(opacity, content.shape[1::-1])
     mixed = cv2.inRange(opacity, 1, 254) & cv2.resize(
         between_sides(coarse), opacity.shape[::-1], interpolation=cv2.INTER_NEAREST

@@ -53,6 +53,7 @@ class Config:
     batch_size: int = 32  # photos per process and step
     accumulate: int = 1  # batches whose gradients are added up before each step
     num_workers: int = 12  # processes per process that load photos; never more than its share of the cores
+    cache: bool = False  # keep letterboxed photos on disk once, for faster epochs
     pin_memory: bool = True  # page-locked batches, for faster copies to a CUDA GPU
     device: str = utils.EACH_ITS_GPU  # every process its own GPU; without a GPU it is mps or cpu; or e.g. cuda:1, cpu
     amp: bool = True  # on a CUDA GPU compute in bfloat16, or float16 where that is all it has
@@ -263,7 +264,9 @@ def open_data(config: Config, processes: Processes) -> tuple[DataLoader, DataLoa
         if config.sample:
             draw_sample(config)
         train, val = (
-            COCOPersonDataset(config.data_root, split, config.image_size, augment=split_is_train, seed=config.seed)
+            COCOPersonDataset(
+                config.data_root, split, config.image_size, split_is_train, seed=config.seed, cache=config.cache
+            )
             for split, split_is_train in ((config.train_split, True), (config.val_split, False))
         )
     workers = workers_per_process(config.num_workers, usable_cores(), processes.local_world_size)
@@ -433,6 +436,7 @@ def describe(run: Run, config: Config, processes: Processes, train_loader: DataL
     facts = {
         "settings": settings,
         "data": f"{len(train)} photos to train on, {len(val)} to validate, in {config.data_root}",
+        "samples": f"letterboxed once, in {train.cache.path.parent}" if config.cache else "from the photos every time",
         "left out": "; ".join(f"{part.photos.name}: {describe_left_out(part.index.left_out)}" for part in (train, val)
                               if part.index.left_out),
         "device": f"{processes.device}, {precision(run.amp_dtype)}, {processes.world_size} process"

@@ -12,10 +12,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it is in tools/ that Python looks
 
-from tools import bench_edges, bench_predict, bench_start, bench_step, measuring
+from tools import bench_data, bench_edges, bench_predict, bench_start, bench_step, measuring
 
 # Each takes the options, measures, and returns its tables as Markdown.
 SECTIONS = {
+    "sample": bench_data.sample,
+    "loader": bench_data.loader,
     "predict": bench_predict.photos,
     "edges": bench_edges.edges,
     "start": bench_start.start,
