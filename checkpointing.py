@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import socket
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,9 +15,10 @@ from typing import BinaryIO
 
 import torch
 
+LOCK = ".lock"
 EPOCH_FILE = re.compile(r"epoch_(\d+)\.pth")
-BEST, LAST = "best_model.pth", "last.pth"
-RUN_FILES = (BEST, LAST, "history.csv", "preview.png")  # what a run leaves in its folder beside epoch_0001.pth ...
+BEST, LAST, PREVIOUS = "best_model.pth", "last.pth", "previous.pth"
+RUN_FILES = (BEST, LAST, PREVIOUS, "history.csv", "preview.png")  # what a run leaves beside epoch_0001.pth ...
 
 
 class CheckpointError(RuntimeError):
@@ -83,10 +85,23 @@ def save_epoch(folder: Path, content: dict, keep: int) -> None:
     """Writes epoch_0001.pth and so on, points last.pth to it, removes all but the `keep` newest (0 keeps all)."""
     path = folder / f"epoch_{content['epoch']:04d}.pth"
     save(content, path)
+    _keep_last(folder)
     _link(path, folder / LAST)
     others = [file for file in epoch_files(folder) if file != path]  # numbers may be higher after going back
     for old in others[keep - 1 :] if keep else []:
         old.unlink()
+
+
+def save_last(folder: Path, content: dict) -> None:
+    """Writes last.pth in the middle of an epoch; the one before it stays as previous.pth."""
+    _keep_last(folder)
+    save(content, folder / LAST)
+
+
+def _keep_last(folder: Path) -> None:
+    last = folder / LAST
+    if last.exists() and last.stat().st_nlink == 1:  # one after a whole epoch has a name of its own
+        _link(last, folder / PREVIOUS)
 
 
 def _link(path: Path, name: Path) -> None:
@@ -109,7 +124,14 @@ def epoch_files(folder: Path) -> list[Path]:
 
 def newest_usable(folder: Path) -> tuple[Path, dict] | None:
     """The newest checkpoint that can be read; what is damaged is named and passed over."""
-    for path in [folder / LAST, *epoch_files(folder)]:
+    if found := _first_usable([folder / LAST]):
+        return found
+    others = [_first_usable([folder / PREVIOUS]), _first_usable(epoch_files(folder))]
+    return max(filter(None, others), key=lambda found: (found[1]["epoch"], found[1].get("step", 0)), default=None)
+
+
+def _first_usable(paths: list[Path]) -> tuple[Path, dict] | None:
+    for path in paths:
         if path.exists():
             try:
                 return path, load(path)
@@ -125,7 +147,7 @@ def claim(folder: Path) -> BinaryIO:
         CheckpointError: another run has claimed it.
         OSError: the folder cannot be written.
     """
-    file = open(folder / ".lock", "wb")  # noqa: SIM115 - its being open is the claim
+    file = open(folder / LOCK, "r+b" if (folder / LOCK).exists() else "w+b")  # noqa: SIM115 - its being open is the claim
     try:
         import fcntl
 
@@ -135,7 +157,20 @@ def claim(folder: Path) -> BinaryIO:
         raise CheckpointError(f"another run is writing to {folder}: wait, or choose another --checkpoint-dir") from None
     except (ImportError, OSError):  # Windows, or a file system without locks
         print(f"{folder} cannot be locked: see to it that no second run writes there", flush=True)
+    file.truncate()
+    file.write(_launcher())
+    file.flush()
     return file
+
+
+def _launcher() -> bytes:
+    return f"{socket.gethostname()} {os.getppid()}".encode()
+
+
+def was_claimed_by_us(folder: Path) -> bool:
+    """Whether the last run that claimed this folder was started by the same launcher as this process."""
+    lock = folder / LOCK
+    return lock.is_file() and lock.read_bytes() == _launcher()
 
 
 def set_aside(folder: Path, after: int = 0) -> Path | None:
@@ -162,5 +197,6 @@ def set_aside(folder: Path, after: int = 0) -> Path | None:
 
 def disk_needed(model_bytes: int, keep: int, num_epochs: int) -> int:
     """Bytes that a run's checkpoints take at most: Adam keeps two moments beside each weight."""
-    kept = min(keep + 1, num_epochs) if keep else num_epochs  # the new one is complete before an old one goes
+    # The new one is complete before an old one goes; two more are of the middle of an epoch.
+    kept = 2 + (min(keep + 1, num_epochs) if keep else num_epochs)
     return 3 * model_bytes * kept + model_bytes

@@ -50,7 +50,7 @@ class Cutter:
     """
 
     def __init__(self, model: UNetAutoencoder, image_size: int, device: torch.device, amp: bool = True):
-        if image_size < SMALLEST_INPUT:
+        if not isinstance(image_size, int) or image_size < SMALLEST_INPUT:
             raise ValueError(f"an image size of {image_size} pixels")
         self.model = model.eval().to(device, memory_format=utils.memory_format(device))
         self.image_size, self.device = image_size, device

@@ -12,7 +12,9 @@ import signal
 import struct
 import sys
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING
 
 import cv2
@@ -310,6 +312,15 @@ def usable_cores() -> int:
         return cores
 
 
+class ResumableSampler(DistributedSampler):
+    """One process's photos in an epoch's order, from the one at place `first` on."""
+
+    first = 0
+
+    def __iter__(self) -> Iterator[int]:
+        return islice(super().__iter__(), self.first, None)
+
+
 def make_loader(
     dataset: COCOPersonDataset,
     batch_size: int,
@@ -325,7 +336,7 @@ def make_loader(
     Validation: in order, each photo in exactly one process, nothing padded and nothing dropped.
     """
     if training:
-        sampler = DistributedSampler(dataset, world_size, rank, shuffle=True, seed=dataset.seed)
+        sampler = ResumableSampler(dataset, world_size, rank, shuffle=True, seed=dataset.seed)
         drop_last = len(sampler) > 1 and len(sampler) % batch_size == 1  # BatchNorm needs two
     else:
         sampler, drop_last = range(rank, len(dataset), world_size), False
@@ -337,9 +348,25 @@ def make_loader(
         drop_last=drop_last,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
-        worker_init_fn=start_worker,
+        worker_init_fn=_start_loader_worker,
         generator=torch.Generator().manual_seed(dataset.seed),  # workers must not draw from the model's dice
     )
+
+
+def _start_loader_worker(worker: int) -> None:
+    """A signal to all processes of a run is the training one's: it finishes its step, then ends the workers."""
+    start_worker(worker)
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # Linux: it says who sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(training: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != training:
+        pass
+    os._exit(0)
 
 
 def start_worker(_worker: int) -> None:
@@ -360,9 +387,10 @@ def _keep_freed_memory() -> None:
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h, in bytes
 
 
-def batches(loader: DataLoader, epoch: int) -> Iterator[torch.Tensor]:
-    """Iterates over one epoch: the order and the augmentations both depend on its number."""
+def batches(loader: DataLoader, epoch: int, first: int = 0) -> Iterator[torch.Tensor]:
+    """Iterates over one epoch, from its batch `first` on: order and augmentations both depend on the epoch's number."""
     loader.dataset.set_epoch(epoch)
-    if isinstance(loader.sampler, DistributedSampler):
+    if isinstance(loader.sampler, ResumableSampler):
         loader.sampler.set_epoch(epoch)
+        loader.sampler.first = first * loader.batch_size
     return iter(loader)

@@ -5,7 +5,9 @@ Leaves a folder beside the checkpoint: metrics.json, photos.csv (a row a photo),
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -42,8 +44,12 @@ def evaluate_checkpoint(checkpoint: str | Path, root: str | Path, split: str, pr
     cutter = load(checkpoint, str(processes.device))
     with utils.one_process_first(processes):
         dataset = COCOPersonDataset(root, split, cutter.image_size)
-    folder = Path(checkpoint).with_name(f"{Path(checkpoint).stem}_on_{split}")
-    rows = utils.from_all(measure(cutter, dataset, range(processes.rank, len(dataset), processes.world_size)))
+    folder = Path(checkpoint).with_name(f"{Path(checkpoint).stem}_on_{Path(root).resolve().name}_{split}")
+    if processes.is_main:
+        prepare_folder(folder)
+    cores = max(1, usable_cores() // processes.local_world_size)
+    share = range(processes.rank, len(dataset), processes.world_size)
+    rows = utils.from_all(measure(cutter, dataset, share, cores))
     rows = sorted(rows, key=lambda row: row["index"])
     facts = {"checkpoint": str(checkpoint), "data_root": str(root), "split": split, "image_size": cutter.image_size}
     result = {**facts, **{level: by_size(rows, level) for level in LEVELS}}
@@ -54,16 +60,28 @@ def evaluate_checkpoint(checkpoint: str | Path, root: str | Path, split: str, pr
     return result
 
 
+def prepare_folder(folder: Path) -> None:
+    """Early: what was measured for an hour must find its place."""
+    try:
+        folder.mkdir(exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise checkpointing.CheckpointError(f"{folder} cannot be written: {error.strerror}") from None
+
+
 # --- a photo ----------------------------------------------------------------------------------------------
 
 
-def measure(cutter: Cutter, dataset: COCOPersonDataset, indices: range) -> list[dict]:
-    """A row a photo. One thread computes a photo from end to end, as in predict.py: the same bits come out."""
-    cores = usable_cores()
+def measure(cutter: Cutter, dataset: COCOPersonDataset, indices: range, threads: int) -> list[dict]:
+    """A row a photo. One thread computes it from end to end, as in predict.py on a CPU: the same bits come out."""
     cv2.setNumThreads(1)
-    with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    try:
         rows = pool.map(lambda index: measure_photo(cutter, dataset, index), indices)
         return list(tqdm(rows, "evaluation", len(indices), leave=False, unit="photo", disable=None))
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C the photos that wait are left
 
 
 def measure_photo(cutter: Cutter, dataset: COCOPersonDataset, index: int) -> dict:
@@ -139,7 +157,6 @@ def table(result: dict) -> str:
 
 def write_files(result: dict, rows: list[dict], cutter: Cutter, dataset: COCOPersonDataset, folder: Path) -> None:
     try:
-        folder.mkdir(exist_ok=True)
         with checkpointing.atomic_write(folder / "metrics.json") as file:
             file.write(json.dumps(result, indent=2).encode())
         reporting.write_history(rows, folder / "photos.csv")

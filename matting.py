@@ -39,17 +39,19 @@ def alpha_of(probabilities: np.ndarray, square: np.ndarray, metadata: dict, rgb:
     """
     if metadata["scale"] >= 1:
         return restore(probabilities, metadata)
-    factors, constant = linear_model(
+    factors, constant, edges = linear_model(
         unpadded(square, metadata["padding"]), unpadded(probabilities, metadata["padding"])
     )
     alpha = resize(constant, rgb.shape[1::-1])
-    for rows, columns, local in enlarged_at(surroundings(factors, alpha.shape), factors, alpha.shape):
+    for rows, columns, local in enlarged_at(enlarged_mask(edges, alpha.shape), factors, alpha.shape):
         alpha[rows, columns] += np.einsum("nc,nc->n", local, rgb[rows, columns])
     return np.clip(alpha, 0, 1, out=alpha)
 
 
-def linear_model(guide: np.ndarray, alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def linear_model(guide: np.ndarray, alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of alpha by colour around each pixel: float32 factors (h, w, 3) of the colours in 0 to 255, constant (h, w).
+
+    The third is where the factors are not zero, uint8 (h, w).
 
     The guided filter of He et al. 2013 for a colour guide, its equations 19 to 21. One thing is added: what the
     colours cannot explain, such as an edge between equal ones, stays as the network drew it.
@@ -65,7 +67,8 @@ def linear_model(guide: np.ndarray, alpha: np.ndarray) -> tuple[np.ndarray, np.n
     explained = np.clip(dot(factors, covariance) / np.maximum(variance, FLAT), 0, 1)
     factors = mean_around(factors)
     constant += mean_around(1 - explained) * (alpha - dot(factors, colours) - constant)
-    return factors / 255, constant
+    reached = cv2.dilate(edges.astype(np.uint8), np.ones((2 * GUIDE_RADIUS + 1,) * 2, np.uint8))
+    return factors / 255, constant, reached
 
 
 def dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -85,10 +88,9 @@ def mean_around(values: np.ndarray, radius: int = GUIDE_RADIUS) -> np.ndarray:
     return cv2.blur(values, (2 * radius + 1, 2 * radius + 1), borderType=cv2.BORDER_REFLECT)
 
 
-def surroundings(factors: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """The pixels of a photo of (height, width) that a factor other than zero reaches, uint8 (H, W)."""
-    reached = cv2.dilate((factors[..., 0] != 0).astype(np.uint8), np.ones((3, 3), np.uint8))
-    return cv2.resize(reached, shape[::-1], interpolation=cv2.INTER_NEAREST)
+def enlarged_mask(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """The pixels of a photo of (height, width) that an interpolation from these of the square reaches, uint8 (H, W)."""
+    return cv2.resize(cv2.dilate(mask, np.ones((3, 3), np.uint8)), shape[::-1], interpolation=cv2.INTER_NEAREST)
 
 
 def enlarged_at(mask: np.ndarray, picture: np.ndarray, shape: tuple[int, int]) -> Iterator[tuple]:
@@ -170,14 +172,21 @@ def colours_of_both_sides(picture: np.ndarray, opacity: np.ndarray) -> tuple[np.
     recommends: far first, so that there are colours everywhere, then near.
     """
     colours, alpha = picture.astype(np.float32), cv2.cvtColor(opacity, cv2.COLOR_GRAY2RGB).astype(np.float32) / 255
-    persons = background = colours
+    persons = background = near_persons = near_background = colours
     for radius in COLOUR_RADII:
         weight = mean_around(alpha, radius)
-        near_persons = mean_around(persons * alpha, radius) / (weight + 1e-5)
-        background = mean_around(background * (1 - alpha), radius) / (1 - weight + 1e-5)
-        mixture = near_persons * alpha + background * (1 - alpha)
-        persons = np.clip(near_persons + alpha * (colours - mixture), 0, 255)
-    return near_persons, background
+        near_persons = weighted_mean(persons, alpha, weight, near_persons, radius)
+        near_background = weighted_mean(background, 1 - alpha, 1 - weight, near_background, radius)
+        mixture = near_persons * alpha + near_background * (1 - alpha)
+        persons, background = np.clip(near_persons + alpha * (colours - mixture), 0, 255), near_background
+    return near_persons, near_background
+
+
+def weighted_mean(
+    colours: np.ndarray, weights: np.ndarray, total: np.ndarray, otherwise: np.ndarray, radius: int
+) -> np.ndarray:
+    """Of the colours around each pixel; `otherwise` where the weights there come to nothing."""
+    return np.where(total > 1e-3, mean_around(colours * weights, radius) / np.maximum(total, 1e-3), otherwise)
 
 
 def unmix(mixed: np.ndarray, opacity: np.ndarray, persons: np.ndarray, background: np.ndarray) -> np.ndarray:

@@ -2,8 +2,8 @@
 
     python predict.py photo.jpg                          # cutouts/photo.png
     python predict.py holidays --output cut              # a folder with its subfolders; run again, it goes on
-    python predict.py holidays --background white        # composed onto a colour, or onto a photo
-    python predict.py holidays --mask --threshold 0.5    # the masks alone, with a hard edge
+    python predict.py holidays --output white --background white      # composed onto a colour, or onto a photo
+    python predict.py holidays --output masks --mask --threshold 0.5  # the masks alone, with a hard edge
 
 From Python:
 

@@ -71,20 +71,22 @@ class Progress:
         label: what the bar is of.
         visible: whether to show anything: on the main process.
         log_every: steps between two updates of the figures; each waits for the device once.
+        first: batches that were done before.
     """
 
     SILENT_SECONDS = 60  # between two lines where the output is a file, which a bar would fill
 
-    def __init__(self, loader: DataLoader, label: str, visible: bool, log_every: int):
+    def __init__(self, loader: DataLoader, label: str, visible: bool, log_every: int, first: int = 0):
         is_terminal = sys.stderr.isatty()
         self._bar = tqdm(
-            total=len(loader), desc=label, disable=not (visible and is_terminal), leave=False, dynamic_ncols=True,
+            total=len(loader), initial=first, desc=label, disable=not (visible and is_terminal), leave=False,
+            dynamic_ncols=True,
             bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {remaining}{postfix}",
         )  # fmt: skip
         self._label, self._log_every, self._steps = label, log_every, len(loader)
         self._visible, self._prints_lines = visible, not is_terminal
         self._start = self._last_line = time.perf_counter()
-        self._waited, self._images, self._step = 0.0, 0, 0
+        self._waited, self._images, self._step = 0.0, 0, first
 
     def watch(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
         """The batches, with the time counted for which the training waits for each."""

@@ -11,15 +11,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
 import dataclasses
 import difflib
 import functools
 import inspect
 import math
+import os
 import re
 import shutil
 import signal
 import sys
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NoReturn
@@ -35,11 +40,13 @@ from torch.utils.data import DataLoader
 import checkpointing
 import evaluation
 import reporting
+import safety
 import utils
 from datasets import COCOPersonDataset, batches, make_loader, usable_cores
 from models import ENCODERS, UNetAutoencoder, WeightsError
 from person_index import DataError, describe_left_out
-from utils import LossCalculator, LossMeter, Processes, SegmentationMetrics, autocast, groups, split, to_device
+from safety import BrokenNumbersError, FiniteSteps, Stopped, Watch
+from utils import LossCalculator, Processes, Tally, autocast, groups, split, to_device
 
 
 @dataclass
@@ -74,6 +81,7 @@ class Config:
     dice_weight: float = 1.0  # of alpha's soft Dice
     seed: int = 0  # of the weights, the order of the photos and the augmentations
     checkpoint_dir: str = "checkpoints"  # folder of everything that a run writes
+    checkpoint_minutes: float = 15.0  # between two checkpoints within an epoch, beside the one after it; 0 is none
     keep_checkpoints: int = 5  # newest epochs whose checkpoint is kept; 0 keeps all
     log_every: int = 20  # steps between two updates of the figures beside the progress bar
     resume: str = ""  # go on from the newest usable checkpoint, or from the FILE that is given
@@ -92,7 +100,7 @@ LIMITS = {  # smallest and largest value of each number
     "num_epochs": (1, 10**6),
     "learning_rate": (1e-12, 10), "weight_decay": (0, 1), "restart_period": (0, 10**6), "restart_mult": (1, 100),
     "grad_clip": (0, 1e6), "colour_weight": (0, 1e6), "bce_weight": (0, 1e6), "dice_weight": (0, 1e6),
-    "seed": (0, 2**32 - 1), "keep_checkpoints": (0, 10**6), "log_every": (1, 10**6),
+    "seed": (0, 2**32 - 1), "checkpoint_minutes": (0, 1e6), "keep_checkpoints": (0, 10**6), "log_every": (1, 10**6),
 }  # fmt: skip
 
 PREVIEW_PHOTOS = 6
@@ -102,7 +110,10 @@ class ConfigError(ValueError):
     """A setting that cannot be; the message is one line for the user."""
 
 
-USER_ERRORS = (ConfigError, DataError, WeightsError, utils.LaunchError, checkpointing.CheckpointError)
+USER_ERRORS = (
+    *(ConfigError, DataError, WeightsError, BrokenNumbersError),
+    *(utils.LaunchError, checkpointing.CheckpointError),
+)
 
 
 # --- the run ----------------------------------------------------------------------------------------------
@@ -112,33 +123,45 @@ def main(config: Config) -> None:
     torch.manual_seed(config.seed)
     processes = utils.start_processes(config.device)
     train_loader, val_loader = open_data(config, processes)
-    run = start_run(config, processes)
+    run = start_run(config, processes, len(train_loader.dataset))
     criterion = LossCalculator(config.colour_weight, config.bce_weight, config.dice_weight)
     if processes.is_main:
         claim = prepare_folder(config, run.epochs_done)  # noqa: F841 - holds the folder until this function ends
         print(describe(run, config, processes, train_loader, val_loader), flush=True)
         if run.epochs_done >= config.num_epochs:
             print(f"all {config.num_epochs} epochs are done: a higher --num-epochs goes on", flush=True)
-    for epoch in range(run.epochs_done, config.num_epochs):
-        training = train_one_epoch(run, train_loader, criterion, epoch, config, processes)
-        utils.share_buffers(run.model)
-        validation = evaluate(run.model, val_loader, criterion, processes, run.amp_dtype, run.parts)
-        run.epochs_done = epoch + 1
-        if processes.is_main:
-            write_down(run, training, validation, val_loader.dataset, config)
+    with saved_when_stopped(run, config, processes) as watch:
+        for epoch in range(run.epochs_done, config.num_epochs):
+            training = train_one_epoch(run, train_loader, criterion, epoch, config, processes, watch)
+            utils.share_buffers(run.model)
+            validation = evaluate(run.model, val_loader, criterion, processes, run.amp_dtype, run.parts, watch)
+            run.end_epoch()
+            if processes.is_main:
+                watch.saved(write_down(run, training, validation, val_loader.dataset, config))
+    if processes.is_main:
+        insist_on_saving(run, config)
     utils.end_processes()
 
 
 def train_one_epoch(
-    run: Run, loader: DataLoader, criterion: LossCalculator, epoch: int, config: Config, processes: Processes
+    run: Run,
+    loader: DataLoader,
+    criterion: LossCalculator,
+    epoch: int,
+    config: Config,
+    processes: Processes,
+    watch: Watch | None = None,
 ) -> dict[str, float]:
-    """Trains on every photo once. Returns the epoch's figures over all processes."""
-    torch.manual_seed(seed_from(config.seed, epoch, processes.rank))  # an encoder's dropout: the same after a resume
+    """Trains on every photo once, or on those that are left. Returns the epoch's figures over all processes."""
     run.model.train()
-    losses, metrics = LossMeter(processes.device), SegmentationMetrics(processes.device)
-    label = f"epoch {epoch + 1}/{config.num_epochs}"
-    progress = reporting.Progress(loader, label, processes.is_main, config.log_every * config.accumulate)
-    for step, group in enumerate(groups(progress.watch(batches(loader, epoch)), config.accumulate)):
+    run.tally, steps = run.tally or Tally(processes.device), math.ceil(len(loader) / config.accumulate)
+    finite = FiniteSteps(run.model, processes.device, run.tally.skipped)
+    progress = reporting.Progress(loader, f"epoch {epoch + 1}/{config.num_epochs}", processes.is_main,
+                                  config.log_every * config.accumulate, run.step * config.accumulate)  # fmt: skip
+    left = progress.watch(batches(loader, epoch, run.step * config.accumulate))
+    for group in groups(left, config.accumulate):
+        torch.manual_seed(seed_from(config.seed, epoch, run.step, processes.rank))  # dropout: the same after a resume
+        finite.remember()
         run.optimizer.zero_grad(set_to_none=True)
         parts, photos = split(group, run.parts, config.batch_size), sum(map(len, group))
         for part in parts:
@@ -148,21 +171,24 @@ def train_one_epoch(
                     raw = run.parallel_model(images)
                 loss, terms = criterion(raw, target)
                 run.scaler.scale(loss * (len(part) / photos)).backward()
-            losses.update(loss, terms, len(part))
-            metrics.update(raw[:, 3].detach() > 0, target[:, 3] > 0.5)  # a logit above 0: a probability above one half
+            run.tally.update(loss, terms, raw.detach(), target)
 
         run.scaler.unscale_(run.optimizer)  # before the clipping, which is meant for the real gradients
-        if config.grad_clip:
-            nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip)
-        run.scaler.step(run.optimizer)
-        run.scaler.update()
-        learning_rate = run.scheduler.get_last_lr()[0]
-        run.scheduler.step(epoch + (step + 1) / steps_per_epoch(loader, config))
-        progress.show(loss, learning_rate)
-    figures = gather(losses, metrics)  # waits for the device, so that the clock below has seen all of its work
-    speed = {"learning_rate": learning_rate, "seconds": progress.seconds, "data_wait": progress.data_wait,
+        norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
+        finite.step(run.optimizer, run.scaler, loss, norm)
+        run.step += 1
+        if processes.device.type == "cpu" or run.step % config.log_every == 0:  # a GPU would be waited for
+            run.tally.skipped = finite.fetch()
+        run.learning_rate = run.scheduler.get_last_lr()[0]
+        run.scheduler.step(epoch + (run.step - run.tally.skipped) / steps)
+        progress.show(loss, run.learning_rate)
+        if watch and watch.ask(finite.in_a_row):
+            watch.saved(save_unfinished(run, config, processes))
+    run.tally.skipped = finite.fetch()
+    figures = run.tally.copy().compute()  # waits for the device, so that the clock below has seen all of its work
+    speed = {"learning_rate": run.learning_rate, "seconds": progress.seconds, "data_wait": progress.data_wait,
              "images_per_second": progress.images_per_second * processes.world_size}  # fmt: skip
-    return figures | speed
+    return figures | speed | {"skipped_steps": run.tally.skipped}
 
 
 @torch.inference_mode()
@@ -173,30 +199,21 @@ def evaluate(
     processes: Processes,
     dtype: torch.dtype | None,
     parts: int = 1,
+    watch: Watch | None = None,
 ) -> dict[str, float]:
     """Measures a model on every validation photo, each in one process. Returns the figures over all of them."""
     model.eval()
-    losses, metrics = LossMeter(processes.device), SegmentationMetrics(processes.device)
-    for batch in reporting.Progress(loader, "validation", processes.is_main, 1).watch(batches(loader, 0)):
+    tally, progress = Tally(processes.device), reporting.Progress(loader, "validation", processes.is_main, 1)
+    common = len(loader.dataset) // processes.world_size // loader.batch_size  # batches that every process has
+    for number, batch in enumerate(progress.watch(batches(loader, 0))):
         for part in split([batch], parts, loader.batch_size):
             images, target = to_device(part, processes.device)
             with autocast(processes.device, dtype):
                 raw = model(images)
-            losses.update(*criterion(raw, target), len(part))
-            metrics.update(raw[:, 3] > 0, target[:, 3] > 0.5)
-    return gather(losses, metrics)
-
-
-def steps_per_epoch(loader: DataLoader, config: Config) -> int:
-    return math.ceil(len(loader) / config.accumulate)
-
-
-def gather(losses: LossMeter, metrics: SegmentationMetrics) -> dict[str, float]:
-    """The figures over all processes; the loss's terms are told from the metrics by their ending."""
-    losses.synchronize()
-    metrics.synchronize()
-    terms = losses.compute()
-    return {"loss": terms.pop("loss"), **{f"{name}_loss": value for name, value in terms.items()}, **metrics.compute()}
+            tally.update(*criterion(raw, target), raw, target)
+        if watch and number < common:
+            watch.ask()
+    return tally.compute()
 
 
 def seed_from(*numbers: int) -> int:
@@ -218,36 +235,47 @@ class Run:
     scaler: torch.amp.GradScaler
     amp_dtype: torch.dtype | None
     parts: int = 1  # that a batch is computed in, one after another, where the GPU's memory does not hold all of it
+    photos: int = 0  # of the training
     epochs_done: int = 0
+    step: int = 0  # of the epoch that has begun, so many are done
+    tally: Tally | None = None  # and these are its figures so far
+    learning_rate: float = 0.0  # of the last step
     best_iou: float = -1.0
+    best: dict | None = None  # the best model, until it is on the disk
+    saved: bool = True  # whether the last epoch is
     history: list[dict] = dataclasses.field(default_factory=list)
 
     PARTS = ("model", "optimizer", "scheduler", "scaler")
-    NUMBERS = ("best_iou", "history")
+    NUMBERS = ("photos", "learning_rate", "best_iou", "history")
 
-    def checkpoint(self, config: Config) -> dict:
+    def checkpoint(self, config: Config, tallies: list[dict] | None = None) -> dict:
+        """What is saved; `tallies` are those of all processes in the middle of an epoch."""
         parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
         numbers = {name: getattr(self, name) for name in self.NUMBERS}
-        return {"epoch": self.epochs_done, "config": dataclasses.asdict(config), **parts, **numbers}
+        place = {"epoch": self.epochs_done, "step": self.step, "tallies": tallies or []}
+        return {**place, "config": dataclasses.asdict(config), **parts, **numbers}
 
     def result(self, config: Config, metrics: dict[str, float]) -> dict:
         """What best_model.pth holds: enough to predict with, and what it is worth."""
         model = self.model.state_dict()
         return {"epoch": self.epochs_done, "config": dataclasses.asdict(config), "model": model, "metrics": metrics}
 
-    def restore(self, content: dict) -> None:
+    def end_epoch(self) -> None:
+        self.epochs_done, self.step, self.tally = self.epochs_done + 1, 0, None
+
+    def restore(self, content: dict, config: Config, processes: Processes) -> None:
         """Takes over a checkpoint.
 
         Raises:
             CheckpointError: it does not fit this model.
         """
         try:
-            self._restore(content)
+            self._restore(content, config, processes)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             reason = str(error).splitlines()[0]
             raise checkpointing.CheckpointError(f"the checkpoint does not fit this program's model: {reason}") from None
 
-    def _restore(self, content: dict) -> None:
+    def _restore(self, content: dict, config: Config, processes: Processes) -> None:
         for group in content["optimizer"]["param_groups"]:
             group["fused"] = self.optimizer.defaults["fused"]  # how the step is computed is this program's business
         for name in self.PARTS:
@@ -255,7 +283,16 @@ class Run:
                 getattr(self, name).load_state_dict(content[name])
         for name in self.NUMBERS:
             setattr(self, name, content[name])
-        self.epochs_done = content["epoch"]
+        self.epochs_done, tallies = content["epoch"], content["tallies"]
+        photos_done = content["step"] * len(tallies) * photos_per_step(content["config"])
+        self.step = photos_done // (processes.world_size * photos_per_step(dataclasses.asdict(config)))
+        if tallies:
+            self.tally = Tally.of(tallies, processes)
+
+
+def photos_per_step(config: dict) -> int:
+    """Of one process."""
+    return config["batch_size"] * config.get("accumulate", 1)
 
 
 def open_data(config: Config, processes: Processes) -> tuple[DataLoader, DataLoader]:
@@ -278,7 +315,7 @@ def open_data(config: Config, processes: Processes) -> tuple[DataLoader, DataLoa
     )
 
 
-def evaluate_checkpoint(config: Config) -> None:
+def measure_checkpoint(config: Config) -> None:
     """--evaluate: the checkpoint's own settings, on the validation photos that are named."""
     processes = utils.start_processes(config.device)
     if config.sample:
@@ -301,10 +338,11 @@ def draw_sample(config: Config) -> None:
         raise ConfigError(f"the sample cannot be drawn: {error}") from None
 
 
-def start_run(config: Config, processes: Processes) -> Run:
+def start_run(config: Config, processes: Processes, photos: int) -> Run:
     """The model and what trains it, from the first weights or from a checkpoint."""
     # The main process's disk decides: on several machines the others may have no checkpoint, or another one.
-    checkpoint = utils.from_main(find_checkpoint(config) if config.resume and processes.is_main else None)
+    wanted = processes.is_main and (config.resume or restarted(config))
+    checkpoint = utils.from_main(find_checkpoint(config, processes.world_size, photos) if wanted else None)
     pretrained = config.pretrained and checkpoint is None
     weights_file = config.encoder_weights if pretrained and config.encoder_weights else None
     with utils.one_process_first(processes):  # one downloads, all load
@@ -319,9 +357,9 @@ def start_run(config: Config, processes: Processes) -> Run:
     optimizer = Adam(model.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True)
     scheduler = CosineAnnealingWarmRestarts(optimizer, config.restart_period or config.num_epochs, config.restart_mult)
     scaler = torch.amp.GradScaler(processes.device.type, enabled=amp_dtype == torch.float16)
-    run = Run(model, model, optimizer, scheduler, scaler, amp_dtype, parts)
+    run = Run(model, model, optimizer, scheduler, scaler, amp_dtype, parts, photos)
     if checkpoint is not None:
-        run.restore(checkpoint)
+        run.restore(checkpoint, config, processes)
     if processes.world_size > 1:
         devices = [processes.device] if on_gpu else None
         run.parallel_model = DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
@@ -344,7 +382,20 @@ SAME_WHEN_RESUMED = (
 )
 
 
-def find_checkpoint(config: Config) -> dict | None:
+# Those whose change does not even change its bits.
+SAME_BITS = {
+    *("data_root", "num_workers", "pin_memory", "cache", "pretrained", "encoder_weights", "num_epochs"),
+    *("checkpoint_dir", "checkpoint_minutes", "keep_checkpoints", "log_every", "sample"),
+}
+
+
+def restarted(config: Config) -> bool:
+    """Whether torchrun --max-restarts has started this run anew, after a process of it died."""
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return again and checkpointing.was_claimed_by_us(Path(config.checkpoint_dir))
+
+
+def find_checkpoint(config: Config, world_size: int, photos: int) -> dict | None:
     """What --resume goes on from; None where there is nothing yet, so that one command serves for ever.
 
     Raises:
@@ -352,21 +403,113 @@ def find_checkpoint(config: Config) -> dict | None:
         ConfigError: a setting differs from the checkpoint's that must not.
     """
     folder = Path(config.checkpoint_dir)
-    if config.resume == NEWEST:
+    if config.resume in ("", NEWEST):
         path, checkpoint = checkpointing.newest_usable(folder) or (folder, None)
     else:
         path, checkpoint = Path(config.resume), checkpointing.load(config.resume)
     if checkpoint is None:
         print(f"nothing to resume in {folder}: starting from the beginning", flush=True)
         return None
-    if not {*Run.PARTS, *Run.NUMBERS} <= checkpoint.keys():
+    if not {*Run.PARTS, *Run.NUMBERS, "step", "tallies"} <= checkpoint.keys():
         raise checkpointing.CheckpointError(f"{path} holds a model only, no state of a training: resume from last.pth")
-    for name in SAME_WHEN_RESUMED:
-        before, now = checkpoint["config"].get(name, getattr(Config, name)), getattr(config, name)
-        if before != now:
-            raise ConfigError(f"{path} was trained with {flag(name)} {before} and cannot go on with {now}")
-    print(f"going on from {path}, after epoch {checkpoint['epoch']}", flush=True)
+    refuse_another_run(path, checkpoint, config, photos)
+    place = f"after epoch {checkpoint['epoch']}" + (f", step {checkpoint['step']}" if checkpoint["step"] else "")
+    print(f"going on from {path}, {place}{differences(checkpoint, config, world_size)}", flush=True)
     return checkpoint
+
+
+def refuse_another_run(path: Path, checkpoint: dict, config: Config, photos: int) -> None:
+    before = checkpoint["config"]
+    pairs = {flag(name): (before.get(name, getattr(Config, name)), getattr(config, name)) for name in SAME_WHEN_RESUMED}
+    pairs["the training photos:"] = checkpoint["photos"], photos
+    for name, (then, now) in pairs.items():
+        if then != now:
+            raise ConfigError(f"{path} was trained with {name} {then} and cannot go on with {now}")
+
+
+def differences(checkpoint: dict, config: Config, world_size: int) -> str:
+    """What is no longer as it was, and whether the bits will be other ones for it."""
+    before, processes = checkpoint["config"], len(checkpoint["tallies"]) or world_size
+    pairs = {name: (before.get(name, getattr(Config, name)), now) for name, now in dataclasses.asdict(config).items()}
+    pairs = {name: pair for name, pair in pairs.items() if pair[0] != pair[1] and name != "resume"}
+    if processes != world_size:
+        pairs["processes"] = (processes, world_size)
+    text = "".join(f", {name} {then} is now {now}" for name, (then, now) in pairs.items())
+    return text + (" (so not bit for bit the run that it would have been)" if pairs.keys() - SAME_BITS else "")
+
+
+@contextlib.contextmanager
+def saved_when_stopped(run: Run, config: Config, processes: Processes) -> Iterator[Watch]:
+    """Takes signals from now on; at the first one the run's state is saved, on all processes, before they end."""
+    with Watch(processes, config.checkpoint_minutes) as watch:
+        try:
+            yield watch
+        except Stopped as stop:
+            saved = save_unfinished(run, config, processes)
+            utils.largest_of_each([0])  # wait for all: torchrun, seeing one of them end, would end the one that saves
+            watch.ignore_signals()
+            if processes.is_main:
+                outcome = "--resume goes on from there" if saved else "--resume goes on from the checkpoint before"
+                print(f"stopped by {stop} after epoch {run.epochs_done}, step {run.step}: {outcome}", flush=True)
+            raise
+        except BrokenNumbersError as error:
+            good = Path(config.checkpoint_dir) / checkpointing.LAST
+            advice = f"{good} is the last good checkpoint" if good.exists() else "there is no checkpoint yet"
+            raise BrokenNumbersError(f"{error}; {advice}; a lower --learning-rate may help") from None
+
+
+def save_unfinished(run: Run, config: Config, processes: Processes) -> bool:
+    """Saves an epoch that has begun. Returns whether that worked; a full disk is no reason to end a training."""
+    tallies = utils.from_all([run.tally.state()] if run.tally else [])
+    if not processes.is_main:
+        return True
+    save_best(run, config)
+    folder = Path(config.checkpoint_dir)
+    return tried(lambda: checkpointing.save_last(folder, run.checkpoint(config, tallies)))
+
+
+def tried(save: Callable[[], None]) -> bool:
+    try:
+        save()
+    except (checkpointing.CheckpointError, OSError) as error:
+        print(f"{error}: the training goes on, and it will be tried again", flush=True)
+        return False
+    return True
+
+
+def save_best(run: Run, config: Config) -> bool:
+    """Writes the best model where that is still to be done; what cannot be written now is kept in memory."""
+    path = Path(config.checkpoint_dir) / checkpointing.BEST
+    if run.best is None or tried(lambda: checkpointing.save(run.best, path)):
+        run.best = None
+        return True
+    run.best = copy.deepcopy(run.best)  # the model goes on changing
+    return False
+
+
+def save_epoch(run: Run, config: Config) -> bool:
+    """Writes what a whole epoch leaves. The best model first: cut off in between, the run would do the epoch again."""
+    folder = Path(config.checkpoint_dir)
+    keep = config.keep_checkpoints
+    return (
+        save_best(run, config)
+        and tried(lambda: checkpointing.save_epoch(folder, run.checkpoint(config), keep))
+        and tried(lambda: reporting.write_history(run.history, folder / "history.csv"))
+    )
+
+
+def insist_on_saving(run: Run, config: Config) -> None:
+    """At the end of the run there is no later checkpoint that would make up for one that could not be written.
+
+    Raises:
+        CheckpointError: an hour was not enough to make room.
+    """
+    for _ in range(int(3600 / safety.RETRY_SECONDS)):
+        if run.saved:
+            return
+        time.sleep(safety.RETRY_SECONDS)
+        run.saved = save_epoch(run, config)
+    raise checkpointing.CheckpointError(f"the last epoch cannot be written to {config.checkpoint_dir}")
 
 
 def prepare_folder(config: Config, epochs_done: int) -> BinaryIO:
@@ -389,26 +532,28 @@ def prepare_folder(config: Config, epochs_done: int) -> BinaryIO:
     return claim
 
 
-def write_down(run: Run, training: dict, validation: dict, dataset: COCOPersonDataset, config: Config) -> None:
-    """An epoch's figures, checkpoints and pictures."""
+def write_down(run: Run, training: dict, validation: dict, dataset: COCOPersonDataset, config: Config) -> bool:
+    """An epoch's figures, checkpoints and pictures. Returns whether its checkpoint could be written."""
     row = history_row(run.epochs_done, training, validation)
     run.history.append(row)
     folder = Path(config.checkpoint_dir)
     is_best = validation["iou"] > run.best_iou or not (folder / checkpointing.BEST).exists()
-    if is_best:  # before the epoch's checkpoint: were the run cut off in between, it would do the epoch again
-        run.best_iou = validation["iou"]
-        checkpointing.save(run.result(config, validation), folder / checkpointing.BEST)
-    checkpointing.save_epoch(folder, run.checkpoint(config), config.keep_checkpoints)
-    reporting.write_history(run.history, folder / "history.csv")
-    reporting.save_preview(*preview(run, dataset), folder / "preview.png")
+    if is_best:
+        run.best_iou, run.best = validation["iou"], run.result(config, validation)
+    run.saved = save_epoch(run, config)
+    tried(lambda: reporting.save_preview(*preview(run, dataset), folder / "preview.png"))
     print(reporting.table_line(row, config.num_epochs, is_best), flush=True)
+    if row["skipped_steps"]:
+        print(f"{row['skipped_steps']} steps had no finite loss or gradient and were skipped", flush=True)
+    return run.saved
 
 
 def history_row(epoch: int, training: dict[str, float], validation: dict[str, float]) -> dict[str, float]:
     names = ("loss", "iou", "dice")
     row = {"epoch": epoch, **{f"train_{name}": training[name] for name in names}}
     row |= {f"val_{name}": validation[name] for name in names}
-    row |= {name: training[name] for name in ("learning_rate", "seconds", "images_per_second", "data_wait")}
+    of_training = ("learning_rate", "seconds", "images_per_second", "data_wait", "skipped_steps")
+    row |= {name: training[name] for name in of_training}
     terms = ("colour_loss", "bce_loss", "dice_loss", "global_iou", "precision", "recall")
     row |= {f"train_{name}": training[name] for name in terms}
     return row | {f"val_{name}": validation[name] for name in terms}
@@ -443,7 +588,7 @@ def describe(run: Run, config: Config, processes: Processes, train_loader: DataL
                   f"{'es' if processes.world_size > 1 else ''}, {train_loader.num_workers} workers each",
         "note": "; ".join(filter(None, [processes.note, unfinished_cycle(run.scheduler, config.num_epochs)])),
         "batch": f"{config.batch_size * config.accumulate * processes.world_size} photos a step, "
-                 f"{steps_per_epoch(train_loader, config)} steps an epoch",
+                 f"{math.ceil(len(train_loader) / config.accumulate)} steps an epoch",
         "memory": f"{config.batch_size} photos at once do not fit in the free memory of {processes.device}: "
                   f"each batch is computed in {run.parts} parts" if run.parts > 1 else "",
         "model": f"{config.encoder}, {parameters / 1e6:.1f} million parameters",
@@ -498,6 +643,8 @@ def parse(argv: list[str]) -> Config:
         hint = f"did you mean {close[0]}?" if close else "python trainer.py --help lists them all"
         raise ConfigError(f"unknown argument {unknown[0]}: {hint}")
     config = Config(**vars(namespace))
+    if "--evaluate" in argv and not config.evaluate:
+        raise ConfigError("argument --evaluate: no file is named")  # a shell's variable that is not set
     check(config)
     return config
 
@@ -541,6 +688,8 @@ def check(config: Config) -> None:
             raise ConfigError(f"{flag(name)} {value} is out of range: from {low} to {high}")
     if config.encoder not in ENCODERS:
         raise ConfigError(f"--encoder {config.encoder} is not known: there are {', '.join(ENCODERS)}")
+    if config.evaluate and config.resume:
+        raise ConfigError("--evaluate measures and --resume trains: one of them only")
     if config.encoder_weights and not config.pretrained:
         raise ConfigError("--encoder-weights needs --pretrained, which --no-pretrained or --sample has turned off")
     if config.batch_size == 1 and config.image_size == 32:
@@ -548,18 +697,20 @@ def check(config: Config) -> None:
 
 
 def run_command(argv: list[str]) -> int:
-    """The whole program. Returns its exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
+    """The whole program. Returns its exit code: 0, 2 for a user's mistake, 128 and its number after a signal."""
     try:
         config = parse(argv[1:])
         if config.device in (utils.EACH_ITS_GPU, "cuda"):
             utils.use_every_gpu(argv)
         if config.evaluate:
-            evaluate_checkpoint(config)
+            measure_checkpoint(config)
         else:
             main(config)
     except USER_ERRORS as error:
         print(f"trainer.py: error: {last_line(error)}", file=sys.stderr)
         return 2
+    except Stopped as stop:
+        return stop.code
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would cut off the ending of the workers
         print("\nstopped; --resume goes on after the last whole epoch", file=sys.stderr)

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -83,18 +84,20 @@ def sum_over_processes(sums: Tensor) -> None:
         dist.all_reduce(sums)
 
 
-def largest_over_processes(number: int, device: torch.device) -> int:
-    largest = torch.tensor(number, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return int(largest)
+def largest_of_each(numbers: list[int]) -> list[int]:
+    """Of each number the largest over all processes, without a GPU's having to finish its work first."""
+    if not dist.is_initialized():
+        return numbers
+    largest = torch.tensor(numbers)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.tolist()
 
 
 class SegmentationMetrics:
     """IoU and Dice as sums over images and pixels, which add up exactly over batches and processes."""
 
     def __init__(self, device: torch.device | str = "cpu"):
-        self._sums = _sums(6, device)  # images, their IoUs, their Dices, pixels tp, fp, fn
+        self.sums = _sums(6, device)  # images, their IoUs, their Dices, pixels tp, fp, fn
 
     def update(self, alpha: Tensor, mask: Tensor) -> None:
         """Counts (N, H, W) predictions against truths, without waiting for the device.
@@ -104,21 +107,21 @@ class SegmentationMetrics:
         """
         alpha, mask = (values if values.dtype == torch.bool else values > 0.5 for values in (alpha, mask))
         counts = torch.stack([alpha & mask, alpha & ~mask, ~alpha & mask]).sum(dim=(2, 3))  # int64 (3, N)
-        tp, fp, fn = counts.to(self._sums.dtype)
+        tp, fp, fn = counts.to(self.sums.dtype)
         union = tp + fp + fn
         # Where both are empty the prediction is right: 1. Where one is, tp is 0 and so is the score.
         iou = torch.where(union > 0, tp / union.clamp(min=1), 1)
         dice = torch.where(union > 0, 2 * tp / (union + tp).clamp(min=1), 1)
         images = torch.ones_like(iou)
-        self._sums += torch.stack([images, iou, dice, tp, fp, fn]).sum(dim=1)
+        self.sums += torch.stack([images, iou, dice, tp, fp, fn]).sum(dim=1)
 
     def synchronize(self) -> None:
         """Adds up over all processes; call it once, before `compute`."""
-        sum_over_processes(self._sums)
+        sum_over_processes(self.sums)
 
     def compute(self) -> dict[str, float]:
         """`iou` and `dice` are means over images; the `global_` ones, precision and recall are over all pixels."""
-        images, iou, dice, tp, fp, fn = self._sums.tolist()
+        images, iou, dice, tp, fp, fn = self.sums.tolist()
         return {
             "iou": _ratio(iou, images),
             "dice": _ratio(dice, images),
@@ -140,20 +143,59 @@ class LossMeter:
     NAMES = ("loss", *LossCalculator.TERMS)  # fixed, so that a process that got no image takes part as well
 
     def __init__(self, device: torch.device | str = "cpu"):
-        self._sums = _sums(len(self.NAMES) + 1, device)  # the losses, then the images
+        self.sums = _sums(len(self.NAMES) + 1, device)  # the losses, then the images
 
     def update(self, loss: Tensor, terms: dict[str, Tensor], images: int) -> None:
         """Counts a batch's means, scalars, as those of so many images."""
         means = torch.stack([loss.detach(), *(terms[name] for name in LossCalculator.TERMS), torch.ones_like(loss)])
-        self._sums += means.detach() * images
+        usable = torch.isfinite(means).all()  # a step that is skipped must not spoil the epoch's mean
+        self.sums += torch.where(usable, means.detach() * images, 0)
 
     def synchronize(self) -> None:
         """Adds up over all processes; call it once, before `compute`."""
-        sum_over_processes(self._sums)
+        sum_over_processes(self.sums)
 
     def compute(self) -> dict[str, float]:
-        *sums, images = self._sums.tolist()
+        *sums, images = self.sums.tolist()
         return {name: total / images if images else 0.0 for name, total in zip(self.NAMES, sums, strict=True)}
+
+
+class Tally:
+    """An epoch's figures so far: the loss and its terms, the metrics, and how many steps were skipped."""
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        self.losses, self.metrics, self.skipped = LossMeter(device), SegmentationMetrics(device), 0
+
+    def update(self, loss: Tensor, terms: dict[str, Tensor], raw: Tensor, target: Tensor) -> None:
+        """Counts a batch's loss, and alpha of its logits `raw` against `target`, both (N, 4, H, W)."""
+        self.losses.update(loss, terms, len(target))
+        self.metrics.update(raw[:, 3] > 0, target[:, 3] > 0.5)  # a logit above 0: a probability above one half
+
+    def compute(self) -> dict[str, float]:
+        """The figures over all processes; adds up over them, so call it once, or of a copy."""
+        self.losses.synchronize()
+        self.metrics.synchronize()
+        terms = self.losses.compute()
+        losses = {"loss": terms.pop("loss"), **{f"{name}_loss": value for name, value in terms.items()}}
+        return losses | self.metrics.compute()
+
+    def copy(self) -> Tally:
+        return deepcopy(self)
+
+    def state(self) -> dict:
+        """This process's sums, for a checkpoint."""
+        return {"losses": self.losses.sums.cpu(), "metrics": self.metrics.sums.cpu(), "skipped": self.skipped}
+
+    @classmethod
+    def of(cls, states: list[dict], processes: Processes) -> Tally:
+        """The sums that a checkpoint holds: each process its own, or the main one all where their number changed."""
+        tally, same = cls(processes.device), len(states) == processes.world_size
+        chosen = states[processes.rank : processes.rank + 1] if same else states if processes.is_main else []
+        for state in chosen:
+            tally.losses.sums += state["losses"].to(processes.device)
+            tally.metrics.sums += state["metrics"].to(processes.device)
+        tally.skipped = states[0]["skipped"]
+        return tally
 
 
 # --- the pieces of a step ---------------------------------------------------------------------------------
@@ -203,7 +245,7 @@ def find_parts(
     for buffer, value in zip(model.buffers(), before, strict=True):
         buffer.copy_(value)
     torch.cuda.empty_cache()
-    parts = largest_over_processes(parts, device)
+    (parts,) = largest_of_each([parts])
     if parts == most:
         raise LaunchError(f"the free memory of {device} does not hold the training of a single photo of {image_size} "
                           "pixels: choose a smaller --image-size or --encoder, or another GPU")  # fmt: skip
@@ -342,7 +384,7 @@ def start_processes(device_setting: str) -> Processes:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # before anything is loaded, or every process would touch GPU 0
     if place["world_size"] > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
     return Processes(device, note, **place)
 

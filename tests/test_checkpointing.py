@@ -21,6 +21,7 @@ from checkpointing import (
     newest_usable,
     save,
     save_epoch,
+    save_last,
     set_aside,
 )
 
@@ -195,7 +196,7 @@ def test_last_is_a_copy_where_there_are_no_hard_links(tmp_path, monkeypatch):
     for epoch in (1, 2):
         save_epoch(tmp_path, content(epoch), 1)
     assert load(tmp_path / "last.pth")["epoch"] == 2
-    assert names(tmp_path) == ["epoch_0002.pth", "last.pth"]
+    assert names(tmp_path) == ["epoch_0002.pth", "last.pth", "previous.pth"]  # of a copy it is kept needlessly
 
 
 def test_a_copy_that_the_user_made_is_no_epoch(tmp_path):
@@ -294,7 +295,10 @@ def largest_use(folder: Path, keep: int, num_epochs: int, monkeypatch) -> tuple[
         state = {"epoch": epoch, "config": {}, "model": model.state_dict()}
         if epoch == 1:
             save(state, folder / "best_model.pth")
-        save_epoch(folder, {**state, "optimizer": optimizer.state_dict()}, keep)
+        whole = {**state, "optimizer": optimizer.state_dict()}
+        for _ in range(2):
+            save_last(folder, whole)
+        save_epoch(folder, whole, keep)
     return max(use), 4 * sum(parameter.numel() for parameter in model.parameters())
 
 

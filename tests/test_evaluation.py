@@ -42,7 +42,7 @@ def evaluate(checkpoint, capsys):
     def evaluate(root: Path, *options: str) -> tuple[int, dict, list[dict], str]:
         options = ("--evaluate", str(checkpoint), "--data-root", str(root), "--device", "cpu", *options)
         code = trainer.run_command(["trainer.py", *options])
-        folder = checkpoint.with_name(f"best_model_on_{VAL}")
+        folder = checkpoint.with_name(f"best_model_on_{root.name}_{VAL}")
         with open(folder / "photos.csv", newline="") as file:
             rows = list(csv.DictReader(file))
         return code, json.loads((folder / "metrics.json").read_text()), rows, capsys.readouterr().out
@@ -116,7 +116,7 @@ def test_the_table_fits_a_terminal_and_the_worst_are_shown_first(coco_root, chec
     _, _, rows, printed = evaluate(coco_root)
     lines = printed[printed.index("largest person") :].replace(str(checkpoint.parent), "").splitlines()
     assert max(map(len, lines)) <= 80
-    sheet = cv2.imread(str(checkpoint.with_name(f"best_model_on_{VAL}") / "worst.png"))
+    sheet = cv2.imread(str(checkpoint.with_name(f"best_model_on_coco_{VAL}") / "worst.png"))
     worst = min(range(5), key=lambda index: float(rows[index]["original_iou"]))
     photo = COCOPersonDataset(coco_root, VAL, 64)[worst][:3].permute(1, 2, 0).numpy()[..., ::-1]
     np.testing.assert_array_equal(sheet[24 : 24 + 64, :64], photo)
@@ -127,6 +127,8 @@ def test_a_mistake_gets_one_line(coco_root, checkpoint, tmp_path, capsys):
         (["--evaluate", str(tmp_path / "no.pth")], "there is no checkpoint"),
         (["--evaluate", str(coco_root / "annotations" / f"instances_{VAL}.json")], "damaged or no checkpoint"),
         (["--evaluate", str(checkpoint), "--val-split", "other"], "no COCO data"),
+        (["--evaluate", ""], "argument --evaluate"),
+        (["--evaluate", str(checkpoint), "--resume"], "--resume"),
     ):
         code = trainer.run_command(["trainer.py", "--data-root", str(coco_root), *options])
         errors = capsys.readouterr().err.splitlines()
@@ -178,3 +180,11 @@ def test_comparison_by_hand():
     nothing = np.zeros_like(found)
     assert evaluation.compare(nothing, nothing)["iou"] == evaluation.compare(nothing, nothing)["dice"] == 1
     assert evaluation.compare(found, nothing)["iou"] == 0
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_the_work(coco_root, checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr(evaluation, "measure", None)
+    place = checkpoint.with_name(f"best_model_on_coco_{VAL}")
+    place.write_text("in the way")
+    assert trainer.run_command(["trainer.py", "--evaluate", str(checkpoint), "--data-root", str(coco_root)]) == 2
+    assert f"{place} cannot be written" in capsys.readouterr().err

@@ -57,7 +57,7 @@ def naive_linear_model(guide: np.ndarray, alpha: np.ndarray) -> tuple[np.ndarray
 
 def test_the_linear_model_is_a_ridge_regression_in_each_window():
     photo, alpha, _ = scene(24, 30)
-    factors, constant = matting.linear_model(photo, alpha)
+    factors, constant, _ = matting.linear_model(photo, alpha)
     expected = naive_linear_model(photo, alpha)
     np.testing.assert_allclose(constant, expected[1], atol=5e-3)
     np.testing.assert_allclose(factors * 255, expected[0] * 255, atol=2e-3 * np.abs(expected[0] * 255).max())
@@ -67,12 +67,12 @@ def test_alpha_is_the_model_applied_to_every_pixel_where_colours_explain_it():
     photo, alpha, _ = scene()
     square, probabilities, metadata = seen(photo, alpha, 64)
     guide, coarse = square[8:56], probabilities[8:56]
-    factors, constant = matting.linear_model(guide, coarse)
+    factors, constant, _ = matting.linear_model(guide, coarse)
     enlarged = [cv2.resize(part, (200, 150)) for part in (factors, constant)]
     expected = np.clip((enlarged[0] * photo).sum(axis=2) + enlarged[1], 0, 1)
     found = alpha_of(probabilities, square, metadata, photo)
     assert found.dtype == np.float32
-    np.testing.assert_allclose(found, expected, atol=1e-3)
+    np.testing.assert_allclose(found, expected, atol=0.01)  # OpenCV 4 rounds places to 1/32 pixel
 
 
 def test_an_edge_between_equal_colours_stays_as_the_network_drew_it():
@@ -84,8 +84,11 @@ def test_an_edge_between_equal_colours_stays_as_the_network_drew_it():
     np.testing.assert_allclose(found, restore(probabilities, metadata), atol=0.02)
 
 
-def test_alpha_follows_the_photos_edge_more_closely_than_an_enlargement():
+@pytest.mark.parametrize(("channel", "value"), [(None, 0), (0, 255), (0, 0), (1, 255), (2, 0)])
+def test_alpha_follows_the_photos_edge_more_closely_than_an_enlargement(channel, value):
     photo, alpha, _ = scene(600, 800)
+    if channel is not None:
+        photo[..., channel] = value  # one colour that says nothing, as where the sky is burnt out
     square, probabilities, metadata = seen(photo, alpha, 128)
     error, plain = (np.abs(found - alpha).sum() for found in
                     (alpha_of(probabilities, square, metadata, photo), restore(probabilities, metadata)))  # fmt: skip

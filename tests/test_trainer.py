@@ -31,6 +31,7 @@ from utils import LossCalculator, Processes
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 ALONE = Processes(torch.device("cpu"))
+PHOTOS = 10  # of the training in `coco_root`
 
 
 class Tiny(nn.Sequential):
@@ -218,7 +219,7 @@ def test_learning_rate_follows_the_cosine_step_by_step(num_epochs, period, mult,
 
 @pytest.mark.usefixtures("tiny")
 def test_by_default_the_run_is_one_cycle():
-    scheduler = trainer.start_run(Config(device="cpu"), ALONE).scheduler
+    scheduler = trainer.start_run(Config(device="cpu"), ALONE, PHOTOS).scheduler
     assert (scheduler.T_0, scheduler.T_mult) == (100, 1)
     assert trainer.unfinished_cycle(scheduler, 100) == ""
 
@@ -271,7 +272,7 @@ def move(coco_root, grad_clip: float) -> tuple[float, float]:
     target = torch.stack([loader.dataset[index] for index in range(10)]).float() / 255
     gradients = torch.autograd.grad(criterion(model(target[:, :3]), target)[0], list(model.parameters()))
     before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
-    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    optimizer = torch.optim.SGD(model.parameters(), 1.0, fused=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     run = Run(model, model, optimizer, CosineAnnealingWarmRestarts(optimizer, 100), scaler, None)
     trainer.train_one_epoch(run, loader, criterion, 0, Config(grad_clip=grad_clip), ALONE)
@@ -318,7 +319,7 @@ def test_evaluate_is_the_mean_over_photos_and_changes_nothing(coco_root):
 
 def run_of(model: nn.Module, parts: int = 1) -> Run:
     """Plain descent at rate 1, so that the weights move by the gradient."""
-    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    optimizer = torch.optim.SGD(model.parameters(), 1.0, fused=True)
     scheduler = CosineAnnealingWarmRestarts(optimizer, 10**6)
     return Run(model, model, optimizer, scheduler, torch.amp.GradScaler("cpu", enabled=False), None, parts)
 
@@ -391,7 +392,7 @@ class Cramped(Tiny):
 def test_a_run_in_parts_says_so_and_trains_and_validates(coco_root, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(trainer, "UNetAutoencoder", Cramped)
     config = small(coco_root, tmp_path / "run", num_epochs=1, accumulate=2)
-    run = trainer.start_run(config, ALONE)
+    run = trainer.start_run(config, ALONE, PHOTOS)
     run.parts = utils.find_parts(run.model, 4, 32, ALONE.device, None)
     monkeypatch.setattr(trainer, "start_run", lambda *_: run)
     trainer.main(config)
@@ -424,7 +425,7 @@ class Fetched(TorchDispatchMode):
 @pytest.mark.usefixtures("tiny")
 def test_the_loop_waits_for_the_device_only_where_it_logs(coco_root):
     config = small(coco_root, "unused", batch_size=2, log_every=2)
-    run = trainer.start_run(config, ALONE)
+    run = trainer.start_run(config, ALONE, PHOTOS)
     run.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)  # as with float16
     loader = make_loader(COCOPersonDataset(coco_root, "train2017", 32), 2, 0, training=True)
     with Fetched() as fetched:
@@ -435,7 +436,7 @@ def test_the_loop_waits_for_the_device_only_where_it_logs(coco_root):
 @pytest.mark.usefixtures("tiny")
 def test_a_scaled_step_that_overflows_changes_nothing(coco_root):
     config = small(coco_root, "unused", batch_size=10)
-    run = trainer.start_run(config, ALONE)
+    run = trainer.start_run(config, ALONE, PHOTOS)
     run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
     before = [weights.clone() for weights in run.model.parameters()]
     loader = make_loader(COCOPersonDataset(coco_root, "train2017", 32), 10, 0, training=True)
@@ -445,7 +446,7 @@ def test_a_scaled_step_that_overflows_changes_nothing(coco_root):
 
 @pytest.mark.usefixtures("tiny")
 def test_a_checkpoint_of_an_unfused_adam_goes_on_fused(coco_root, tmp_path):
-    run = trainer.start_run(small(coco_root, tmp_path), ALONE)
+    run = trainer.start_run(small(coco_root, tmp_path), ALONE, PHOTOS)
     run.optimizer = torch.optim.Adam(run.model.parameters())  # as it was written before there was the setting
     run.model(torch.rand(2, 3, 32, 32)).sum().backward()
     run.optimizer.step()
@@ -453,12 +454,12 @@ def test_a_checkpoint_of_an_unfused_adam_goes_on_fused(coco_root, tmp_path):
     for missing in ("accumulate", "compile", "bfloat16_on_cpu"):
         del content["config"][missing]
     torch.save(content, tmp_path / "old.pth")
-    resumed = trainer.start_run(small(coco_root, tmp_path, resume=str(tmp_path / "old.pth")), ALONE)
+    resumed = trainer.start_run(small(coco_root, tmp_path, resume=str(tmp_path / "old.pth")), ALONE, PHOTOS)
     assert resumed.optimizer.param_groups[0]["fused"]
     moments = [state["exp_avg"] for state in resumed.optimizer.state.values()]
     assert all(map(torch.equal, moments, [state["exp_avg"] for state in run.optimizer.state.values()]))
     with pytest.raises(trainer.ConfigError, match="--accumulate 1 and cannot go on with 2"):
-        trainer.start_run(small(coco_root, tmp_path, resume=str(tmp_path / "old.pth"), accumulate=2), ALONE)
+        trainer.start_run(small(coco_root, tmp_path, resume=str(tmp_path / "old.pth"), accumulate=2), ALONE, PHOTOS)
 
 
 # --- compiled ---------------------------------------------------------------------------------------------
@@ -467,7 +468,7 @@ def test_a_checkpoint_of_an_unfused_adam_goes_on_fused(coco_root, tmp_path):
 def test_compiled_the_model_gives_the_same_loss_and_gradients(monkeypatch, coco_root):
     # Captured whole, with its backward pass, but run as it is: to translate it into C++ as well takes minutes.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
-    run = trainer.start_run(small(coco_root, "unused", compile=True), ALONE)
+    run = trainer.start_run(small(coco_root, "unused", compile=True), ALONE, PHOTOS)
     assert run.parallel_model is not run.model
     target = torch.rand(2, 4, 32, 32, generator=torch.Generator().manual_seed(0)).round()
     results = []

@@ -63,7 +63,7 @@ class Training:
         sizes = {"image_size": size, "batch_size": BATCH, "num_workers": 0}
         self.config = Config(encoder=encoder, pretrained=False, device="cpu", **sizes, **settings)
         torch.manual_seed(0)
-        self.run = trainer.start_run(self.config, self.processes)
+        self.run = trainer.start_run(self.config, self.processes, photos=0)
         self.criterion = LossCalculator()
 
     def epoch(self, steps: int) -> dict[str, float]:

@@ -35,8 +35,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} (all)")
     parser.add_argument("--data-root", default="data/coco", help="photos in COCO's layout (%(default)s)")
     parser.add_argument("--split", default="val2017", help="the photo folder (%(default)s)")
-    parser.add_argument("--checkpoint", default="checkpoints/best_model.pth", help="for predict (%(default)s)")
-    parser.add_argument("--encoder-weights", default="", help="for the section step: a file of mobilenet_v2's weights")
+    parser.add_argument("--checkpoint", default="checkpoints/best_model.pth", help="a trained model (%(default)s)")
+    parser.add_argument("--encoder-weights", default="", help="for accuracy: a file of mobilenet_v2's weights")
     parser.add_argument("--rounds", type=int, default=7, help="counted rounds of each way (%(default)s)")
     options = parser.parse_args(argv)
     if unknown := set(options.sections) - SECTIONS.keys():

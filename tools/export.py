@@ -293,6 +293,8 @@ def main(options: argparse.Namespace) -> None:
     refuse_unwritable(options.output)
     cutter, content = load(options.checkpoint, "cpu"), checkpointing.load(options.checkpoint)
     dataset = open_split(options, options.split, cutter) if options.data_root else None
+    if options.precision == "int8":
+        open_split(options, options.calibration_split, cutter)  # early: the export takes its time
     photos, kind = choose_photos(options, dataset)
     exported = to_onnx(cutter.model)
     check(exported, "float32", cutter, photos, kind)
