@@ -15,8 +15,8 @@ from typing import BinaryIO
 import torch
 
 EPOCH_FILE = re.compile(r"epoch_(\d+)\.pth")
-BEST, LAST = "best_model.pth", "last.pth"
-RUN_FILES = (BEST, LAST, "history.csv", "preview.png")  # what a run leaves in its folder beside epoch_0001.pth ...
+BEST, LAST, SKIPPED = "best_model.pth", "last.pth", "skipped.txt"
+RUN_FILES = (BEST, LAST, SKIPPED, "history.csv", "preview.png")  # what a run leaves beside epoch_0001.pth ...
 
 
 class CheckpointError(RuntimeError):

@@ -178,3 +178,19 @@ def test_comparison_by_hand():
     nothing = np.zeros_like(found)
     assert evaluation.compare(nothing, nothing)["iou"] == evaluation.compare(nothing, nothing)["dice"] == 1
     assert evaluation.compare(found, nothing)["iou"] == 0
+
+
+def test_a_photo_that_cannot_be_read_is_left_out_named_and_counted(coco_root, checkpoint, capsys):
+    options = ["--evaluate", str(checkpoint), "--data-root", str(coco_root), "--device", "cpu"]
+    result = checkpoint.with_name(f"best_model_on_{VAL}") / "metrics.json"
+    names = [path.name for path in sorted((coco_root / VAL).iterdir())][:5]
+    for left_out in (names[2:3], names):
+        for name in left_out:
+            (coco_root / VAL / name).write_bytes(b"")
+        capsys.readouterr()
+        code, error = trainer.run_command(["trainer.py", *options]), capsys.readouterr().err
+        assert code == (2 if left_out == names else 0)
+        assert error.count(str(coco_root / VAL / left_out[0])) == 1
+        assert (error.count("\n") == 1) == (left_out == names)
+        metrics = json.loads(result.read_text())
+        assert (metrics["left_out"], metrics["original"]["all"]["photos"]) == (1, 4)
