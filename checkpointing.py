@@ -17,8 +17,8 @@ import torch
 
 LOCK = ".lock"
 EPOCH_FILE = re.compile(r"epoch_(\d+)\.pth")
-BEST, LAST, PREVIOUS = "best_model.pth", "last.pth", "previous.pth"
-RUN_FILES = (BEST, LAST, PREVIOUS, "history.csv", "preview.png")  # what a run leaves beside epoch_0001.pth ...
+BEST, LAST, PREVIOUS, SKIPPED = "best_model.pth", "last.pth", "previous.pth", "skipped.txt"
+RUN_FILES = (BEST, LAST, PREVIOUS, SKIPPED, "history.csv", "preview.png")  # what a run leaves beside epoch_0001.pth ...
 
 
 class CheckpointError(RuntimeError):

@@ -21,7 +21,7 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
 from person_index import MAX_PIXELS, DataError, index_places, open_index
 from photo_cache import PhotoCache, open_cache
@@ -346,11 +346,17 @@ def make_loader(
         sampler=sampler,
         num_workers=num_workers,
         drop_last=drop_last,
+        collate_fn=stack,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
         worker_init_fn=_start_loader_worker,
         generator=torch.Generator().manual_seed(dataset.seed),  # workers must not draw from the model's dice
     )
+
+
+def stack(samples: list) -> torch.Tensor:
+    """Samples as a batch, which may be one of no photos: uint8 (0, 4, 0, 0)."""
+    return default_collate(samples) if samples else torch.empty(0, 4, 0, 0, dtype=torch.uint8)
 
 
 def _start_loader_worker(worker: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import utils
 from cutter import Cutter, load
 from datasets import COCOPersonDataset, letterbox, usable_cores
 from matting import alpha_of, to_opacity
+from person_index import DataError
 from utils import Processes
 
 BOUNDARY_SHARE = 0.02  # of the image's diagonal: how far from the contour its boundary reaches (Cheng et al. 2021)
@@ -49,12 +51,18 @@ def evaluate_checkpoint(checkpoint: str | Path, root: str | Path, split: str, pr
         prepare_folder(folder)
     cores = max(1, usable_cores() // processes.local_world_size)
     share = range(processes.rank, len(dataset), processes.world_size)
-    rows = utils.from_all(measure(cutter, dataset, share, cores))
-    rows = sorted(rows, key=lambda row: row["index"])
-    facts = {"checkpoint": str(checkpoint), "data_root": str(root), "split": split, "image_size": cutter.image_size}
+    found = utils.from_all(measure(cutter, dataset, share, cores))
+    left_out = sorted(reason for reason in found if isinstance(reason, str))
+    rows = sorted((row for row in found if isinstance(row, dict)), key=lambda row: row["index"])
+    if not rows:
+        raise DataError(f"no photo in {dataset.photos} can be read: {left_out[0]}")
+    facts = {"checkpoint": str(checkpoint), "data_root": str(root), "split": split, "image_size": cutter.image_size,
+             "left_out": len(left_out)}  # fmt: skip
     result = {**facts, **{level: by_size(rows, level) for level in LEVELS}}
     if processes.is_main:
         print(table(result), flush=True)
+        if left_out:
+            print(f"{len(left_out)} left out of {len(dataset)}:", *left_out, sep="\n  ", file=sys.stderr)
         write_files(result, rows, cutter, dataset, folder)
         print(f"written to {folder}: metrics.json, photos.csv, worst.png", flush=True)
     return result
@@ -73,15 +81,25 @@ def prepare_folder(folder: Path) -> None:
 # --- a photo ----------------------------------------------------------------------------------------------
 
 
-def measure(cutter: Cutter, dataset: COCOPersonDataset, indices: range, threads: int) -> list[dict]:
-    """A row a photo. One thread computes it from end to end, as in predict.py on a CPU: the same bits come out."""
+def measure(cutter: Cutter, dataset: COCOPersonDataset, indices: range, threads: int) -> list[dict | str]:
+    """A row a photo, or why it cannot be read.
+
+    One thread computes a photo from end to end, as in predict.py on a CPU: the same bits come out.
+    """
     cv2.setNumThreads(1)
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     try:
-        rows = pool.map(lambda index: measure_photo(cutter, dataset, index), indices)
+        rows = pool.map(lambda index: measure_or_leave_out(cutter, dataset, index), indices)
         return list(tqdm(rows, "evaluation", len(indices), leave=False, unit="photo", disable=None))
     finally:
         pool.shutdown(cancel_futures=True)  # after Ctrl-C the photos that wait are left
+
+
+def measure_or_leave_out(cutter: Cutter, dataset: COCOPersonDataset, index: int) -> dict | str:
+    try:
+        return measure_photo(cutter, dataset, index)
+    except DataError as error:
+        return str(error)
 
 
 def measure_photo(cutter: Cutter, dataset: COCOPersonDataset, index: int) -> dict:

@@ -40,6 +40,13 @@ def table_line(row: dict, num_epochs: int, is_best: bool) -> str:
     )
 
 
+def bad_photos_line(row: dict, path: Path) -> str:
+    """What an epoch's row says about photos that could not be read, as a line under it; "" if there were none."""
+    said = {"train_bad_photos": "replaced in training", "val_bad_photos": "left out of the validation"}
+    counts = [f"{row[name]} {what}" for name, what in said.items() if row[name]]
+    return f"{'':7} | photos that cannot be read: {', '.join(counts)} ({path})" if counts else ""
+
+
 def short(loss: float) -> str:
     """A loss in eight characters, whatever became of it."""
     return f"{loss:8.4f}" if abs(loss) < 1000 else f"{loss:8.1e}"
@@ -131,7 +138,8 @@ class Progress:
 def write_history(rows: list[dict], path: Path) -> None:
     """All epochs so far as CSV, a row an epoch."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    names = dict.fromkeys(name for row in rows for name in row)
+    writer = csv.DictWriter(text, fieldnames=list(names), lineterminator="\n")
     writer.writeheader()
     writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
     with atomic_write(path) as file:

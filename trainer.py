@@ -42,6 +42,7 @@ import evaluation
 import reporting
 import safety
 import utils
+from broken_photos import TolerantDataset, dead_worker, name_bad_photos
 from datasets import COCOPersonDataset, batches, make_loader, usable_cores
 from models import ENCODERS, UNetAutoencoder, WeightsError
 from person_index import DataError, describe_left_out
@@ -61,6 +62,7 @@ class Config:
     accumulate: int = 1  # batches whose gradients are added up before each step
     num_workers: int = 12  # processes per process that load photos; never more than its share of the cores
     cache: bool = False  # keep letterboxed photos on disk once, for faster epochs
+    max_bad_photos: float = 0.01  # share of a split's photos; more that cannot be read stop the run
     pin_memory: bool = True  # page-locked batches, for faster copies to a CUDA GPU
     device: str = utils.EACH_ITS_GPU  # every process its own GPU; without a GPU it is mps or cpu; or e.g. cuda:1, cpu
     amp: bool = True  # on a CUDA GPU compute in bfloat16, or float16 where that is all it has
@@ -97,7 +99,7 @@ SAMPLE = dict(
 
 LIMITS = {  # smallest and largest value of each number
     "image_size": (32, 4096), "batch_size": (1, 65536), "accumulate": (1, 65536), "num_workers": (0, 1024),
-    "num_epochs": (1, 10**6),
+    "max_bad_photos": (0, 1), "num_epochs": (1, 10**6),
     "learning_rate": (1e-12, 10), "weight_decay": (0, 1), "restart_period": (0, 10**6), "restart_mult": (1, 100),
     "grad_clip": (0, 1e6), "colour_weight": (0, 1e6), "bce_weight": (0, 1e6), "dice_weight": (0, 1e6),
     "seed": (0, 2**32 - 1), "checkpoint_minutes": (0, 1e6), "keep_checkpoints": (0, 10**6), "log_every": (1, 10**6),
@@ -135,9 +137,10 @@ def main(config: Config) -> None:
             training = train_one_epoch(run, train_loader, criterion, epoch, config, processes, watch)
             utils.share_buffers(run.model)
             validation = evaluate(run.model, val_loader, criterion, processes, run.amp_dtype, run.parts, watch)
+            bad_photos = name_bad_photos(train_loader.dataset, val_loader.dataset, processes)
             run.end_epoch()
             if processes.is_main:
-                watch.saved(write_down(run, training, validation, val_loader.dataset, config))
+                watch.saved(write_down(run, training, validation, bad_photos, val_loader.dataset, config))
     if processes.is_main:
         insist_on_saving(run, config)
     utils.end_processes()
@@ -301,11 +304,14 @@ def open_data(config: Config, processes: Processes) -> tuple[DataLoader, DataLoa
         if config.sample:
             draw_sample(config)
         train, val = (
-            COCOPersonDataset(
-                config.data_root, split, config.image_size, split_is_train, seed=config.seed, cache=config.cache
+            TolerantDataset(
+                COCOPersonDataset(
+                    config.data_root, split, config.image_size, training, seed=config.seed, cache=config.cache
+                ),
+                training, config.max_bad_photos, config.checkpoint_dir,
             )
-            for split, split_is_train in ((config.train_split, True), (config.val_split, False))
-        )
+            for split, training in ((config.train_split, True), (config.val_split, False))
+        )  # fmt: skip
     workers = workers_per_process(config.num_workers, usable_cores(), processes.local_world_size)
     pin_memory = config.pin_memory and processes.device.type == "cuda"
     place = {"rank": processes.rank, "world_size": processes.world_size, "pin_memory": pin_memory}
@@ -532,9 +538,11 @@ def prepare_folder(config: Config, epochs_done: int) -> BinaryIO:
     return claim
 
 
-def write_down(run: Run, training: dict, validation: dict, dataset: COCOPersonDataset, config: Config) -> bool:
+def write_down(
+    run: Run, training: dict, validation: dict, bad_photos: dict, dataset: TolerantDataset, config: Config
+) -> bool:
     """An epoch's figures, checkpoints and pictures. Returns whether its checkpoint could be written."""
-    row = history_row(run.epochs_done, training, validation)
+    row = history_row(run.epochs_done, training, validation) | bad_photos
     run.history.append(row)
     folder = Path(config.checkpoint_dir)
     is_best = validation["iou"] > run.best_iou or not (folder / checkpointing.BEST).exists()
@@ -543,6 +551,8 @@ def write_down(run: Run, training: dict, validation: dict, dataset: COCOPersonDa
     run.saved = save_epoch(run, config)
     tried(lambda: reporting.save_preview(*preview(run, dataset), folder / "preview.png"))
     print(reporting.table_line(row, config.num_epochs, is_best), flush=True)
+    if said := reporting.bad_photos_line(row, folder / checkpointing.SKIPPED):
+        print(said, flush=True)
     if row["skipped_steps"]:
         print(f"{row['skipped_steps']} steps had no finite loss or gradient and were skipped", flush=True)
     return run.saved
@@ -560,8 +570,8 @@ def history_row(epoch: int, training: dict[str, float], validation: dict[str, fl
 
 
 @torch.inference_mode()
-def preview(run: Run, dataset: COCOPersonDataset) -> tuple[Tensor, Tensor]:
-    """The same few validation photos every time: their targets and the model's predictions."""
+def preview(run: Run, dataset: TolerantDataset) -> tuple[Tensor, Tensor]:
+    """The same few validation photos every time, or the next ones that can be read: targets and predictions."""
     chosen = np.linspace(0, len(dataset) - 1, min(PREVIEW_PHOTOS, len(dataset)), dtype=int)
     device = next(run.model.parameters()).device
     images, target = to_device(torch.stack([dataset[int(index)] for index in chosen]), device)
@@ -572,7 +582,7 @@ def preview(run: Run, dataset: COCOPersonDataset) -> tuple[Tensor, Tensor]:
 
 def describe(run: Run, config: Config, processes: Processes, train_loader: DataLoader, val_loader: DataLoader) -> str:
     """The start banner: the settings, the data found, the device, the processes, the model, the disk."""
-    train, val = train_loader.dataset, val_loader.dataset
+    train, val = train_loader.dataset.dataset, val_loader.dataset.dataset
     folder = Path(config.checkpoint_dir)
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     disk = checkpointing.disk_needed(4 * parameters, config.keep_checkpoints, config.num_epochs)
@@ -711,6 +721,11 @@ def run_command(argv: list[str]) -> int:
         return 2
     except Stopped as stop:
         return stop.code
+    except RuntimeError as error:
+        if not (advice := dead_worker(error)):
+            raise
+        print(f"trainer.py: error: {advice}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would cut off the ending of the workers
         print("\nstopped; --resume goes on after the last whole epoch", file=sys.stderr)

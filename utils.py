@@ -218,6 +218,7 @@ def groups(batches: Iterator[Tensor], size: int) -> Iterator[list[Tensor]]:
 
 def split(batches: list[Tensor], parts: int, batch_size: int) -> list[Tensor]:
     """The same photos in smaller batches: a full one as evenly as can be into `parts`, a shorter one into fewer."""
+    batches = [batch for batch in batches if len(batch)]  # all photos of one may have been left out
     return [part for batch in batches for part in batch.tensor_split(-(-len(batch) * parts // batch_size))]
 
 

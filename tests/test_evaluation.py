@@ -188,3 +188,19 @@ def test_a_folder_that_cannot_be_written_is_named_before_the_work(coco_root, che
     place.write_text("in the way")
     assert trainer.run_command(["trainer.py", "--evaluate", str(checkpoint), "--data-root", str(coco_root)]) == 2
     assert f"{place} cannot be written" in capsys.readouterr().err
+
+
+def test_a_photo_that_cannot_be_read_is_left_out_named_and_counted(coco_root, checkpoint, capsys):
+    options = ["--evaluate", str(checkpoint), "--data-root", str(coco_root), "--device", "cpu"]
+    result = checkpoint.with_name(f"best_model_on_coco_{VAL}") / "metrics.json"
+    names = [path.name for path in sorted((coco_root / VAL).iterdir())][:5]
+    for left_out in (names[2:3], names):
+        for name in left_out:
+            (coco_root / VAL / name).write_bytes(b"")
+        capsys.readouterr()
+        code, error = trainer.run_command(["trainer.py", *options]), capsys.readouterr().err
+        assert code == (2 if left_out == names else 0)
+        assert error.count(str(coco_root / VAL / left_out[0])) == 1
+        assert (error.count("\n") == 1) == (left_out == names)
+        metrics = json.loads(result.read_text())
+        assert (metrics["left_out"], metrics["original"]["all"]["photos"]) == (1, 4)
