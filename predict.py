@@ -27,7 +27,6 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import cv2
 import numpy as np
@@ -37,6 +36,7 @@ from tqdm import tqdm
 
 import checkpointing
 import utils
+from command_line import OneLineParser, UsageError
 from cutter import Cutter, load
 from datasets import letterbox, usable_cores
 from matting import alpha_of, foreground, to_opacity
@@ -50,7 +50,10 @@ class PredictError(ValueError):
     """A request that cannot be met; the message is one line for the user."""
 
 
-USER_ERRORS = (PredictError, PhotoError, checkpointing.CheckpointError, utils.LaunchError, torch.OutOfMemoryError)
+USER_ERRORS = (
+    *(UsageError, PredictError, PhotoError),
+    *(checkpointing.CheckpointError, utils.LaunchError, torch.OutOfMemoryError),
+)
 
 
 # --- what is written --------------------------------------------------------------------------------------
@@ -260,11 +263,6 @@ def cutout(
 
 
 # --- the command line -------------------------------------------------------------------------------------
-
-
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise PredictError(message)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
+import math
 import shutil
 import sys
 import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -18,7 +21,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from checkpointing import atomic_write
+from checkpointing import atomic_write, disk_needed
+from person_index import describe_left_out
+
+if TYPE_CHECKING:
+    from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
+
+    from trainer import Config, Run
+    from utils import Processes
 
 TABLE_HEAD = "  epoch | train loss   IoU  Dice | val loss   IoU  Dice |      lr    time wait"  # and a star
 
@@ -28,6 +38,50 @@ def banner(facts: dict[str, str]) -> str:
     margin, columns = max(map(len, facts)) + 2, min(shutil.get_terminal_size((100, 24)).columns, 100)
     layout = {"width": columns, "subsequent_indent": " " * margin, "break_on_hyphens": False, "break_long_words": False}
     return "\n".join(textwrap.fill(f"{name:>{margin - 2}}  {text}", **layout) for name, text in facts.items())
+
+
+def describe(run: Run, config: Config, processes: Processes, train_loader: DataLoader, val_loader: DataLoader) -> str:
+    """The start banner: the settings, the data found, the device, the processes, the model, the disk."""
+    train, val = train_loader.dataset.dataset, val_loader.dataset.dataset
+    folder = Path(config.checkpoint_dir)
+    parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    disk = disk_needed(4 * parameters, config.keep_checkpoints, config.num_epochs)
+    kept = f"the {config.keep_checkpoints} newest epochs are kept" if config.keep_checkpoints else "all epochs are kept"
+    settings = " ".join(f"{name}={value}" for name, value in dataclasses.asdict(config).items())
+    facts = {
+        "settings": settings,
+        "data": f"{len(train)} photos to train on, {len(val)} to validate, in {config.data_root}",
+        "samples": f"letterboxed once, in {train.cache.path.parent}" if config.cache else "from the photos every time",
+        "left out": "; ".join(f"{part.photos.name}: {describe_left_out(part.index.left_out)}" for part in (train, val)
+                              if part.index.left_out),
+        "device": f"{processes.device}, {precision(run.amp_dtype)}, {processes.world_size} process"
+                  f"{'es' if processes.world_size > 1 else ''}, {train_loader.num_workers} workers each",
+        "note": "; ".join(filter(None, [processes.note, unfinished_cycle(run.scheduler, config.num_epochs)])),
+        "batch": f"{config.batch_size * config.accumulate * processes.world_size} photos a step, "
+                 f"{math.ceil(len(train_loader) / config.accumulate)} steps an epoch",
+        "memory": f"{config.batch_size} photos at once do not fit in the free memory of {processes.device}: "
+                  f"each batch is computed in {run.parts} parts" if run.parts > 1 else "",
+        "model": f"{config.encoder}, {parameters / 1e6:.1f} million parameters",
+        "disk": f"up to {readable_size(disk)} of checkpoints in {folder} ({kept}), "
+                f"{readable_size(shutil.disk_usage(folder).free)} free",
+    }  # fmt: skip
+    return banner({name: text for name, text in facts.items() if text}) + "\n" + TABLE_HEAD
+
+
+def precision(dtype: torch.dtype | None) -> str:
+    return str(dtype or torch.float32).removeprefix("torch.")
+
+
+def unfinished_cycle(scheduler: CosineAnnealingWarmRestarts, num_epochs: int) -> str:
+    """A warning where the run ends in the middle of a cosine cycle, with a learning rate that is still high."""
+    end = length = scheduler.T_0
+    while end < num_epochs:
+        length *= scheduler.T_mult
+        end += length
+    if end == num_epochs:
+        return ""
+    ends = f"{end - length} and {end}" if end > length else end
+    return f"{num_epochs} epochs end within a cosine cycle (cycles end after {ends})"
 
 
 def table_line(row: dict, num_epochs: int, is_best: bool) -> str:
@@ -133,6 +187,17 @@ class Progress:
     def data_wait(self) -> float:
         """The share of the time that went by waiting for data, 0 to 1."""
         return self._waited / max(self.seconds, 1e-9)
+
+
+def history_row(epoch: int, training: dict[str, float], validation: dict[str, float]) -> dict[str, float]:
+    names = ("loss", "iou", "dice")
+    row = {"epoch": epoch, **{f"train_{name}": training[name] for name in names}}
+    row |= {f"val_{name}": validation[name] for name in names}
+    of_training = ("learning_rate", "seconds", "images_per_second", "data_wait", "skipped_steps")
+    row |= {name: training[name] for name in of_training}
+    terms = ("colour_loss", "bce_loss", "dice_loss", "global_iou", "precision", "recall")
+    row |= {f"train_{name}": training[name] for name in terms}
+    return row | {f"val_{name}": validation[name] for name in terms}
 
 
 def write_history(rows: list[dict], path: Path) -> None:

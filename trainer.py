@@ -10,24 +10,19 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import dataclasses
-import difflib
-import functools
-import inspect
 import math
 import os
 import re
-import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -43,9 +38,11 @@ import reporting
 import safety
 import utils
 from broken_photos import TolerantDataset, dead_worker, name_bad_photos
+from command_line import UsageError, flag, read_settings
 from datasets import COCOPersonDataset, batches, make_loader, usable_cores
 from models import ENCODERS, UNetAutoencoder, WeightsError
-from person_index import DataError, describe_left_out
+from person_index import DataError
+from reporting import describe, history_row
 from safety import BrokenNumbersError, FiniteSteps, Stopped, Watch
 from utils import LossCalculator, Processes, Tally, autocast, groups, split, to_device
 
@@ -113,7 +110,7 @@ class ConfigError(ValueError):
 
 
 USER_ERRORS = (
-    *(ConfigError, DataError, WeightsError, BrokenNumbersError),
+    *(UsageError, ConfigError, DataError, WeightsError, BrokenNumbersError),
     *(utils.LaunchError, checkpointing.CheckpointError),
 )
 
@@ -558,17 +555,6 @@ def write_down(
     return run.saved
 
 
-def history_row(epoch: int, training: dict[str, float], validation: dict[str, float]) -> dict[str, float]:
-    names = ("loss", "iou", "dice")
-    row = {"epoch": epoch, **{f"train_{name}": training[name] for name in names}}
-    row |= {f"val_{name}": validation[name] for name in names}
-    of_training = ("learning_rate", "seconds", "images_per_second", "data_wait", "skipped_steps")
-    row |= {name: training[name] for name in of_training}
-    terms = ("colour_loss", "bce_loss", "dice_loss", "global_iou", "precision", "recall")
-    row |= {f"train_{name}": training[name] for name in terms}
-    return row | {f"val_{name}": validation[name] for name in terms}
-
-
 @torch.inference_mode()
 def preview(run: Run, dataset: TolerantDataset) -> tuple[Tensor, Tensor]:
     """The same few validation photos every time, or the next ones that can be read: targets and predictions."""
@@ -580,114 +566,22 @@ def preview(run: Run, dataset: TolerantDataset) -> tuple[Tensor, Tensor]:
         return target, torch.cat([model.predict(image) for image in images.split(1)])
 
 
-def describe(run: Run, config: Config, processes: Processes, train_loader: DataLoader, val_loader: DataLoader) -> str:
-    """The start banner: the settings, the data found, the device, the processes, the model, the disk."""
-    train, val = train_loader.dataset.dataset, val_loader.dataset.dataset
-    folder = Path(config.checkpoint_dir)
-    parameters = sum(parameter.numel() for parameter in run.model.parameters())
-    disk = checkpointing.disk_needed(4 * parameters, config.keep_checkpoints, config.num_epochs)
-    kept = f"the {config.keep_checkpoints} newest epochs are kept" if config.keep_checkpoints else "all epochs are kept"
-    settings = " ".join(f"{name}={value}" for name, value in dataclasses.asdict(config).items())
-    facts = {
-        "settings": settings,
-        "data": f"{len(train)} photos to train on, {len(val)} to validate, in {config.data_root}",
-        "samples": f"letterboxed once, in {train.cache.path.parent}" if config.cache else "from the photos every time",
-        "left out": "; ".join(f"{part.photos.name}: {describe_left_out(part.index.left_out)}" for part in (train, val)
-                              if part.index.left_out),
-        "device": f"{processes.device}, {precision(run.amp_dtype)}, {processes.world_size} process"
-                  f"{'es' if processes.world_size > 1 else ''}, {train_loader.num_workers} workers each",
-        "note": "; ".join(filter(None, [processes.note, unfinished_cycle(run.scheduler, config.num_epochs)])),
-        "batch": f"{config.batch_size * config.accumulate * processes.world_size} photos a step, "
-                 f"{math.ceil(len(train_loader) / config.accumulate)} steps an epoch",
-        "memory": f"{config.batch_size} photos at once do not fit in the free memory of {processes.device}: "
-                  f"each batch is computed in {run.parts} parts" if run.parts > 1 else "",
-        "model": f"{config.encoder}, {parameters / 1e6:.1f} million parameters",
-        "disk": f"up to {reporting.readable_size(disk)} of checkpoints in {folder} ({kept}), "
-                f"{reporting.readable_size(shutil.disk_usage(folder).free)} free",
-    }  # fmt: skip
-    return reporting.banner({name: text for name, text in facts.items() if text}) + "\n" + reporting.TABLE_HEAD
-
-
-def precision(dtype: torch.dtype | None) -> str:
-    return str(dtype or torch.float32).removeprefix("torch.")
-
-
-def unfinished_cycle(scheduler: CosineAnnealingWarmRestarts, num_epochs: int) -> str:
-    """A warning where the run ends in the middle of a cosine cycle, with a learning rate that is still high."""
-    end = length = scheduler.T_0
-    while end < num_epochs:
-        length *= scheduler.T_mult
-        end += length
-    if end == num_epochs:
-        return ""
-    ends = f"{end - length} and {end}" if end > length else end
-    return f"{num_epochs} epochs end within a cosine cycle (cycles end after {ends})"
-
-
 # --- the command line -------------------------------------------------------------------------------------
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """A mistake gets one line and exit code 2, without the usage of thirty flags before it."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
 
 
 def parse(argv: list[str]) -> Config:
     """The settings: the defaults, those of --sample over them, the flags over both.
 
     Raises:
-        ConfigError: an unknown flag, a wrong type, a value out of range.
+        UsageError, ConfigError: an unknown flag, a wrong type, a value out of range.
     """
-    parser = OneLineParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    for field in dataclasses.fields(Config):
-        parser.add_argument(flag(field.name), **flag_options(field))
-    argv = [dashed(argument) for argument in argv]
-    if "--sample" in argv or Config.sample:
-        parser.set_defaults(**SAMPLE)
-    namespace, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flags = [flag(field.name) for field in dataclasses.fields(Config)]
-        close = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
-        hint = f"did you mean {close[0]}?" if close else "python trainer.py --help lists them all"
-        raise ConfigError(f"unknown argument {unknown[0]}: {hint}")
-    config = Config(**vars(namespace))
+    presets = {"--sample": SAMPLE}
+    special = {"resume": {"nargs": "?", "const": NEWEST, "metavar": "FILE"}, "evaluate": {"metavar": "FILE"}}
+    config = read_settings(argv, Config, __doc__, presets, special)
     if "--evaluate" in argv and not config.evaluate:
         raise ConfigError("argument --evaluate: no file is named")  # a shell's variable that is not set
     check(config)
     return config
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def dashed(argument: str) -> str:
-    """--batch_size=8 as --batch-size=8; values and file names are left alone."""
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument.partition("=")
-    return name.replace("_", "-") + equals + value
-
-
-@functools.cache
-def setting_comments() -> dict[str, str]:
-    """The comment beside each setting in `Config`."""
-    return dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
-
-
-def flag_options(field: dataclasses.Field) -> dict:
-    """argparse's options of a setting; its help is the comment beside it in `Config`."""
-    comment = setting_comments()[field.name].replace("%", "%%")
-    options = {"default": field.default, "help": f"{comment} (%(default)s)"}
-    if field.type == "bool":
-        return options | {"action": argparse.BooleanOptionalAction}
-    if field.name == "evaluate":
-        options |= {"metavar": "FILE"}
-    if field.name == "resume":
-        options |= {"nargs": "?", "const": NEWEST, "metavar": "FILE"}
-    return options | {"type": {"int": int, "float": float, "str": str}[field.type]}
 
 
 def check(config: Config) -> None:

@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import reporting
 import trainer
 import utils
 from datasets import COCOPersonDataset, batches, make_loader
@@ -221,7 +222,7 @@ def test_learning_rate_follows_the_cosine_step_by_step(num_epochs, period, mult,
 def test_by_default_the_run_is_one_cycle():
     scheduler = trainer.start_run(Config(device="cpu"), ALONE, PHOTOS).scheduler
     assert (scheduler.T_0, scheduler.T_mult) == (100, 1)
-    assert trainer.unfinished_cycle(scheduler, 100) == ""
+    assert reporting.unfinished_cycle(scheduler, 100) == ""
 
 
 @pytest.mark.parametrize(
@@ -232,13 +233,13 @@ def test_by_default_the_run_is_one_cycle():
     ],
 )  # fmt: skip
 def test_a_run_that_ends_within_a_cycle_is_told_so(period, mult, epochs, ends):
-    note = trainer.unfinished_cycle(SimpleNamespace(T_0=period, T_mult=mult), epochs)
+    note = reporting.unfinished_cycle(SimpleNamespace(T_0=period, T_mult=mult), epochs)
     assert bool(note) == bool(ends)
     assert not ends or (f"{epochs} epochs" in note and "{} and {}".format(*ends) in note)
 
 
 def test_a_first_cycle_longer_than_the_run_is_named_once():
-    assert trainer.unfinished_cycle(SimpleNamespace(T_0=200, T_mult=1), 100).endswith("(cycles end after 200)")
+    assert reporting.unfinished_cycle(SimpleNamespace(T_0=200, T_mult=1), 100).endswith("(cycles end after 200)")
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it is in tools/ that Python looks
 
 import checkpointing
+from command_line import OneLineParser, UsageError
 from cutter import Cutter, load
 from datasets import COCOPersonDataset, letterbox, resize
 from models import UNetAutoencoder
@@ -63,7 +64,7 @@ class ExportError(ValueError):
     """A request that cannot be met, or a result that must not be used; the message is one line for the user."""
 
 
-USER_ERRORS = (ExportError, PredictError, PhotoError, DataError, checkpointing.CheckpointError)
+USER_ERRORS = (UsageError, ExportError, PredictError, PhotoError, DataError, checkpointing.CheckpointError)
 
 
 # --- writing ----------------------------------------------------------------------------------------------
@@ -243,11 +244,6 @@ def compare(reference: onnx.ModelProto, reduced: onnx.ModelProto, dataset: COCOP
 
 
 # --- the command line -------------------------------------------------------------------------------------
-
-
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ExportError(message)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -1,0 +1,86 @@
+"""A dataclass of settings as a command line: every field is a flag, and the comment beside it is its help."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import functools
+import inspect
+import re
+from typing import NoReturn, TypeVar
+
+Settings = TypeVar("Settings")
+
+
+class UsageError(ValueError):
+    """A command line that cannot be understood; the message is one line for the user."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A mistake gets one line and exit code 2, without the usage of thirty flags before it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def read_settings(
+    argv: list[str],
+    settings: type[Settings],
+    description: str,
+    presets: dict[str, dict],
+    special: dict[str, dict],
+) -> Settings:
+    """The settings: the defaults, a preset's over them, the flags over both.
+
+    Args:
+        argv: the arguments, without the program's name.
+        settings: a dataclass of bool, int, float and str fields, a line and a comment each.
+        description: of the program, in its first line.
+        presets: by the flag that turns each on, or whose field is True by default.
+        special: more of argparse's options, by field.
+
+    Raises:
+        UsageError: an unknown flag, or a value of a wrong type.
+    """
+    parser = OneLineParser(description=description.splitlines()[0], allow_abbrev=False)
+    for field in dataclasses.fields(settings):
+        options = flag_options(field, comments(settings)[field.name])
+        parser.add_argument(flag(field.name), **options, **special.get(field.name, {}))
+    argv = [dashed(argument) for argument in argv]
+    for name, preset in presets.items():
+        if name in argv or getattr(settings, name.strip("-")):
+            parser.set_defaults(**preset)
+    namespace, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = [flag(field.name) for field in dataclasses.fields(settings)]
+        close = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
+        hint = f"did you mean {close[0]}?" if close else "--help lists them all"
+        raise UsageError(f"unknown argument {unknown[0]}: {hint}")
+    return settings(**vars(namespace))
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def dashed(argument: str) -> str:
+    """--batch_size=8 as --batch-size=8; values and file names are left alone."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+@functools.cache
+def comments(settings: type) -> dict[str, str]:
+    """The comment beside each setting."""
+    return dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(settings), re.MULTILINE))
+
+
+def flag_options(field: dataclasses.Field, comment: str) -> dict:
+    """argparse's options of a setting."""
+    options = {"default": field.default, "help": f"{comment.replace('%', '%%')} (%(default)s)"}
+    if field.type == "bool":
+        return options | {"action": argparse.BooleanOptionalAction}
+    return options | {"type": {"int": int, "float": float, "str": str}[field.type]}
