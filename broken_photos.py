@@ -108,7 +108,7 @@ class TolerantDataset(Dataset):
         """Adds what is new to the list. Returns what went wrong; nothing is lost by it: the next pass tries again."""
         split, index = self.dataset.photos.name, self.dataset.index
         try:
-            add_names(self.list, {f"{split}/{index.file_name(i)}": reason for i, reason in reasons.items()})
+            add_names(self.list, {f"{split}/{index.file_name(i)}": reason for i, reason in sorted(reasons.items())})
         except OSError as error:
             return f"{self.list} cannot be written: {error.strerror}"
         return ""

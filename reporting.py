@@ -96,9 +96,9 @@ def table_line(row: dict, num_epochs: int, is_best: bool) -> str:
 
 def bad_photos_line(row: dict, path: Path) -> str:
     """What an epoch's row says about photos that could not be read, as a line under it; "" if there were none."""
-    said = {"train_bad_photos": "replaced in training", "val_bad_photos": "left out of the validation"}
+    said = {"train_bad_photos": "replaced", "val_bad_photos": "left out of the validation"}
     counts = [f"{row[name]} {what}" for name, what in said.items() if row[name]]
-    return f"{'':7} | photos that cannot be read: {', '.join(counts)} ({path})" if counts else ""
+    return f"{'':7} | unreadable photos: {', '.join(counts)} ({path})" if counts else ""
 
 
 def short(loss: float) -> str:

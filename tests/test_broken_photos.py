@@ -102,7 +102,7 @@ def test_a_run_goes_on_and_names_each_photo_once(coco_root, tmp_path, monkeypatc
     run, settings = tmp_path / "run", {"max_bad_photos": 0.2, "num_workers": workers}
     trainer.main(small(coco_root, run, num_epochs=2, **settings))
     out, reason = capsys.readouterr().out, "cannot be read: not an image, or damaged"
-    assert out.count(f"1 replaced in training, 1 left out of the validation ({run / 'skipped.txt'})") == 2
+    assert out.count(f"| unreadable photos: 1 replaced, 1 left out of the validation ({run / 'skipped.txt'})") == 2
     named = [f"{TRAIN}/000000000004.jpg: {reason}", f"{VAL}/000000000105.jpg: {reason}"]
     assert lines(run) == named
     photo(coco_root, TRAIN, 0).write_bytes(b"")
@@ -115,7 +115,7 @@ def test_a_run_goes_on_and_names_each_photo_once(coco_root, tmp_path, monkeypatc
 @pytest.mark.usefixtures("tiny")
 def test_a_whole_set_has_no_list_and_no_line(coco_root, tmp_path, capsys):
     trainer.main(small(coco_root, tmp_path / "run", num_epochs=1))
-    assert "cannot be read" not in capsys.readouterr().out
+    assert "unreadable" not in capsys.readouterr().out
     assert not (tmp_path / "run" / "skipped.txt").exists()
     assert {"train_bad_photos": "0", "val_bad_photos": "0"}.items() <= history(tmp_path / "run")[0].items()
 
