@@ -615,6 +615,9 @@ def run_command(argv: list[str]) -> int:
         return 2
     except Stopped as stop:
         return stop.code
+    except torch.OutOfMemoryError:  # after the trial at the start: another program has taken what was free then
+        print("trainer.py: error: the GPU's memory is used up: free some, and --resume goes on", file=sys.stderr)
+        return 2
     except RuntimeError as error:
         if not (advice := dead_worker(error)):
             raise
