@@ -68,7 +68,9 @@ class Training:
 
     def epoch(self, steps: int) -> dict[str, float]:
         loader = DataLoader(Noise(steps * BATCH, self.config.image_size), BATCH)
-        return trainer.train_one_epoch(self.run, loader, self.criterion, 0, self.config, self.processes)
+        figures = trainer.train_one_epoch(self.run, loader, self.criterion, 0, self.config, self.processes)
+        self.run.end_epoch()
+        return figures
 
     def step(self) -> int:
         self.epoch(1)
