@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import socket
+import weakref
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A binary file that takes its place only when it is complete and on the disk."""
     draft = path.with_name(f".{path.name}.part")
     try:
+        draft.unlink(missing_ok=True)  # one that a killed run left may be a second name of a whole checkpoint
         with open(draft, "wb") as file:
             yield file
             file.flush()
@@ -124,10 +126,17 @@ def epoch_files(folder: Path) -> list[Path]:
 
 def newest_usable(folder: Path) -> tuple[Path, dict] | None:
     """The newest checkpoint that can be read; what is damaged is named and passed over."""
-    if found := _first_usable([folder / LAST]):
-        return found
-    others = [_first_usable([folder / PREVIOUS]), _first_usable(epoch_files(folder))]
-    return max(filter(None, others), key=lambda found: (found[1]["epoch"], found[1].get("step", 0)), default=None)
+    last = _first_usable([folder / LAST])
+    if last:  # a run that was killed between two renames has an epoch's checkpoint that is newer
+        found = [last, _first_usable(epochs_after(folder, last[1]["epoch"]))]
+    else:
+        found = [_first_usable([folder / PREVIOUS]), _first_usable(epoch_files(folder))]
+    return max(filter(None, found), key=lambda found: (found[1]["epoch"], found[1].get("step", 0)), default=None)
+
+
+def epochs_after(folder: Path, epoch: int) -> list[Path]:
+    """Their checkpoints, newest first."""
+    return [path for path in epoch_files(folder) if int(EPOCH_FILE.fullmatch(path.name)[1]) > epoch]
 
 
 def _first_usable(paths: list[Path]) -> tuple[Path, dict] | None:
@@ -157,10 +166,18 @@ def claim(folder: Path) -> BinaryIO:
         raise CheckpointError(f"another run is writing to {folder}: wait, or choose another --checkpoint-dir") from None
     except (ImportError, OSError):  # Windows, or a file system without locks
         print(f"{folder} cannot be locked: see to it that no second run writes there", flush=True)
+    _close_in_forked_processes(file)
     file.truncate()
     file.write(_launcher())
     file.flush()
     return file
+
+
+def _close_in_forked_processes(file: BinaryIO) -> None:
+    """A killed run's loader workers live for some seconds more: they must not keep its folder from the next run."""
+    if hasattr(os, "register_at_fork"):
+        claimed = weakref.ref(file)
+        os.register_at_fork(after_in_child=lambda: claimed() and claimed().close())
 
 
 def _launcher() -> bytes:
@@ -183,9 +200,27 @@ def set_aside(folder: Path, after: int = 0) -> Path | None:
     Returns:
         The subfolder; None where there was nothing to move.
     """
-    newer = [path for path in epoch_files(folder) if int(EPOCH_FILE.fullmatch(path.name)[1]) > after]
+    newer = epochs_after(folder, after)
     leftovers = newer + [path for name in RUN_FILES if (path := folder / name).exists()]
-    if not (newer if after else leftovers):
+    return _move_aside(folder, leftovers) if newer or not after else None
+
+
+def set_aside_damaged(folder: Path, epoch: int) -> Path | None:
+    """The same with what a run passed over that goes on from the newest usable checkpoint, which is of this epoch."""
+    last = [path for name in (LAST, PREVIOUS) if (path := folder / name).exists() and not _is_usable(path)]
+    return _move_aside(folder, epochs_after(folder, epoch) + last)
+
+
+def _is_usable(path: Path) -> bool:
+    try:
+        load(path)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _move_aside(folder: Path, leftovers: list[Path]) -> Path | None:
+    if not leftovers:
         return None
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     aside = next(p for n in range(1000) if not (p := folder / f"earlier_{stamp}{f'_{n}' if n else ''}").exists())

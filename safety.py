@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -61,8 +62,10 @@ class Watch:
             os.kill(os.getpid(), number)
         elif not self._signal:
             self._signal, self._noticed = number, time.monotonic()
-            if self._processes.is_main:
-                print(f"\n{signal.Signals(number).name}: saving after this step (once more: ends now)", flush=True)
+            if self._processes.is_main:  # not by print, which may be what the signal has interrupted
+                text = f"\n{signal.Signals(number).name}: saving after this step (once more: ends now)\n"
+                with contextlib.suppress(OSError):  # Ctrl-C ends the reader of a pipe as well
+                    os.write(1, text.encode())
 
     def ask(self, broken_in_a_row: int = 0) -> bool:
         """Whether a checkpoint is due. To be called by all processes together, once a step.
@@ -84,7 +87,8 @@ class Watch:
         self._next_save = time.monotonic() + (self._pause if success else min(self._pause, RETRY_SECONDS))
 
     def ignore_signals(self) -> None:
-        """For the last moments of a run that was stopped, when all is saved."""
+        """For the last moments of a run that was stopped, when all is saved; until the process ends."""
+        self._handlers = {}
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
@@ -92,9 +96,9 @@ class Watch:
 class FiniteSteps:
     """Lets the optimiser skip a step whose loss or gradient is not finite, on all processes alike.
 
-    What is skipped is decided on the device, by the gradient that all processes share. The counts are fetched from
-    a GPU only when they are asked for. BatchNorm's averages are those of before such a step as well. float16's own
-    skips, by which its scale is found, are no broken steps: there only the loss counts.
+    What is skipped is decided on the device. The counts are fetched from a GPU only when they are asked for.
+    BatchNorm's averages are those of before such a step as well. float16's own skips, by which its scale is found,
+    are no broken steps: there only the loss counts.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, skipped: int = 0):
@@ -110,9 +114,12 @@ class FiniteSteps:
 
     def step(self, optimizer: Adam, scaler: torch.amp.GradScaler, loss: Tensor, norm: Tensor) -> None:
         """The optimiser's step, if the numbers are finite."""
-        broken = ~torch.isfinite(loss.detach() if scaler.is_enabled() else norm)
+        finite = torch.isfinite(loss.detach()) & (torch.isfinite(norm) | scaler.is_enabled())
+        found = (~finite).float()
+        utils.largest_over_processes(found)  # each has a loss of its own
         if not scaler.is_enabled():  # a fused Adam reads these two, as the scaler sets them
-            optimizer.grad_scale, optimizer.found_inf = None, broken.float()
+            optimizer.grad_scale, optimizer.found_inf = None, found
+        broken = found.bool()
         scaler.step(optimizer)
         scaler.update()
         for average, before in zip(self._averages, self._before, strict=True):

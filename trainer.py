@@ -125,7 +125,7 @@ def main(config: Config) -> None:
     run = start_run(config, processes, len(train_loader.dataset))
     criterion = LossCalculator(config.colour_weight, config.bce_weight, config.dice_weight)
     if processes.is_main:
-        claim = prepare_folder(config, run.epochs_done)  # noqa: F841 - holds the folder until this function ends
+        claim = prepare_folder(config, run)  # noqa: F841 - holds the folder until this function ends
         print(describe(run, config, processes, train_loader, val_loader), flush=True)
         if run.epochs_done >= config.num_epochs:
             print(f"all {config.num_epochs} epochs are done: a higher --num-epochs goes on", flush=True)
@@ -236,6 +236,8 @@ class Run:
     amp_dtype: torch.dtype | None
     parts: int = 1  # that a batch is computed in, one after another, where the GPU's memory does not hold all of it
     photos: int = 0  # of the training
+    world_size: int = 1
+    source: Path | None = None  # the checkpoint that it goes on from
     epochs_done: int = 0
     step: int = 0  # of the epoch that has begun, so many are done
     tally: Tally | None = None  # and these are its figures so far
@@ -253,6 +255,7 @@ class Run:
         parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
         numbers = {name: getattr(self, name) for name in self.NUMBERS}
         place = {"epoch": self.epochs_done, "step": self.step, "tallies": tallies or []}
+        place["world_size"] = self.world_size
         return {**place, "config": dataclasses.asdict(config), **parts, **numbers}
 
     def result(self, config: Config, metrics: dict[str, float]) -> dict:
@@ -345,7 +348,8 @@ def start_run(config: Config, processes: Processes, photos: int) -> Run:
     """The model and what trains it, from the first weights or from a checkpoint."""
     # The main process's disk decides: on several machines the others may have no checkpoint, or another one.
     wanted = processes.is_main and (config.resume or restarted(config))
-    checkpoint = utils.from_main(find_checkpoint(config, processes.world_size, photos) if wanted else None)
+    found = find_checkpoint(config, processes.world_size, photos) if wanted else (None, None)
+    source, checkpoint = utils.from_main(found)
     pretrained = config.pretrained and checkpoint is None
     weights_file = config.encoder_weights if pretrained and config.encoder_weights else None
     with utils.one_process_first(processes):  # one downloads, all load
@@ -360,7 +364,7 @@ def start_run(config: Config, processes: Processes, photos: int) -> Run:
     optimizer = Adam(model.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True)
     scheduler = CosineAnnealingWarmRestarts(optimizer, config.restart_period or config.num_epochs, config.restart_mult)
     scaler = torch.amp.GradScaler(processes.device.type, enabled=amp_dtype == torch.float16)
-    run = Run(model, model, optimizer, scheduler, scaler, amp_dtype, parts, photos)
+    run = Run(model, model, optimizer, scheduler, scaler, amp_dtype, parts, photos, processes.world_size, source)
     if checkpoint is not None:
         run.restore(checkpoint, config, processes)
     if processes.world_size > 1:
@@ -398,27 +402,27 @@ def restarted(config: Config) -> bool:
     return again and checkpointing.was_claimed_by_us(Path(config.checkpoint_dir))
 
 
-def find_checkpoint(config: Config, world_size: int, photos: int) -> dict | None:
-    """What --resume goes on from; None where there is nothing yet, so that one command serves for ever.
+def find_checkpoint(config: Config, world_size: int, photos: int) -> tuple[Path, dict] | tuple[None, None]:
+    """What --resume goes on from; nothing where there is nothing yet, so that one command serves for ever.
 
     Raises:
         CheckpointError: the given file cannot be used.
         ConfigError: a setting differs from the checkpoint's that must not.
     """
     folder = Path(config.checkpoint_dir)
-    if config.resume in ("", NEWEST):
-        path, checkpoint = checkpointing.newest_usable(folder) or (folder, None)
-    else:
+    newest = config.resume in ("", NEWEST) or restarted(config)  # not a given file for a second time
+    path, checkpoint = (checkpointing.newest_usable(folder) if newest else None) or (None, None)
+    if checkpoint is None and config.resume not in ("", NEWEST):
         path, checkpoint = Path(config.resume), checkpointing.load(config.resume)
     if checkpoint is None:
         print(f"nothing to resume in {folder}: starting from the beginning", flush=True)
-        return None
+        return None, None
     if not {*Run.PARTS, *Run.NUMBERS, "step", "tallies"} <= checkpoint.keys():
         raise checkpointing.CheckpointError(f"{path} holds a model only, no state of a training: resume from last.pth")
     refuse_another_run(path, checkpoint, config, photos)
     place = f"after epoch {checkpoint['epoch']}" + (f", step {checkpoint['step']}" if checkpoint["step"] else "")
     print(f"going on from {path}, {place}{differences(checkpoint, config, world_size)}", flush=True)
-    return checkpoint
+    return path, checkpoint
 
 
 def refuse_another_run(path: Path, checkpoint: dict, config: Config, photos: int) -> None:
@@ -432,7 +436,7 @@ def refuse_another_run(path: Path, checkpoint: dict, config: Config, photos: int
 
 def differences(checkpoint: dict, config: Config, world_size: int) -> str:
     """What is no longer as it was, and whether the bits will be other ones for it."""
-    before, processes = checkpoint["config"], len(checkpoint["tallies"]) or world_size
+    before, processes = checkpoint["config"], checkpoint.get("world_size", world_size)
     pairs = {name: (before.get(name, getattr(Config, name)), now) for name, now in dataclasses.asdict(config).items()}
     pairs = {name: pair for name, pair in pairs.items() if pair[0] != pair[1] and name != "resume"}
     if processes != world_size:
@@ -466,9 +470,9 @@ def save_unfinished(run: Run, config: Config, processes: Processes) -> bool:
     tallies = utils.from_all([run.tally.state()] if run.tally else [])
     if not processes.is_main:
         return True
-    save_best(run, config)
     folder = Path(config.checkpoint_dir)
-    return tried(lambda: checkpointing.save_last(folder, run.checkpoint(config, tallies)))
+    # Not without the best model: a checkpoint that knows its score would never let it be written.
+    return save_best(run, config) and tried(lambda: checkpointing.save_last(folder, run.checkpoint(config, tallies)))
 
 
 def tried(save: Callable[[], None]) -> bool:
@@ -491,13 +495,13 @@ def save_best(run: Run, config: Config) -> bool:
 
 
 def save_epoch(run: Run, config: Config) -> bool:
-    """Writes what a whole epoch leaves. The best model first: cut off in between, the run would do the epoch again."""
+    """Writes what a whole epoch leaves. The checkpoint last: cut off before it, the run does the epoch again."""
     folder = Path(config.checkpoint_dir)
     keep = config.keep_checkpoints
     return (
         save_best(run, config)
-        and tried(lambda: checkpointing.save_epoch(folder, run.checkpoint(config), keep))
         and tried(lambda: reporting.write_history(run.history, folder / "history.csv"))
+        and tried(lambda: checkpointing.save_epoch(folder, run.checkpoint(config), keep))
     )
 
 
@@ -512,10 +516,11 @@ def insist_on_saving(run: Run, config: Config) -> None:
             return
         time.sleep(safety.RETRY_SECONDS)
         run.saved = save_epoch(run, config)
-    raise checkpointing.CheckpointError(f"the last epoch cannot be written to {config.checkpoint_dir}")
+    if not run.saved:
+        raise checkpointing.CheckpointError(f"the last epoch cannot be written to {config.checkpoint_dir}")
 
 
-def prepare_folder(config: Config, epochs_done: int) -> BinaryIO:
+def prepare_folder(config: Config, run: Run) -> BinaryIO:
     """Makes and claims the folder that the run writes to; what another run left there is moved aside.
 
     Raises:
@@ -523,16 +528,24 @@ def prepare_folder(config: Config, epochs_done: int) -> BinaryIO:
         CheckpointError: another run is writing there.
     """
     folder = Path(config.checkpoint_dir)
-    from_here = config.resume == NEWEST or Path(config.resume).resolve().parent == folder.resolve()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         claim = checkpointing.claim(folder)
-        aside = checkpointing.set_aside(folder, after=epochs_done if from_here else 0)
+        aside = make_room(folder, run, went_back=Path(config.resume) == run.source)
     except OSError as error:
         raise ConfigError(f"--checkpoint-dir {folder} cannot be written: {error.strerror}") from None
     if aside:
         print(f"an earlier run's files were moved to {aside}", flush=True)
     return claim
+
+
+def make_room(folder: Path, run: Run, went_back: bool) -> Path | None:
+    """Moves aside what the run would overwrite and does not go on from. Returns where to, None if there is nothing."""
+    if run.source is None or run.source.resolve().parent != folder.resolve():
+        return checkpointing.set_aside(folder)
+    if went_back and checkpointing.epochs_after(folder, run.epochs_done):
+        return checkpointing.set_aside(folder, after=run.epochs_done)
+    return checkpointing.set_aside_damaged(folder, run.epochs_done)
 
 
 def write_down(
@@ -542,7 +555,8 @@ def write_down(
     row = history_row(run.epochs_done, training, validation) | bad_photos
     run.history.append(row)
     folder = Path(config.checkpoint_dir)
-    is_best = validation["iou"] > run.best_iou or not (folder / checkpointing.BEST).exists()
+    has_best = run.best or (folder / checkpointing.BEST).exists()
+    is_best = validation["iou"] > run.best_iou or not has_best
     if is_best:
         run.best_iou, run.best = validation["iou"], run.result(config, validation)
     run.saved = save_epoch(run, config)

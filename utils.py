@@ -84,6 +84,12 @@ def sum_over_processes(sums: Tensor) -> None:
         dist.all_reduce(sums)
 
 
+def largest_over_processes(number: Tensor) -> None:
+    """The largest over all processes, in place and on the device: nobody waits for a GPU."""
+    if dist.is_initialized():
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+
+
 def largest_of_each(numbers: list[int]) -> list[int]:
     """Of each number the largest over all processes, without a GPU's having to finish its work first."""
     if not dist.is_initialized():

@@ -1,0 +1,531 @@
+"""Runs that are stopped, killed, damaged or short of disk: they go on as if nothing had happened."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import gc
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from test_runs import ROOT, history, same, script, state
+from test_trainer import Tiny, flags, quick, refusal, small  # noqa: F401
+
+import checkpointing
+import safety
+import trainer
+import utils
+from checkpointing import load
+from safety import Stopped
+
+pytestmark = pytest.mark.usefixtures("tiny", "signals")
+STEPS, BATCHES = 3, 5  # an epoch's steps of training, and with the batches of validation: 10 and 5 photos by 4
+TWO = {"num_epochs": 2, "restart_period": 2}
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(trainer, "UNetAutoencoder", Tiny)
+    monkeypatch.setattr(trainer, "usable_cores", lambda: 2)
+
+
+@pytest.fixture
+def signals():
+    """A run that was stopped ignores further signals until its process ends; the tests go on in it."""
+    before = {number: signal.getsignal(number) for number in safety.SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def straight(coco_root, tmp_path) -> Path:
+    trainer.main(small(coco_root, tmp_path / "straight", keep_checkpoints=0, **TWO))
+    return tmp_path / "straight"
+
+
+def after_batch(monkeypatch, number: int, action) -> None:
+    """Calls it once so many batches, of training and validation, are computed."""
+    counted, update = [], utils.Tally.update
+
+    def counting(*args):
+        update(*args)
+        counted.append(1)
+        if len(counted) == number:
+            action()
+
+    monkeypatch.setattr(utils.Tally, "update", counting)
+
+
+class Killed(BaseException):
+    """Stands in for SIGKILL: nothing of the program answers to it."""
+
+
+def kill() -> None:
+    raise Killed
+
+
+def run(settings, *endings: type[BaseException]) -> BaseException | None:
+    """Trains; returns what ended it, without the frames that would keep the folder claimed."""
+    ending = None
+    try:
+        trainer.main(settings)
+    except endings as error:
+        ending = error.with_traceback(None)
+        ending.__context__ = ending.__cause__ = None
+    gc.collect()
+    return ending
+
+
+def assert_the_same(one: Path, other: Path) -> None:
+    """Weights, Adam's state, schedule, scores, best model and history.csv, bit for bit, but for the times."""
+    assert same(state(one), state(other))
+    best = [{**load(folder / "best_model.pth"), "config": None} for folder in (one, other)]
+    assert same(*best)
+    rows = [[{k: v for k, v in row.items() if k not in TIMES} for row in history(folder)] for folder in (one, other)]
+    assert rows[0] == rows[1]
+    assert not list(one.glob("earlier_*"))
+
+
+TIMES = {"seconds", "images_per_second", "data_wait"}
+
+
+# --- signals ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", range(1, 2 * BATCHES - 1))
+def test_stopped_by_a_signal_at_any_batch_it_ends_with_the_bits_of_the_straight_run(
+    number, straight, coco_root, tmp_path, monkeypatch, capfd
+):
+    which = safety.SIGNALS[number % 3]
+    with monkeypatch.context() as patch:
+        after_batch(patch, number, lambda: os.kill(os.getpid(), which))
+        ending = run(small(coco_root, tmp_path / "run", num_workers=2 * (number % 2), **TWO), Stopped)
+    if number % BATCHES == 0:  # the last batch of an epoch's validation: the next step is the one after it
+        assert load(tmp_path / "run" / "last.pth")["step"] == 1
+    assert ending.code == 128 + which
+    out = capfd.readouterr().out
+    assert f"{which.name}: saving after this step" in out
+    assert f"stopped by {which.name} after epoch" in out
+    trainer.main(small(coco_root, tmp_path / "run", resume="newest", num_workers=0, **TWO))
+    assert "not bit for bit" not in capfd.readouterr().out
+    assert_the_same(tmp_path / "run", straight)
+
+
+def test_stopped_twice_in_an_epoch_it_still_has_the_bits(straight, coco_root, tmp_path, monkeypatch):
+    settings = small(coco_root, tmp_path / "run", resume="newest", **TWO)
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            after_batch(patch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+            assert run(settings, Stopped)
+    assert load(tmp_path / "run" / "last.pth")["step"] == 2
+    trainer.main(settings)
+    assert_the_same(tmp_path / "run", straight)
+
+
+def test_with_accumulation_it_goes_on_at_the_right_batch(coco_root, tmp_path, monkeypatch):
+    two = {**TWO, "batch_size": 2, "accumulate": 2}
+    trainer.main(small(coco_root, tmp_path / "straight", **two))
+    with monkeypatch.context() as patch:
+        after_batch(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))  # in the middle of the second step
+        assert run(small(coco_root, tmp_path / "run", **two), Stopped)
+    assert load(tmp_path / "run" / "last.pth")["step"] == 2
+    trainer.main(small(coco_root, tmp_path / "run", resume="newest", **two))
+    assert_the_same(tmp_path / "run", tmp_path / "straight")
+
+
+def test_a_signal_is_met_by_an_exit_code(coco_root, tmp_path, monkeypatch):
+    after_batch(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+    settings = flags(small(coco_root, tmp_path / "run", **TWO))
+    assert trainer.run_command(["trainer.py", *settings]) == 130
+
+
+# --- kills ------------------------------------------------------------------------------------------------
+
+OFTEN = {"checkpoint_minutes": 1e-9}
+
+
+@pytest.mark.parametrize("number", range(2, 2 * BATCHES + 1))
+def test_killed_at_any_batch_it_loses_nothing_that_was_saved(number, straight, coco_root, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        after_batch(patch, number, kill)
+        assert run(small(coco_root, tmp_path / "run", **OFTEN, **TWO), Killed)
+    last = load(tmp_path / "run" / "last.pth")
+    batch = (number - 1) % BATCHES  # of the epoch, those before the one it died in
+    expected = ((number - 1) // BATCHES, min(batch, STEPS))
+    assert (last["epoch"], last["step"]) == expected
+    capsys.readouterr()
+    trainer.main(small(coco_root, tmp_path / "run", resume="newest", **OFTEN, **TWO))
+    assert f"after epoch {expected[0]}" + (f", step {expected[1]}" if expected[1] else "") in capsys.readouterr().out
+    assert_the_same(tmp_path / "run", straight)
+
+
+def steps_of_a_save(monkeypatch) -> list[str]:
+    """What a killed run may have been about to do to the disk: every flush, link, renaming and removal."""
+    done = []
+    for name in ("fsync", "link", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, real=real, name=name: (done.append(name), check(done), real(*args)))
+    return done
+
+
+def check(done: list[str]) -> None:
+    if len(done) == check.last:
+        raise Killed
+
+
+@pytest.mark.parametrize("moment", range(1, 60, 2))
+def test_killed_within_a_save_it_goes_on_from_the_newest(moment, straight, coco_root, tmp_path, monkeypatch):
+    settings = small(coco_root, tmp_path / "run", resume="newest", keep_checkpoints=0, **OFTEN, **TWO)
+    monkeypatch.setattr(check, "last", moment, raising=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda *_args, **_options: None)  # a killed process does not clear up
+        steps_of_a_save(patch)
+        killed = run(settings, Killed)
+    places = [(c["epoch"], c["step"]) for p in (tmp_path / "run").glob("*.pth")
+              if p.name != "best_model.pth" and (c := load(p))]  # fmt: skip
+    starts, restore = [], trainer.Run.restore
+    monkeypatch.setattr(trainer.Run, "restore", lambda run, content, *args: (starts.append(
+        (content["epoch"], content["step"])), restore(run, content, *args)))  # fmt: skip
+    trainer.main(settings)
+    assert starts == ([max(places)] if places else [])
+    assert killed is not None or moment > 50
+    assert_the_same(tmp_path / "run", straight)
+    for path in (tmp_path / "run").glob("*.pth"):
+        load(path)
+
+
+# --- damage -----------------------------------------------------------------------------------------------
+
+
+def cut(path: Path) -> None:
+    content = path.read_bytes()
+    path.unlink()  # damaged is this name, not the inode that it shares
+    path.write_bytes(content[: len(content) // 2])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.unlink()
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [cut, flip])
+@pytest.mark.parametrize(
+    ("batch", "damaged", "used", "place"),
+    [
+        (BATCHES + 3, ["last.pth"], "previous.pth", "after epoch 1, step 1"),
+        (BATCHES + 3, ["last.pth", "previous.pth"], "epoch_0001.pth", "after epoch 1"),
+        (BATCHES + 2, ["last.pth"], "epoch_0001.pth", "after epoch 1"),
+        (BATCHES + 1, ["last.pth"], "epoch_0001.pth", "after epoch 1"),
+        (BATCHES + 1, ["last.pth", "epoch_0001.pth"], "previous.pth", "after epoch 0, step 3"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    damage, batch, damaged, used, place, straight, coco_root, tmp_path, monkeypatch, capsys
+):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        after_batch(patch, batch, kill)
+        run(small(coco_root, folder, **OFTEN, **TWO), Killed)
+    for name in damaged:
+        damage(folder / name)
+    capsys.readouterr()
+    trainer.main(small(coco_root, folder, resume="newest", **OFTEN, **TWO))
+    out = capsys.readouterr().out
+    assert all(f"the checkpoint {folder / name} is damaged" in out for name in damaged), out
+    assert f"going on from {folder / used}, {place}\n" in out
+    (aside,) = folder.glob("earlier_*")
+    assert sorted(path.name for path in aside.iterdir()) == sorted(damaged)
+    shutil.rmtree(aside)
+    assert_the_same(folder, straight)
+
+
+def test_a_damaged_newest_epoch_does_not_cost_the_best_model(coco_root, tmp_path, monkeypatch):
+    settings = small(coco_root, tmp_path, num_epochs=3, resume="newest")
+    script(monkeypatch, [0.9, 0.2, 0.1, 0.1])
+    with monkeypatch.context() as patch:
+        after_batch(patch, 2 * BATCHES + 1, kill)
+        run(settings, Killed)
+    os.truncate(tmp_path / "last.pth", 1000)  # epoch_0002.pth is the same file
+    trainer.main(settings)
+    best = load(tmp_path / "best_model.pth")
+    assert (best["epoch"], best["metrics"]["iou"]) == (1, 0.9)
+
+
+# --- what may change --------------------------------------------------------------------------------------
+
+
+def test_other_photos_are_refused_with_both_numbers(coco_root, tmp_path, capsys):
+    settings = small(coco_root, tmp_path / "run", num_epochs=1)
+    trainer.main(settings)
+    from conftest import write_split
+
+    write_split(tmp_path / "more", "train2017", 11, first_id=1)
+    write_split(tmp_path / "more", "val2017", 5, first_id=101)
+    error = refusal(capsys, *flags(small(tmp_path / "more", tmp_path / "run", num_epochs=2, resume="newest")))
+    assert "photos: 10 and cannot go on with 11" in error
+
+
+def test_what_changed_and_does_no_harm_is_said(coco_root, tmp_path, capsys):
+    trainer.main(small(coco_root, tmp_path / "run", num_epochs=1))
+    trainer.main(small(coco_root, tmp_path / "run", num_epochs=2, num_workers=1, resume="newest"))
+    out = capsys.readouterr().out
+    assert "num_workers 0 is now 1" in out
+    assert "num_epochs 1 is now 2" in out
+    assert "bit for bit" not in out
+    trainer.main(small(coco_root, tmp_path / "run", num_epochs=3, batch_size=5, resume="newest"))
+    out = capsys.readouterr().out
+    assert "batch_size 4 is now 5" in out
+    assert "not bit for bit the run that it would have been" in out
+
+
+def test_a_restart_by_torchrun_goes_on_without_being_asked(straight, coco_root, tmp_path, monkeypatch):
+    settings = small(coco_root, tmp_path / "run", **OFTEN, **TWO)
+    with monkeypatch.context() as patch:
+        after_batch(patch, BATCHES + 3, kill)
+        run(settings, Killed)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    trainer.main(settings)
+    assert_the_same(tmp_path / "run", straight)
+
+
+def test_a_restart_does_not_go_back_to_the_file_that_was_given(coco_root, tmp_path, monkeypatch, capsys):
+    trainer.main(small(coco_root, tmp_path / "first", num_epochs=1))
+    settings = small(coco_root, tmp_path / "run", resume=str(tmp_path / "first" / "last.pth"), **OFTEN, **TWO)
+    with monkeypatch.context() as patch:
+        after_batch(patch, 3, kill)
+        run(settings, Killed)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    trainer.main(settings)
+    assert f"going on from {tmp_path / 'run' / 'last.pth'}, after epoch 1, step 2" in capsys.readouterr().out
+
+
+# --- a full disk ------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def full_disk(monkeypatch):
+    """Whatever is flushed to it fails, as it does where the file system allots late."""
+    with monkeypatch.context() as patch:
+
+        def fail(*_):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        patch.setattr(os, "fsync", fail)
+        yield
+
+
+def test_with_a_full_disk_it_goes_on_and_has_the_right_best_model_afterwards(coco_root, tmp_path, monkeypatch, capsys):
+    ious, written = iter([0.5, 0.9, 0.3, 0.4]), {}
+    real, evaluate = os.fsync, trainer.evaluate
+    full = {"until": 0, "epoch": 0}
+
+    def fsync(descriptor):
+        if full["epoch"] in (2, 3):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    def scripted(*args):
+        full["epoch"] += 1
+        if full["epoch"] == 2:
+            written.update({p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()})
+        if full["epoch"] == 4:
+            assert written.items() <= {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}.items()
+        return {**evaluate(*args), "iou": next(ious)}
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(trainer, "evaluate", scripted)
+    trainer.main(small(coco_root, tmp_path / "run", num_epochs=4))
+    out = capsys.readouterr().out
+    assert "No space left on device: the training goes on, and it will be tried again" in out
+    best = load(tmp_path / "run" / "best_model.pth")
+    assert (best["epoch"], best["metrics"]["iou"]) == (2, 0.9)
+    assert len(history(tmp_path / "run")) == 4
+    assert load(tmp_path / "run" / "last.pth")["epoch"] == 4
+
+
+def test_a_disk_full_from_the_first_epoch_on_does_not_make_a_later_one_the_best(coco_root, tmp_path, monkeypatch):
+    script(monkeypatch, [0.9, 0.2])
+    waits = []
+    with full_disk(monkeypatch) as _, monkeypatch.context() as patch:
+        freed = os.fsync
+        patch.setattr(time, "sleep", lambda seconds: (waits.append(seconds), patch.setattr(os, "fsync", lambda _: None)))
+        assert freed is os.fsync
+        trainer.main(small(coco_root, tmp_path / "run", **TWO))  # at its end it insists
+    assert waits == [safety.RETRY_SECONDS]
+    assert load(tmp_path / "run" / "best_model.pth")["epoch"] == 1
+    assert load(tmp_path / "run" / "last.pth")["epoch"] == 2
+    assert len(history(tmp_path / "run")) == 2
+
+
+def test_a_run_that_never_finds_room_ends_with_one_line(coco_root, tmp_path, monkeypatch, capsys):
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    with full_disk(monkeypatch):
+        error = refusal(capsys, *flags(small(coco_root, tmp_path / "run", num_epochs=1)))
+    assert "the last epoch cannot be written" in error
+    assert sum(waits) == 3600
+
+
+def test_after_a_failed_save_the_next_step_does_not_wait_a_quarter_of_an_hour(coco_root, tmp_path, monkeypatch):
+    monkeypatch.setattr(safety, "RETRY_SECONDS", 0.0)
+    saves = []
+    real = trainer.checkpointing.save_last
+    monkeypatch.setattr(checkpointing, "save_epoch", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    monkeypatch.setattr(checkpointing, "save_last", lambda *args: (saves.append(1), real(*args)))
+    monkeypatch.setattr(trainer, "insist_on_saving", lambda *_: None)
+    trainer.main(small(coco_root, tmp_path / "run", **TWO))
+    assert saves == [1]  # the first step after the epoch that failed; then the clock is set anew
+
+
+# --- in processes of their own ----------------------------------------------------------------------------
+
+# Trains the small stand-in as trainer.py does; DIE_AT is "rank batch file": that rank kills itself there, once.
+TINY_RUN = """
+import os, signal, sys, time, torch
+sys.path.insert(0, "tests")
+torch.set_num_threads(1)
+import trainer, utils
+from test_trainer import Tiny
+trainer.UNetAutoencoder, trainer.usable_cores = Tiny, lambda: 2
+update, counted = utils.Tally.update, []
+die_rank, die_at, mark = os.environ.get("DIE_AT", "-1 0 x").split()
+def counting(*args):
+    update(*args)
+    counted.append(1)
+    time.sleep(float(os.environ.get("SLOW", 0)))
+    if os.environ.get("RANK", "0") == die_rank and len(counted) == int(die_at) and not os.path.exists(mark):
+        open(mark, "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+utils.Tally.update = counting
+if seen := os.environ.get("SEEN"):  # without augmentation a pixel tells the photos apart
+    open_data = trainer.open_data
+    def plain(*args):
+        loaders = open_data(*args)
+        loaders[0].dataset._augment = None
+        return loaders
+    trainer.open_data = plain
+    to_device = trainer.to_device
+    def noting(batch, device):
+        if torch.is_grad_enabled():
+            with open(f"{seen}.{os.environ.get('RANK', 0)}", "a") as file:
+                file.writelines(f"{int(photo[:3, 16, 16].sum())}\\n" for photo in batch)
+        return to_device(batch, device)
+    trainer.to_device = noting
+sys.exit(trainer.run_command(["trainer.py", *sys.argv[1:]]))
+"""
+
+
+def command(tmp_path, settings, *launcher: str) -> list[str]:
+    (tmp_path / "tiny_run.py").write_text(TINY_RUN)
+    start = ["-m", "torch.distributed.run", "--standalone", *launcher] if launcher else []
+    return [sys.executable, *start, str(tmp_path / "tiny_run.py"), *flags(settings)]
+
+
+def popen(tmp_path, settings, *launcher: str, **environment: str) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command(tmp_path, settings, *launcher), cwd=ROOT, env=environment, **pipes)
+
+
+def left_over(word: str) -> list[str]:
+    """The command lines of the processes that name it."""
+    lines = []
+    for place in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            lines.append(place.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+    return [line for line in lines if word in line]
+
+
+def test_torchrun_starts_a_run_anew_whose_rank_was_killed_and_it_ends_with_the_same_weights(coco_root, tmp_path):
+    two = {**TWO, "batch_size": 2, "checkpoint_minutes": 1e-9}
+    for name, die in (("straight", "-1 0 x"), ("run", f"1 5 {tmp_path / 'mark'}")):
+        settings = small(coco_root, tmp_path / name, **two)
+        process = popen(tmp_path, settings, "--nproc-per-node=2", "--max-restarts=3", DIE_AT=die)
+        out = process.communicate(timeout=100)[0]
+        assert process.returncode == 0, out
+    assert (tmp_path / "mark").exists()
+    assert f"going on from {tmp_path / 'run'}" in out
+    assert_the_same(tmp_path / "run", tmp_path / "straight")
+
+
+def test_sigterm_to_torchrun_ends_all_within_ten_seconds_with_everything_saved(coco_root, tmp_path):
+    shared = set(os.listdir("/dev/shm"))
+    settings = small(coco_root, tmp_path / "run", num_epochs=1000, batch_size=2, num_workers=1)
+    process = popen(tmp_path, settings, "--nproc-per-node=2", SLOW="0.05")
+    wait_for(tmp_path / "run" / "last.pth")
+    process.terminate()
+    start = time.monotonic()
+    out = process.communicate(timeout=60)[0]
+    assert time.monotonic() - start < 10
+    assert process.returncode != 0
+    assert out.count("stopped by SIGTERM after epoch") == 1, out
+    last = load(tmp_path / "run" / "last.pth")
+    assert f"after epoch {last['epoch']}, step {last['step']}: --resume goes on" in out
+    assert len(last["tallies"]) == 2
+    assert not left_over(str(tmp_path))
+    assert set(os.listdir("/dev/shm")) <= shared
+
+
+def wait_for(path: Path) -> None:
+    end = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < end, f"there is no {path}"
+        time.sleep(0.05)
+
+
+def test_one_process_more_goes_on_with_the_photos_that_are_left(coco_root, tmp_path, monkeypatch, capsys):
+    settings = small(coco_root, tmp_path / "run", batch_size=2, num_epochs=1)
+    monkeypatch.setattr(trainer, "open_data", without_augmentation(trainer.open_data))
+    with monkeypatch.context() as patch:
+        after_batch(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert run(settings, Stopped)
+    dataset = trainer.COCOPersonDataset(coco_root, "train2017", 32)
+    order = list(trainer.make_loader(dataset, 2, 0, training=True).sampler)
+    shown = {index: int(dataset[index][:3, 16, 16].sum()) for index in order}
+    assert len(set(shown.values())) == 10  # a pixel tells them apart
+    more = small(coco_root, tmp_path / "run", batch_size=1, num_epochs=1, resume="newest")
+    process = popen(tmp_path, more, "--nproc-per-node=2", SEEN=str(tmp_path / "seen"))
+    out = process.communicate(timeout=100)[0]
+    assert process.returncode == 0, out
+    assert "after epoch 0, step 2, batch_size 2 is now 1, processes 1 is now 2 (so not bit for bit" in out
+    seen = [int(line) for rank in (0, 1) for line in (tmp_path / f"seen.{rank}").read_text().splitlines()]
+    assert Counter(seen) == Counter(shown[index] for index in order[4:])
+
+
+def without_augmentation(open_data):
+    def plain(*args):
+        loaders = open_data(*args)
+        loaders[0].dataset._augment = None
+        return loaders
+
+    return plain
+
+
+def test_a_killed_runs_workers_do_not_keep_its_folder(coco_root, tmp_path):
+    settings = small(coco_root, tmp_path / "run", num_epochs=1000, num_workers=2, **OFTEN)
+    process = popen(tmp_path, settings)
+    wait_for(tmp_path / "run" / "last.pth")
+    process.kill()
+    process.wait()
+    checkpointing.claim(tmp_path / "run").close()
+    process.stdout.close()
+
+
+def test_ctrl_c_that_ends_the_reader_of_the_output_as_well_still_saves(coco_root, tmp_path):
+    settings = small(coco_root, tmp_path / "run", num_epochs=1000, checkpoint_minutes=0)
+    process = popen(tmp_path, settings, SLOW="0.05")
+    wait_for(tmp_path / "run" / "last.pth")
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    process.wait(20)
+    assert load(tmp_path / "run" / "last.pth")["step"] > 0
