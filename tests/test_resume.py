@@ -15,7 +15,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from test_runs import ROOT, history, same, script, state
+from conftest import write_split
+from test_runs import ROOT, TIMES, history, same, script, state
 from test_trainer import Tiny, flags, quick, refusal, small  # noqa: F401
 
 import checkpointing
@@ -94,9 +95,6 @@ def assert_the_same(one: Path, other: Path) -> None:
     assert not list(one.glob("earlier_*"))
 
 
-TIMES = {"seconds", "images_per_second", "data_wait"}
-
-
 # --- signals ----------------------------------------------------------------------------------------------
 
 
@@ -153,7 +151,9 @@ OFTEN = {"checkpoint_minutes": 1e-9}
 
 
 @pytest.mark.parametrize("number", range(2, 2 * BATCHES + 1))
-def test_killed_at_any_batch_it_loses_nothing_that_was_saved(number, straight, coco_root, tmp_path, monkeypatch, capsys):
+def test_killed_at_any_batch_it_loses_nothing_that_was_saved(
+    number, straight, coco_root, tmp_path, monkeypatch, capsys
+):
     with monkeypatch.context() as patch:
         after_batch(patch, number, kill)
         assert run(small(coco_root, tmp_path / "run", **OFTEN, **TWO), Killed)
@@ -181,7 +181,7 @@ def check(done: list[str]) -> None:
         raise Killed
 
 
-@pytest.mark.parametrize("moment", range(1, 60, 2))
+@pytest.mark.parametrize("moment", range(1, 50, 2))
 def test_killed_within_a_save_it_goes_on_from_the_newest(moment, straight, coco_root, tmp_path, monkeypatch):
     settings = small(coco_root, tmp_path / "run", resume="newest", keep_checkpoints=0, **OFTEN, **TWO)
     monkeypatch.setattr(check, "last", moment, raising=False)
@@ -196,7 +196,7 @@ def test_killed_within_a_save_it_goes_on_from_the_newest(moment, straight, coco_
         (content["epoch"], content["step"])), restore(run, content, *args)))  # fmt: skip
     trainer.main(settings)
     assert starts == ([max(places)] if places else [])
-    assert killed is not None or moment > 50
+    assert killed is not None
     assert_the_same(tmp_path / "run", straight)
     for path in (tmp_path / "run").glob("*.pth"):
         load(path)
@@ -212,8 +212,9 @@ def cut(path: Path) -> None:
 
 
 def flip(path: Path) -> None:
+    weights = load(path)["model"]["0.bias"].numpy().tobytes()
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 16
+    content[content.index(weights) + 1] ^= 16
     path.unlink()
     path.write_bytes(content)
 
@@ -267,8 +268,6 @@ def test_a_damaged_newest_epoch_does_not_cost_the_best_model(coco_root, tmp_path
 def test_other_photos_are_refused_with_both_numbers(coco_root, tmp_path, capsys):
     settings = small(coco_root, tmp_path / "run", num_epochs=1)
     trainer.main(settings)
-    from conftest import write_split
-
     write_split(tmp_path / "more", "train2017", 11, first_id=1)
     write_split(tmp_path / "more", "val2017", 5, first_id=101)
     error = refusal(capsys, *flags(small(tmp_path / "more", tmp_path / "run", num_epochs=2, resume="newest")))
@@ -299,7 +298,7 @@ def test_a_restart_by_torchrun_goes_on_without_being_asked(straight, coco_root, 
 
 
 def test_a_restart_does_not_go_back_to_the_file_that_was_given(coco_root, tmp_path, monkeypatch, capsys):
-    trainer.main(small(coco_root, tmp_path / "first", num_epochs=1))
+    trainer.main(small(coco_root, tmp_path / "first", **{**TWO, "num_epochs": 1}))
     settings = small(coco_root, tmp_path / "run", resume=str(tmp_path / "first" / "last.pth"), **OFTEN, **TWO)
     with monkeypatch.context() as patch:
         after_batch(patch, 3, kill)
@@ -356,10 +355,13 @@ def test_with_a_full_disk_it_goes_on_and_has_the_right_best_model_afterwards(coc
 def test_a_disk_full_from_the_first_epoch_on_does_not_make_a_later_one_the_best(coco_root, tmp_path, monkeypatch):
     script(monkeypatch, [0.9, 0.2])
     waits = []
-    with full_disk(monkeypatch) as _, monkeypatch.context() as patch:
-        freed = os.fsync
-        patch.setattr(time, "sleep", lambda seconds: (waits.append(seconds), patch.setattr(os, "fsync", lambda _: None)))
-        assert freed is os.fsync
+
+    def make_room(seconds):
+        waits.append(seconds)
+        monkeypatch.setattr(os, "fsync", lambda _: None)
+
+    with full_disk(monkeypatch):
+        monkeypatch.setattr(time, "sleep", make_room)
         trainer.main(small(coco_root, tmp_path / "run", **TWO))  # at its end it insists
     assert waits == [safety.RETRY_SECONDS]
     assert load(tmp_path / "run" / "best_model.pth")["epoch"] == 1
@@ -407,7 +409,7 @@ def counting(*args):
         open(mark, "w").close()
         os.kill(os.getpid(), signal.SIGKILL)
 utils.Tally.update = counting
-if seen := os.environ.get("SEEN"):  # without augmentation a pixel tells the photos apart
+if seen := os.environ.get("SEEN"):  # without augmentation sums tell the photos apart
     open_data = trainer.open_data
     def plain(*args):
         loaders = open_data(*args)
@@ -418,7 +420,7 @@ if seen := os.environ.get("SEEN"):  # without augmentation a pixel tells the pho
     def noting(batch, device):
         if torch.is_grad_enabled():
             with open(f"{seen}.{os.environ.get('RANK', 0)}", "a") as file:
-                file.writelines(f"{int(photo[:3, 16, 16].sum())}\\n" for photo in batch)
+                file.writelines(f"{int(photo[:3].sum())}\\n" for photo in batch)
         return to_device(batch, device)
     trainer.to_device = noting
 sys.exit(trainer.run_command(["trainer.py", *sys.argv[1:]]))
@@ -446,18 +448,6 @@ def left_over(word: str) -> list[str]:
     return [line for line in lines if word in line]
 
 
-def test_torchrun_starts_a_run_anew_whose_rank_was_killed_and_it_ends_with_the_same_weights(coco_root, tmp_path):
-    two = {**TWO, "batch_size": 2, "checkpoint_minutes": 1e-9}
-    for name, die in (("straight", "-1 0 x"), ("run", f"1 5 {tmp_path / 'mark'}")):
-        settings = small(coco_root, tmp_path / name, **two)
-        process = popen(tmp_path, settings, "--nproc-per-node=2", "--max-restarts=3", DIE_AT=die)
-        out = process.communicate(timeout=100)[0]
-        assert process.returncode == 0, out
-    assert (tmp_path / "mark").exists()
-    assert f"going on from {tmp_path / 'run'}" in out
-    assert_the_same(tmp_path / "run", tmp_path / "straight")
-
-
 def test_sigterm_to_torchrun_ends_all_within_ten_seconds_with_everything_saved(coco_root, tmp_path):
     shared = set(os.listdir("/dev/shm"))
     settings = small(coco_root, tmp_path / "run", num_epochs=1000, batch_size=2, num_workers=1)
@@ -483,7 +473,8 @@ def wait_for(path: Path) -> None:
         time.sleep(0.05)
 
 
-def test_one_process_more_goes_on_with_the_photos_that_are_left(coco_root, tmp_path, monkeypatch, capsys):
+def test_one_process_more_goes_on_with_the_photos_that_are_left(coco_root, tmp_path, monkeypatch):
+    write_split(coco_root, "train2017", 12, first_id=1)  # two processes, with batches of two: counts divide
     settings = small(coco_root, tmp_path / "run", batch_size=2, num_epochs=1)
     monkeypatch.setattr(trainer, "open_data", without_augmentation(trainer.open_data))
     with monkeypatch.context() as patch:
@@ -491,13 +482,13 @@ def test_one_process_more_goes_on_with_the_photos_that_are_left(coco_root, tmp_p
         assert run(settings, Stopped)
     dataset = trainer.COCOPersonDataset(coco_root, "train2017", 32)
     order = list(trainer.make_loader(dataset, 2, 0, training=True).sampler)
-    shown = {index: int(dataset[index][:3, 16, 16].sum()) for index in order}
-    assert len(set(shown.values())) == 10  # a pixel tells them apart
-    more = small(coco_root, tmp_path / "run", batch_size=1, num_epochs=1, resume="newest")
+    shown = {index: int(dataset[index][:3].sum()) for index in order}
+    assert len(set(shown.values())) == 12  # their sums tell them apart
+    more = small(coco_root, tmp_path / "run", batch_size=2, num_epochs=1, resume="newest")
     process = popen(tmp_path, more, "--nproc-per-node=2", SEEN=str(tmp_path / "seen"))
     out = process.communicate(timeout=100)[0]
     assert process.returncode == 0, out
-    assert "after epoch 0, step 2, batch_size 2 is now 1, processes 1 is now 2 (so not bit for bit" in out
+    assert "after epoch 0, step 2, processes 1 is now 2 (so not bit for bit" in out
     seen = [int(line) for rank in (0, 1) for line in (tmp_path / f"seen.{rank}").read_text().splitlines()]
     assert Counter(seen) == Counter(shown[index] for index in order[4:])
 
@@ -525,6 +516,7 @@ def test_ctrl_c_that_ends_the_reader_of_the_output_as_well_still_saves(coco_root
     settings = small(coco_root, tmp_path / "run", num_epochs=1000, checkpoint_minutes=0)
     process = popen(tmp_path, settings, SLOW="0.05")
     wait_for(tmp_path / "run" / "last.pth")
+    time.sleep(0.1)  # the epoch's line comes after its checkpoint
     process.stdout.close()
     process.send_signal(signal.SIGINT)
     process.wait(20)
