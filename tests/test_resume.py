@@ -320,7 +320,7 @@ def full_disk(monkeypatch):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         patch.setattr(os, "fsync", fail)
-        yield
+        yield patch
 
 
 def test_with_a_full_disk_it_goes_on_and_has_the_right_best_model_afterwards(coco_root, tmp_path, monkeypatch, capsys):
@@ -356,12 +356,13 @@ def test_a_disk_full_from_the_first_epoch_on_does_not_make_a_later_one_the_best(
     script(monkeypatch, [0.9, 0.2])
     waits = []
 
-    def make_room(seconds):
-        waits.append(seconds)
-        monkeypatch.setattr(os, "fsync", lambda _: None)
+    with full_disk(monkeypatch) as patch:
 
-    with full_disk(monkeypatch):
-        monkeypatch.setattr(time, "sleep", make_room)
+        def make_room(seconds):
+            waits.append(seconds)
+            patch.setattr(os, "fsync", lambda _: None)
+
+        patch.setattr(time, "sleep", make_room)
         trainer.main(small(coco_root, tmp_path / "run", **TWO))  # at its end it insists
     assert waits == [safety.RETRY_SECONDS]
     assert load(tmp_path / "run" / "best_model.pth")["epoch"] == 1
@@ -413,7 +414,7 @@ if seen := os.environ.get("SEEN"):  # without augmentation sums tell the photos 
     open_data = trainer.open_data
     def plain(*args):
         loaders = open_data(*args)
-        loaders[0].dataset._augment = None
+        loaders[0].dataset.dataset._augment = None
         return loaders
     trainer.open_data = plain
     to_device = trainer.to_device
@@ -496,7 +497,7 @@ def test_one_process_more_goes_on_with_the_photos_that_are_left(coco_root, tmp_p
 def without_augmentation(open_data):
     def plain(*args):
         loaders = open_data(*args)
-        loaders[0].dataset._augment = None
+        loaders[0].dataset.dataset._augment = None
         return loaders
 
     return plain
