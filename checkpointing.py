@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -48,6 +49,17 @@ def _flush_folder(folder: Path) -> None:
         descriptor = os.open(folder, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
+
+
+def make_writable(folder: Path) -> None:
+    """Makes a folder, with those above it, and sees early that something can be written there.
+
+    Raises:
+        OSError: it cannot; `strerror` says why.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def save(content: dict, path: Path) -> None:
@@ -156,7 +168,7 @@ def claim(folder: Path) -> BinaryIO:
         CheckpointError: another run has claimed it.
         OSError: the folder cannot be written.
     """
-    file = open(folder / LOCK, "r+b" if (folder / LOCK).exists() else "w+b")  # noqa: SIM115 - its being open is the claim
+    file = open(folder / LOCK, "ab")  # noqa: SIM115 - its being open is the claim
     try:
         import fcntl
 
@@ -167,7 +179,7 @@ def claim(folder: Path) -> BinaryIO:
     except (ImportError, OSError):  # Windows, or a file system without locks
         print(f"{folder} cannot be locked: see to it that no second run writes there", flush=True)
     _close_in_forked_processes(file)
-    file.truncate()
+    file.truncate(0)
     file.write(_launcher())
     file.flush()
     return file
@@ -205,10 +217,10 @@ def set_aside(folder: Path, after: int = 0) -> Path | None:
     return _move_aside(folder, leftovers) if newer or not after else None
 
 
-def set_aside_damaged(folder: Path, epoch: int) -> Path | None:
-    """The same with what a run passed over that goes on from the newest usable checkpoint, which is of this epoch."""
-    last = [path for name in (LAST, PREVIOUS) if (path := folder / name).exists() and not _is_usable(path)]
-    return _move_aside(folder, epochs_after(folder, epoch) + last)
+def set_aside_damaged(folder: Path, epoch: int, source: Path) -> Path | None:
+    """The same with what a run passed over that goes on from `source`, the newest usable checkpoint, of this epoch."""
+    others = [path for name in (LAST, PREVIOUS) if (path := folder / name).exists() and path != source]
+    return _move_aside(folder, epochs_after(folder, epoch) + [path for path in others if not _is_usable(path)])
 
 
 def _is_usable(path: Path) -> bool:

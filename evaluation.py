@@ -5,11 +5,11 @@ Leaves a folder beside the checkpoint: metrics.json, photos.csv (a row a photo),
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
@@ -48,7 +48,8 @@ def evaluate_checkpoint(checkpoint: str | Path, root: str | Path, split: str, pr
         dataset = COCOPersonDataset(root, split, cutter.image_size)
     folder = Path(checkpoint).with_name(f"{Path(checkpoint).stem}_on_{Path(root).resolve().name}_{split}")
     if processes.is_main:
-        prepare_folder(folder)
+        with named_failure(folder):
+            checkpointing.make_writable(folder)  # early: what was measured for an hour must find its place
     cores = max(1, usable_cores() // processes.local_world_size)
     share = range(processes.rank, len(dataset), processes.world_size)
     found = utils.from_all(measure(cutter, dataset, share, cores))
@@ -68,12 +69,10 @@ def evaluate_checkpoint(checkpoint: str | Path, root: str | Path, split: str, pr
     return result
 
 
-def prepare_folder(folder: Path) -> None:
-    """Early: what was measured for an hour must find its place."""
+@contextmanager
+def named_failure(folder: Path) -> Iterator[None]:
     try:
-        folder.mkdir(exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        yield
     except OSError as error:
         raise checkpointing.CheckpointError(f"{folder} cannot be written: {error.strerror}") from None
 
@@ -174,20 +173,18 @@ def table(result: dict) -> str:
 
 
 def write_files(result: dict, rows: list[dict], cutter: Cutter, dataset: COCOPersonDataset, folder: Path) -> None:
-    try:
+    with named_failure(folder):
         with checkpointing.atomic_write(folder / "metrics.json") as file:
             file.write(json.dumps(result, indent=2).encode())
         reporting.write_history(rows, folder / "photos.csv")
         save_worst(rows, cutter, dataset, folder / "worst.png")
-    except OSError as error:
-        raise checkpointing.CheckpointError(f"{folder} cannot be written: {error.strerror}") from None
 
 
 def save_worst(rows: list[dict], cutter: Cutter, dataset: COCOPersonDataset, path: Path) -> None:
     """The photos of the lowest IoU at their own size: photo, truth, prediction, cutout."""
     worst = sorted(rows, key=lambda row: row["original_iou"])[:WORST]
-    targets = torch.stack([dataset[row["index"]] for row in worst]).float() / 255
-    found = cutter.probabilities([target[:3].mul(255).byte().permute(1, 2, 0).numpy() for target in targets])
+    samples = torch.stack([dataset[row["index"]] for row in worst])
+    found, targets = cutter.probabilities([*samples[:, :3].permute(0, 2, 3, 1).numpy()]), samples.float() / 255
     predictions = torch.cat([targets[:, :3], torch.from_numpy(found)[:, None]], dim=1)
     labels = [f"{row['file_name']}  IoU {row['original_iou']:.3f}" for row in worst]
     reporting.save_preview(targets, predictions, path, labels)

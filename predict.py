@@ -298,9 +298,7 @@ def read_background(text: str | None) -> tuple[int, ...] | np.ndarray | None:
 
 def prepare_folder(folder: Path) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        checkpointing.make_writable(folder)
     except OSError as error:
         raise PredictError(f"--output {folder} cannot be written: {error.strerror}") from None
 

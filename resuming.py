@@ -280,4 +280,4 @@ def make_room(folder: Path, run: Run, went_back: bool) -> Path | None:
         return checkpointing.set_aside(folder)
     if went_back and checkpointing.epochs_after(folder, run.epochs_done):
         return checkpointing.set_aside(folder, after=run.epochs_done)
-    return checkpointing.set_aside_damaged(folder, run.epochs_done)
+    return checkpointing.set_aside_damaged(folder, run.epochs_done, run.source)

@@ -15,6 +15,8 @@ import pytest
 import torch
 from pycocotools import mask as coco_mask
 
+import checkpointing
+from models import UNetAutoencoder
 from person_index import DataError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -108,6 +110,20 @@ def uncompressed_rle(mask: np.ndarray) -> dict:
 def compressed_rle(mask: np.ndarray) -> dict:
     encoded = coco_mask.encode(np.asfortranarray(mask))
     return {"counts": encoded["counts"].decode(), "size": encoded["size"]}
+
+
+def save_random_model(path: Path, epoch: int = 1, change: Callable[[dict], object] = lambda state: None) -> Path:
+    """A checkpoint of a small model by torch's present dice, its weights changed before they are saved."""
+    config = {"encoder": "resnet18", "use_attention": True, "image_size": 64}
+    state = UNetAutoencoder("resnet18", pretrained=False).state_dict()
+    change(state)
+    checkpointing.save({"epoch": epoch, "config": config, "model": state, "metrics": {}}, path)
+    return path
+
+
+def sharpen(state: dict) -> None:
+    """Or alpha would be about one half everywhere."""
+    state["decoder.head.conv.weight"] *= 50
 
 
 def write_photo(path: Path, rgb: np.ndarray) -> None:

@@ -10,14 +10,12 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import add_person, edit
+from conftest import add_person, edit, save_random_model, sharpen
 
-import checkpointing
 import evaluation
 import predict
 import trainer
 from datasets import COCOPersonDataset
-from models import UNetAutoencoder
 
 VAL = "val2017"
 
@@ -26,13 +24,9 @@ VAL = "val2017"
 def checkpoint(tmp_path) -> Path:
     """A small random model, sure of itself, so that its masks have something of everything."""
     torch.manual_seed(3)
-    model = UNetAutoencoder("resnet18", pretrained=False).state_dict()
-    model["decoder.head.conv.weight"] *= 50
-    config = {"encoder": "resnet18", "use_attention": True, "image_size": 64}
     path = tmp_path / "run" / "best_model.pth"
     path.parent.mkdir()
-    checkpointing.save({"epoch": 1, "config": config, "model": model, "metrics": {}}, path)
-    return path
+    return save_random_model(path, change=sharpen)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from conftest import save_random_model
 
 import checkpointing
 from cutter import load
@@ -19,14 +20,12 @@ from tools import export
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
+    def change(state: dict) -> None:
+        state["decoder.head.conv.weight"][12:] *= 20  # or alpha would be about one half everywhere
+        state["decoder.head.conv.weight"][:12] = 0.02 * torch.randn(12, 32, 3, 3)  # the colours' corrections
+
     torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("model") / "best_model.pth"
-    config = {"encoder": "resnet18", "use_attention": True, "image_size": 64}
-    model = UNetAutoencoder("resnet18", pretrained=False).state_dict()
-    model["decoder.head.conv.weight"][12:] *= 20  # or alpha would be about one half everywhere
-    model["decoder.head.conv.weight"][:12] = 0.02 * torch.randn(12, 32, 3, 3)  # the colours' corrections
-    checkpointing.save({"epoch": 7, "config": config, "model": model, "metrics": {}}, path)
-    return path
+    return save_random_model(tmp_path_factory.mktemp("model") / "best_model.pth", epoch=7, change=change)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import save_random_model, sharpen
 from PIL import Image, ImageCms, features
 
 import checkpointing
@@ -45,12 +46,7 @@ def _one_thread():
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("model") / "best_model.pth"
-    config = {"encoder": "resnet18", "use_attention": True, "image_size": 64}
-    model = UNetAutoencoder("resnet18", pretrained=False).state_dict()
-    model["decoder.head.conv.weight"] *= 50  # or alpha would be about one half everywhere
-    checkpointing.save({"epoch": 1, "config": config, "model": model, "metrics": {}}, path)
-    return path
+    return save_random_model(tmp_path_factory.mktemp("model") / "best_model.pth", change=sharpen)
 
 
 @pytest.fixture(scope="module")
