@@ -12,6 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it is in tools/ that Python looks
 
+from checkpointing import CheckpointError
+from person_index import DataError
 from tools import bench_data, bench_edges, bench_predict, bench_start, bench_step, measuring
 
 # Each takes the options, measures, and returns its tables as Markdown.
@@ -51,4 +53,7 @@ def main(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse(sys.argv[1:]))
+    try:
+        main(parse(sys.argv[1:]))
+    except (CheckpointError, DataError, FileNotFoundError) as error:
+        sys.exit(f"benchmark.py: error: {error} (see --data-root, --split and --checkpoint)")
