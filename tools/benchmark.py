@@ -56,4 +56,5 @@ if __name__ == "__main__":
     try:
         main(parse(sys.argv[1:]))
     except (CheckpointError, DataError, FileNotFoundError) as error:
-        sys.exit(f"benchmark.py: error: {error} (see --data-root, --split and --checkpoint)")
+        print(f"benchmark.py: error: {error} (see --data-root, --split and --checkpoint)", file=sys.stderr)
+        sys.exit(2)
