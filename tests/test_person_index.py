@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -187,19 +188,26 @@ def test_a_drawing_process_that_dies_is_named_with_the_file(coco_root, monkeypat
     assert not (coco_root / ".silueta").exists()
 
 
+def growth(held: list, make: Callable[[], object]) -> int:
+    """By how many objects the process grows while what is made is held; a thread may make one more, so ask again."""
+    held.clear()
+    gc.collect()
+    before = len(gc.get_objects())
+    held.append(make())
+    gc.collect()
+    return len(gc.get_objects()) - before
+
+
 def test_an_open_index_is_a_few_objects_and_pages_that_every_process_shares(tmp_path):
     """So that workers, which touch every object that they use, and copy its page by that, have nothing to copy."""
-    indexes, objects = [], []
+    held, objects = [], []
     for photos in (20, 20, 2000):  # the first time makes what lasts
-        make_split(tmp_path / str(photos) / str(len(indexes)), TRAIN, photos, photos)
-        open_index(tmp_path / str(photos) / str(len(indexes)), TRAIN)
-        gc.collect()
-        before = len(gc.get_objects())
-        indexes.append(open_index(tmp_path / str(photos) / str(len(indexes)), TRAIN))
-        gc.collect()
-        objects.append(len(gc.get_objects()) - before)
+        root = tmp_path / str(photos) / str(len(objects))
+        make_split(root, TRAIN, photos, photos)
+        open_index(root, TRAIN)
+        objects.append(min(growth(held, lambda root=root: open_index(root, TRAIN)) for _ in range(5)))
     assert 0 < objects[1] == objects[2] < 100
-    index = indexes[-1]
+    (index,) = held
     for number in range(len(index)):
         index.file_name(number), index.alpha(number)
     if sys.platform == "linux":
