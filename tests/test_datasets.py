@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import platform
 import random
@@ -23,6 +24,7 @@ from conftest import (
     refusal,
     write_photo,
 )
+from PIL import Image
 from pycocotools.coco import COCO
 
 import datasets
@@ -278,6 +280,38 @@ def test_importing_is_light_and_augmenting_asks_no_network():
         augmentations()
         print("albumentations" in sys.modules, asked)"""
     assert fresh_python(code) == ["False", "True []"]
+
+
+def jpegs() -> dict[str, bytes]:
+    """A photo of 47 x 61 pixels as JPEGs of every kind, whole and damaged."""
+    pixels = np.random.default_rng(0).integers(0, 256, (61, 47, 3), np.uint8)
+    photo = Image.fromarray(cv2.GaussianBlur(pixels, (5, 5), 0))
+
+    def written(mode: str = "RGB", **options: object) -> bytes:
+        photo.convert(mode).save(file := io.BytesIO(), "JPEG", **options)
+        return file.getvalue()
+
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    whole = written()
+    return {
+        "4:2:0": whole, "4:2:2": written(subsampling=1), "4:4:4": written(subsampling=0),
+        "progressive": written(progressive=True), "grey": written("L"), "CMYK": written("CMYK"),
+        "turned": written(exif=turned.tobytes()), "restarts": written(restart_marker_blocks=2),
+        "more behind": whole + b"abc", "more before": whole.replace(b"\xff\xda", b"\0\0\xff\xda", 1),
+        "cut in half": whole[: len(whole) // 2],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", jpegs())
+def test_a_jpeg_is_read_as_opencv_reads_it(tmp_path, kind):
+    photo = tmp_path / "photo.jpg"
+    photo.write_bytes(jpegs()[kind])
+    expected = cv2.imread(str(photo), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+    if kind == "cut in half":  # which imread takes for whole
+        assert "cannot be read" in refusal(read_photo, photo, (47, 61))
+    else:
+        assert np.array_equal(read_photo(photo, (47, 61)), expected)
 
 
 def png_of_zeros(width: int, height: int) -> bytes:

@@ -25,6 +25,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 from conftest import edit, refusal, write_photo, write_split
 from hypothesis import HealthCheck, given, settings
@@ -321,7 +322,8 @@ def test_no_file_crashes_leaves_the_folder_or_takes_much(hostile_root, kind, num
 
 
 def test_a_photo_that_claims_to_be_larger_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
-    monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("decoded"))
+    for decoder in ((cv2, "imdecode"), (simplejpeg, "decode_jpeg")):
+        monkeypatch.setattr(*decoder, lambda *_: pytest.fail("decoded"))
     (tmp_path / "bomb.jpg").write_bytes(bomb(10_000, 9_000))
     assert "10000 x 9000" in refusal(read_photo, tmp_path / "bomb.jpg", (48, 64))
     jpeg = bytearray(photo_bases()[0])

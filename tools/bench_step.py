@@ -324,7 +324,7 @@ def trained(model: type[nn.Module], seed: int, options: argparse.Namespace) -> t
             num_epochs=12, learning_rate=1e-3, batch_size=BATCH, num_workers=2, device="cpu", keep_checkpoints=1,
         )  # fmt: skip
         trainer.main(config)
-        rows = list(csv.DictReader(Path(folder, "history.csv").open()))
+        rows = list(csv.DictReader(Path(folder, "history.csv").read_text().splitlines()))
     scores = [float(row["val_iou"]) for row in rows]
     return max(scores), scores[-1]
 
