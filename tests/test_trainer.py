@@ -163,6 +163,7 @@ def test_limits_are_allowed_and_what_is_beyond_is_not(name, capsys):
         ("--learning-rate=fast", "--learning-rate fast"), ("--batch-size", "--batch-size"),
         ("--amp=perhaps", "--amp perhaps"), ("--encoder vgg", "--encoder vgg resnet34"),
         ("--batchsize=16", "--batchsize=16 mean --batch-size?"), ("--num-epoch 3", "--num-epoch mean --num-epochs?"),
+        ("--no-pretraind", "--no-pretraind mean --no-pretrained?"),
         ("--frobnicate", "--frobnicate --help"), ("16", "16"), ("--batch-size 16 photos", "photos"),
         ("--no-pretrained --encoder-weights=a.pth", "--encoder-weights --no-pretrained"),
         ("--device=toaster", "--device toaster"), ("--device=cuda:99", "cuda:99"),
