@@ -164,7 +164,7 @@ def train_one_epoch(
         torch.manual_seed(seed_from(config.seed, epoch, run.step, processes.rank))  # dropout: the same after a resume
         finite.remember()
         run.optimizer.zero_grad(set_to_none=True)
-        parts, photos = split(group, run.parts, config.batch_size), sum(map(len, group))
+        parts, photos, losses = split(group, run.parts, config.batch_size), sum(map(len, group)), []
         for part in parts:
             images, target = to_device(part, processes.device)
             with utils.gradients_shared(run.parallel_model, part is parts[-1]):
@@ -172,11 +172,12 @@ def train_one_epoch(
                     raw = run.parallel_model(images)
                 loss, terms = criterion(raw, target)
                 run.scaler.scale(loss * (len(part) / photos)).backward()
+            losses.append(loss.detach())
             run.tally.update(loss, terms, raw.detach(), target)
 
         run.scaler.unscale_(run.optimizer)  # before the clipping, which is meant for the real gradients
         norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
-        finite.step(run.optimizer, run.scaler, loss, norm)
+        finite.step(run.optimizer, run.scaler, torch.stack(losses), norm)
         run.step += 1
         if processes.device.type == "cpu" or run.step % config.log_every == 0:  # a GPU would be waited for
             run.tally.skipped = finite.fetch()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import signal
 import subprocess
@@ -120,15 +121,24 @@ def test_broken_steps_leave_no_trace():
     assert counts == [(7, 0), (8, 1), (8, 0), (9, 1), (10, 2), (10, 0)]
 
 
-def test_a_loss_that_is_not_finite_is_skipped_though_its_gradient_is():
+@pytest.mark.parametrize("losses", [[math.inf], [math.nan, 1.0], [1.0, -math.inf, 1.0]])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_loss_that_is_not_finite_is_skipped_though_its_gradient_is(losses, scaled):
     one = model()
     before = copy.deepcopy(one.state_dict())
     optimizer, finite = Adam(one.parameters(), 0.1, fused=True), FiniteSteps(one, torch.device("cpu"))
-    for weights in one.parameters():
-        weights.grad = torch.ones_like(weights)
-    finite.step(optimizer, torch.amp.GradScaler(enabled=False), torch.tensor(float("inf")), torch.tensor(1.0))
-    assert finite.fetch() == 1
-    assert all(torch.equal(value, before[name]) for name, value in one.state_dict().items())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4, enabled=scaled)
+    for broken in (losses, [1.0, 1.0], losses):
+        finite.remember()
+        optimizer.zero_grad()
+        scaler.scale(one(torch.ones(2, 3)).sum()).backward()
+        scaler.unscale_(optimizer)
+        finite.step(optimizer, scaler, torch.tensor(broken), torch.tensor(1.0))
+        same = [torch.equal(value, before[name]) for name, value in one.state_dict().items() if "num" not in name]
+        assert all(same) == (broken == losses)
+        before = copy.deepcopy(one.state_dict())
+    assert finite.fetch() == 2
+    assert scaler.get_scale() == (2.0**4 if scaled else 1)  # the scale is not what broke the loss
 
 
 def test_an_overflow_by_which_float16_finds_its_scale_is_no_broken_step():

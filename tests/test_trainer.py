@@ -447,6 +447,30 @@ def test_a_scaled_step_that_overflows_changes_nothing(coco_root):
 
 
 @pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("cut", [{"accumulate": 5}, {"parts": 5}])
+def test_a_step_is_skipped_whichever_of_its_parts_is_broken(coco_root, cut, scaled):
+    batch_size = PHOTOS // cut.get("accumulate", 1)
+    config = small(coco_root, "unused", batch_size=batch_size, accumulate=cut.get("accumulate", 1))
+    run = trainer.start_run(config, ALONE, PHOTOS)
+    run.parts, run.scaler = cut.get("parts", 1), torch.amp.GradScaler("cpu", enabled=scaled)
+    before = {name: value.clone() for name, value in run.model.state_dict().items() if "num" not in name}
+    loader, losses = make_loader(COCOPersonDataset(coco_root, "train2017", 32), batch_size, 0, training=True), []
+
+    def criterion(raw, target):
+        loss, terms = LossCalculator()(raw, target)
+        losses.append(loss)
+        return loss + (math.inf if len(losses) == 2 else 0), terms  # the gradient stays finite
+
+    with Fetched() as fetched:
+        figures = trainer.train_one_epoch(run, loader, criterion, 0, config, ALONE)
+    assert fetched.count == 0
+    assert len(losses) == 5
+    assert figures["skipped_steps"] == 1
+    assert all(torch.equal(value, before[name]) for name, value in run.model.state_dict().items() if name in before)
+
+
+@pytest.mark.usefixtures("tiny")
 def test_a_checkpoint_of_an_unfused_adam_goes_on_fused(coco_root, tmp_path):
     run = trainer.start_run(small(coco_root, tmp_path), ALONE, PHOTOS)
     run.optimizer = torch.optim.Adam(run.model.parameters())  # as it was written before there was the setting
