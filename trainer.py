@@ -32,7 +32,7 @@ import utils
 from broken_photos import TolerantDataset, dead_worker, name_bad_photos
 from command_line import UsageError, flag, read_settings
 from datasets import COCOPersonDataset, batches, make_loader, usable_cores
-from models import ENCODERS, UNetAutoencoder, WeightsError
+from models import ENCODERS, SMALLEST_INPUT, UNetAutoencoder, WeightsError
 from person_index import DataError
 from reporting import describe, history_row
 from resuming import (
@@ -100,7 +100,7 @@ SAMPLE = dict(
 )  # fmt: skip
 
 LIMITS = {  # smallest and largest value of each number
-    "image_size": (32, 4096), "batch_size": (1, 65536), "accumulate": (1, 65536), "num_workers": (0, 1024),
+    "image_size": (SMALLEST_INPUT, 4096), "batch_size": (1, 65536), "accumulate": (1, 65536), "num_workers": (0, 1024),
     "max_bad_photos": (0, 1), "num_epochs": (1, 10**6),
     "learning_rate": (1e-12, 10), "weight_decay": (0, 1), "restart_period": (0, 10**6), "restart_mult": (1, 100),
     "grad_clip": (0, 1e6), "colour_weight": (0, 1e6), "bce_weight": (0, 1e6), "dice_weight": (0, 1e6),
@@ -227,7 +227,11 @@ def seed_from(*numbers: int) -> int:
 
 
 def open_data(config: Config, processes: Processes) -> tuple[DataLoader, DataLoader]:
-    """The loaders of this process's share of the training and the validation photos."""
+    """The loaders of this process's share of the training and the validation photos.
+
+    Raises:
+        DataError, ConfigError: the photos cannot be used, or not with these settings.
+    """
     with utils.one_process_first(processes):
         if config.sample:
             draw_sample(config)
@@ -243,10 +247,11 @@ def open_data(config: Config, processes: Processes) -> tuple[DataLoader, DataLoa
     workers = workers_per_process(config.num_workers, usable_cores(), processes.local_world_size)
     pin_memory = config.pin_memory and processes.device.type == "cuda"
     place = {"rank": processes.rank, "world_size": processes.world_size, "pin_memory": pin_memory}
-    return (
-        make_loader(train, config.batch_size, workers, training=True, **place),
-        make_loader(val, config.batch_size, workers, training=False, **place),
-    )
+    train_loader = make_loader(train, config.batch_size, workers, training=True, **place)
+    if len(train_loader.sampler) == 1 and config.image_size == SMALLEST_INPUT:
+        raise ConfigError(f"one training photo a process at --image-size {SMALLEST_INPUT} leaves BatchNorm a single "
+                          "value: make --image-size larger, or add photos")  # fmt: skip
+    return train_loader, make_loader(val, config.batch_size, workers, training=False, **place)
 
 
 def measure_checkpoint(config: Config) -> None:
@@ -371,7 +376,7 @@ def check(config: Config) -> None:
         raise ConfigError("--evaluate measures and --resume trains: one of them only")
     if config.encoder_weights and not config.pretrained:
         raise ConfigError("--encoder-weights needs --pretrained, which --no-pretrained or --sample has turned off")
-    if config.batch_size == 1 and config.image_size == 32:
+    if config.batch_size == 1 and config.image_size == SMALLEST_INPUT:
         raise ConfigError("--batch-size 1 at --image-size 32 leaves BatchNorm a single value: make one of them larger")
 
 

@@ -17,6 +17,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from conftest import write_split
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -519,6 +520,22 @@ class TestBadData:
         error = self.refused(capsys, tmp_path / "nowhere", tmp_path)
         assert all(words in error for words in (str(tmp_path / "nowhere"), "--sample", "tools/download_coco.py"))
         assert not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize(("photos", "processes", "refused"), [(1, 1, True), (2, 1, False), (2, 2, True)])
+    def test_a_single_photo_at_the_smallest_size(self, photos, processes, refused, capsys, coco_root, tmp_path):
+        write_split(coco_root, "train2017", photos, first_id=1)
+        place = dataclasses.replace(ALONE, world_size=processes)
+        if refused:
+            with pytest.raises(trainer.ConfigError, match="one training photo a process at --image-size 32"):
+                trainer.open_data(small(coco_root, tmp_path / "run"), place)
+        if refused and processes == 1:
+            assert "make --image-size larger" in self.refused(capsys, coco_root, tmp_path)
+            assert not (tmp_path / "run").exists()
+        smallest = 33 if refused else 32
+        loader, _ = trainer.open_data(small(coco_root, tmp_path / "run", image_size=smallest), place)
+        model = UNetAutoencoder("resnet18", pretrained=False)
+        shapes = [model(batch[:, :3] / 255).shape for batch in batches(loader, 0)]
+        assert shapes == [(photos // processes, 4, smallest, smallest)]
 
     def test_an_annotation_file_cut_short(self, capsys, coco_root, tmp_path):
         path = coco_root / "annotations" / "instances_val2017.json"
