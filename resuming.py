@@ -26,6 +26,7 @@ from safety import BrokenNumbersError, Stopped, Watch
 from utils import Processes, Tally
 
 if TYPE_CHECKING:
+    from broken_photos import TolerantDataset
     from trainer import Config
 
 
@@ -50,6 +51,7 @@ class Run:
     epochs_done: int = 0
     step: int = 0  # of the epoch that has begun, so many are done
     tally: Tally | None = None  # and these are its figures so far
+    dataset: TolerantDataset | None = None  # of the training, which knows the photos that could not be read
     learning_rate: float = 0.0  # of the last step
     best_iou: float = -1.0
     best: dict | None = None  # the best model, until it is on the disk
@@ -71,6 +73,19 @@ class Run:
         """What best_model.pth holds: enough to predict with, and what it is worth."""
         model = self.model.state_dict()
         return {"epoch": self.epochs_done, "config": dataclasses.asdict(config), "model": model, "metrics": metrics}
+
+    def train_on(self, dataset: TolerantDataset) -> None:
+        """Which photos of it cannot be read goes into the checkpoints within an epoch; a restored one's count again."""
+        self.dataset = dataset
+        dataset.go_on(self.tally.bad_photos if self.tally else [])
+
+    def unfinished(self) -> list[dict]:
+        """This process's figures of an epoch that has begun; none between two epochs."""
+        if self.tally is None:
+            return []
+        if self.dataset is not None:
+            self.tally.bad_photos = self.dataset.bad()
+        return [self.tally.state()]
 
     def end_epoch(self) -> None:
         self.epochs_done, self.step, self.tally = self.epochs_done + 1, 0, None
@@ -202,7 +217,7 @@ def saved_when_stopped(run: Run, config: Config, processes: Processes) -> Iterat
 
 def save_unfinished(run: Run, config: Config, processes: Processes) -> bool:
     """Saves an epoch that has begun. Returns whether that worked; a full disk is no reason to end a training."""
-    tallies = utils.from_all([run.tally.state()] if run.tally else [])
+    tallies = utils.from_all(run.unfinished())
     if not processes.is_main:
         return True
     folder = Path(config.checkpoint_dir)

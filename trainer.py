@@ -124,6 +124,7 @@ def main(config: Config) -> None:
     processes = utils.start_processes(config.device)
     train_loader, val_loader = open_data(config, processes)
     run = start_run(config, processes, len(train_loader.dataset))
+    run.train_on(train_loader.dataset)
     criterion = LossCalculator(config.colour_weight, config.bce_weight, config.dice_weight)
     if processes.is_main:
         claim = prepare_folder(config, run)  # noqa: F841 - holds the folder until this function ends

@@ -15,6 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import write_split
 from test_runs import ROOT, TIMES, history, same, script, state
 from test_trainer import Tiny, flags, quick, refusal, small  # noqa: F401
@@ -143,6 +144,46 @@ def test_a_signal_is_met_by_an_exit_code(coco_root, tmp_path, monkeypatch):
     after_batch(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
     settings = flags(small(coco_root, tmp_path / "run", **TWO))
     assert trainer.run_command(["trainer.py", *settings]) == 130
+
+
+# --- photos that cannot be read ---------------------------------------------------------------------------
+
+BROKEN = {"max_bad_photos": 0.5, **TWO}
+
+
+def break_first(coco_root: Path, places: tuple[int, ...]) -> None:
+    """Breaks the photos at these places of the first epoch's order."""
+    dataset = trainer.COCOPersonDataset(coco_root, "train2017", 32)
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
+    for place in places:
+        (coco_root / "train2017" / dataset.index.file_name(order[place])).write_bytes(b"")
+
+
+@pytest.mark.parametrize("number", [1, 3, 4, BATCHES + 1])  # of training, the last of it, of validation, the next epoch
+@pytest.mark.parametrize("workers", [0, 2])
+def test_photos_that_were_replaced_before_a_stop_are_counted_after_it(
+    number, workers, coco_root, tmp_path, monkeypatch
+):
+    break_first(coco_root, (1, 3, 8))
+    trainer.main(small(coco_root, tmp_path / "straight", **BROKEN))
+    with monkeypatch.context() as patch:
+        after_batch(patch, number, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert run(small(coco_root, tmp_path / "run", num_workers=workers, **BROKEN), Stopped)
+    trainer.main(small(coco_root, tmp_path / "run", resume="newest", **BROKEN))
+    assert [row["train_bad_photos"] for row in history(tmp_path / "run")] == ["3", "3"]
+    assert_the_same(tmp_path / "run", tmp_path / "straight")
+
+
+def test_a_checkpoint_that_does_not_know_them_goes_on(coco_root, tmp_path, monkeypatch):
+    break_first(coco_root, (1, 8))
+    with monkeypatch.context() as patch:
+        after_batch(patch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert run(small(coco_root, tmp_path, **BROKEN), Stopped)
+    content = load(tmp_path / "last.pth")
+    assert len(content["tallies"][0].pop("bad_photos")) == 1
+    checkpointing.save(content, tmp_path / "last.pth")
+    trainer.main(small(coco_root, tmp_path, resume="newest", **BROKEN))
+    assert [row["train_bad_photos"] for row in history(tmp_path)] == ["1", "2"]
 
 
 # --- kills ------------------------------------------------------------------------------------------------

@@ -158,18 +158,21 @@ def tally(seed: int) -> Tally:
     one, random = Tally(), torch.Generator().manual_seed(seed)
     raw, target = torch.randn(3, 4, 8, 8, generator=random), torch.rand(3, 4, 8, 8, generator=random)
     one.update(*LossCalculator()(raw, target), raw, target)
-    one.skipped = 2
+    one.skipped, one.bad_photos = 2, [seed + 5]
     return one
 
 
 def test_a_tally_goes_on_from_what_it_wrote_and_the_main_process_takes_all_of_another_number():
     states, device = [tally(0).state(), tally(1).state()], torch.device("cpu")
     for rank in (0, 1):
-        assert Tally.of(states, Processes(device, rank=rank, world_size=2)).compute() == tally(rank).compute()
+        own = Tally.of(states, Processes(device, rank=rank, world_size=2))
+        assert own.compute() == tally(rank).compute()
+        assert own.bad_photos == [rank + 5]
     both, three = tally(0), Processes(device, world_size=3)
     both.losses.sums += tally(1).losses.sums
     both.metrics.sums += tally(1).metrics.sums
     assert Tally.of(states, three).compute() == both.compute()
     other = Tally.of(states, Processes(device, rank=1, world_size=3))
     assert other.compute()["images"] == 0
+    assert (other.bad_photos, Tally.of(states, three).bad_photos) == ([], [5, 6])
     assert other.skipped == Tally.of(states, three).skipped == 2
