@@ -52,6 +52,7 @@ class Run:
     step: int = 0  # of the epoch that has begun, so many are done
     tally: Tally | None = None  # and these are its figures so far
     dataset: TolerantDataset | None = None  # of the training, which knows the photos that could not be read
+    broken_in_a_row: int = 0  # of the last steps, so many had no finite loss or gradient
     learning_rate: float = 0.0  # of the last step
     best_iou: float = -1.0
     best: dict | None = None  # the best model, until it is on the disk

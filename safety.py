@@ -100,11 +100,16 @@ class FiniteSteps:
     What is skipped is decided on the device. The counts are fetched from a GPU only when they are asked for.
     BatchNorm's averages are those of before such a step as well. float16's own skips, by which its scale is found,
     are no broken steps: there only the losses count.
+
+    Args:
+        model: whose steps these are, not wrapped for several processes.
+        device: that it lies on.
+        skipped, in_a_row: steps that were skipped before, in all and up to now without one that was not.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, skipped: int = 0):
-        self._counts = torch.tensor([skipped, 0], device=device)  # in all, and in a row until now
-        self.in_a_row = 0  # when it was fetched last
+    def __init__(self, model: nn.Module, device: torch.device, skipped: int = 0, in_a_row: int = 0):
+        self._counts = torch.tensor([skipped, in_a_row], device=device)
+        self.in_a_row = in_a_row  # when it was fetched last
         self._averages = [b for name, b in model.named_buffers() if name.rpartition(".")[2].startswith("running_")]
         self._before = [average.clone() for average in self._averages]
 

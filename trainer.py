@@ -157,7 +157,7 @@ def train_one_epoch(
     """Trains on every photo once, or on those that are left. Returns the epoch's figures over all processes."""
     run.model.train()
     run.tally, steps = run.tally or Tally(processes.device), math.ceil(len(loader) / config.accumulate)
-    finite = FiniteSteps(run.model, processes.device, run.tally.skipped)
+    finite = FiniteSteps(run.model, processes.device, run.tally.skipped, run.broken_in_a_row)
     progress = reporting.Progress(loader, f"epoch {epoch + 1}/{config.num_epochs}", processes.is_main,
                                   config.log_every * config.accumulate, run.step * config.accumulate)  # fmt: skip
     left = progress.watch(batches(loader, epoch, run.step * config.accumulate))
@@ -187,7 +187,7 @@ def train_one_epoch(
         progress.show(loss, run.learning_rate)
         if watch and watch.ask(finite.in_a_row):
             watch.saved(save_unfinished(run, config, processes))
-    run.tally.skipped = finite.fetch()
+    run.tally.skipped, run.broken_in_a_row = finite.fetch(), finite.in_a_row
     figures = run.tally.copy().compute()  # waits for the device, so that the clock below has seen all of its work
     speed = {"learning_rate": run.learning_rate, "seconds": progress.seconds, "data_wait": progress.data_wait,
              "images_per_second": progress.images_per_second * processes.world_size}  # fmt: skip

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
+import itertools
+import math
 import os
 import shutil
 import signal
@@ -347,6 +349,55 @@ def test_a_restart_does_not_go_back_to_the_file_that_was_given(coco_root, tmp_pa
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     trainer.main(settings)
     assert f"going on from {tmp_path / 'run' / 'last.pth'}, after epoch 1, step 2" in capsys.readouterr().out
+
+
+# --- numbers that break -----------------------------------------------------------------------------------
+
+
+def break_losses(monkeypatch, first: int) -> None:
+    """From this batch on, of training and validation, no loss is finite."""
+    forward, batch = utils.LossCalculator.forward, itertools.count(1)
+
+    def broken(*args):
+        loss, terms = forward(*args)
+        return loss * (math.nan if next(batch) >= first else 1), terms
+
+    monkeypatch.setattr(utils.LossCalculator, "forward", broken)
+
+
+def test_ten_broken_steps_in_a_row_name_the_last_good_checkpoint_and_it_is_good(
+    coco_root, tmp_path, monkeypatch, capsys
+):
+    write_split(coco_root, "train2017", 24, first_id=1)
+    two = {"batch_size": 2, "resume": "newest", **TWO}  # twelve steps of training, three batches of validation
+    trainer.main(small(coco_root, tmp_path / "straight", **two))
+    with monkeypatch.context() as patch:
+        break_losses(patch, 12 + 3 + 2)
+        error = refusal(capsys, *flags(small(coco_root, tmp_path / "run", **two)))
+    assert error.startswith("trainer.py: error: 10 steps in a row had no finite loss or gradient")
+    good = tmp_path / "run" / "last.pth"
+    assert f"{good} is the last good checkpoint" in error
+    assert (load(good)["epoch"], load(good)["step"]) == (1, 0)
+    trainer.main(small(coco_root, tmp_path / "run", **two))
+    assert_the_same(tmp_path / "run", tmp_path / "straight")
+
+
+def test_ten_in_a_row_are_counted_over_epochs_that_have_fewer_steps(coco_root, tmp_path, monkeypatch, capsys):
+    break_losses(monkeypatch, BATCHES + 2)
+    error = refusal(capsys, *flags(small(coco_root, tmp_path, num_epochs=9, keep_checkpoints=0)))
+    assert f"10 steps in a row had no finite loss or gradient; {tmp_path / 'last.pth'} is the last good" in error
+    assert [row["skipped_steps"] for row in history(tmp_path)] == ["0", "2", "3", "3"]  # and two of the fifth epoch
+    models = [load(tmp_path / f"epoch_{epoch:04d}.pth")["model"] for epoch in (2, 3, 4)]
+    weights = [{name: value for name, value in model.items() if "num" not in name} for model in models]
+    assert all(same(weights[0], other) for other in weights)
+
+
+def test_where_there_is_no_checkpoint_yet_none_is_named(coco_root, tmp_path, monkeypatch, capsys):
+    break_losses(monkeypatch, 1)
+    error = refusal(capsys, *flags(small(coco_root, tmp_path, batch_size=1, image_size=64)))
+    assert "10 steps in a row" in error
+    assert "there is no checkpoint yet" in error
+    assert not (tmp_path / "last.pth").exists()
 
 
 # --- a full disk ------------------------------------------------------------------------------------------

@@ -221,6 +221,24 @@ def test_learning_rate_follows_the_cosine_step_by_step(num_epochs, period, mult,
 
 
 @pytest.mark.usefixtures("tiny")
+def test_the_schedule_stands_still_on_a_skipped_step(coco_root, tmp_path, monkeypatch):
+    rates, batch, forward = [], itertools.count(1), LossCalculator.forward
+
+    def second_is_broken(self, *args):
+        loss, terms = forward(self, *args)
+        return loss * (math.nan if next(batch) == 2 else 1), terms
+
+    monkeypatch.setattr(LossCalculator, "forward", second_is_broken)
+    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    trainer.main(small(coco_root, tmp_path / "run", learning_rate=0.01, num_epochs=2))
+    hook.remove()
+    epochs = [0, 1 / 3, 1 / 3, 2 / 3, 4 / 3, 5 / 3]  # the next epoch begins where it would have begun
+    assert rates == pytest.approx([cosine(0.01, epoch, 2, 1) for epoch in epochs], rel=1e-6)
+    history = torch.load(tmp_path / "run" / "last.pth", weights_only=True)["history"]
+    assert [row["skipped_steps"] for row in history] == [1, 0]
+
+
+@pytest.mark.usefixtures("tiny")
 def test_by_default_the_run_is_one_cycle():
     scheduler = trainer.start_run(Config(device="cpu"), ALONE, PHOTOS).scheduler
     assert (scheduler.T_0, scheduler.T_mult) == (100, 1)
