@@ -27,6 +27,7 @@ from utils import Processes, Tally
 
 if TYPE_CHECKING:
     from broken_photos import TolerantDataset
+    from datasets import COCOPersonDataset
     from trainer import Config
 
 
@@ -48,6 +49,7 @@ class Run:
     photos: int = 0  # of the training
     world_size: int = 1
     source: Path | None = None  # the checkpoint that it goes on from
+    data: dict[str, str] | None = None  # the `contents` of its data sets
     epochs_done: int = 0
     step: int = 0  # of the epoch that has begun, so many are done
     tally: Tally | None = None  # and these are its figures so far
@@ -67,7 +69,7 @@ class Run:
         parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
         numbers = {name: getattr(self, name) for name in self.NUMBERS}
         place = {"epoch": self.epochs_done, "step": self.step, "tallies": tallies or []}
-        place["world_size"] = self.world_size
+        place |= {"world_size": self.world_size, "data": self.data}
         return {**place, "config": dataclasses.asdict(config), **parts, **numbers}
 
     def result(self, config: Config, metrics: dict[str, float]) -> dict:
@@ -147,12 +149,29 @@ def restarted(config: Config) -> bool:
     return again and checkpointing.was_claimed_by_us(Path(config.checkpoint_dir))
 
 
-def find_checkpoint(config: Config, world_size: int, photos: int) -> tuple[Path, dict] | tuple[None, None]:
+def contents(config: Config, train: COCOPersonDataset, val: COCOPersonDataset) -> dict[str, str]:
+    """By annotation file what there is to train on and to validate, wherever it lies: a resume must find it again."""
+    splits = {config.train_split: train, config.val_split: val}
+    return {
+        f"annotations/instances_{split}.json": f"{len(dataset)} photos of checksum {dataset.index.checksum()}"
+        for split, dataset in splits.items()
+    }
+
+
+def find_checkpoint(
+    config: Config, world_size: int, photos: int, data: dict[str, str] | None
+) -> tuple[Path, dict] | tuple[None, None]:
     """What --resume goes on from; nothing where there is nothing yet, so that one command serves for ever.
+
+    Args:
+        config: the settings of the run that is to go on.
+        world_size: its processes.
+        photos: of its training.
+        data: the `contents` of its data sets; None does not ask for the same.
 
     Raises:
         CheckpointError: the given file cannot be used.
-        ConfigError: a setting differs from the checkpoint's that must not.
+        ConfigError: a setting or the data differs from the checkpoint's that must not.
     """
     folder = Path(config.checkpoint_dir)
     newest = config.resume in ("", NEWEST) or restarted(config)  # not a given file for a second time
@@ -164,16 +183,19 @@ def find_checkpoint(config: Config, world_size: int, photos: int) -> tuple[Path,
         return None, None
     if not {*Run.PARTS, *Run.NUMBERS, "step", "tallies"} <= checkpoint.keys():
         raise checkpointing.CheckpointError(f"{path} holds a model only, no state of a training: resume from last.pth")
-    refuse_another_run(path, checkpoint, config, photos)
+    refuse_another_run(path, checkpoint, config, photos, data)
     place = f"after epoch {checkpoint['epoch']}" + (f", step {checkpoint['step']}" if checkpoint["step"] else "")
     print(f"going on from {path}, {place}{differences(checkpoint, config, world_size)}", flush=True)
     return path, checkpoint
 
 
-def refuse_another_run(path: Path, checkpoint: dict, config: Config, photos: int) -> None:
+def refuse_another_run(path: Path, checkpoint: dict, config: Config, photos: int, data: dict | None) -> None:
     before = checkpoint["config"]
     pairs = {flag(name): (before_or_default(before, name, config), getattr(config, name)) for name in SAME_WHEN_RESUMED}
     pairs["the training photos:"] = checkpoint["photos"], photos
+    if data is not None:
+        known = checkpoint.get("data") or {}  # an older one knows the number of photos alone
+        pairs |= {f"{Path(config.data_root) / name}:": (then, data.get(name)) for name, then in known.items()}
     for name, (then, now) in pairs.items():
         if then != now:
             raise ConfigError(f"{path} was trained with {name} {then} and cannot go on with {now}")

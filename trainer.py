@@ -39,6 +39,7 @@ from resuming import (
     NEWEST,
     ConfigError,
     Run,
+    contents,
     find_checkpoint,
     insist_on_saving,
     prepare_folder,
@@ -123,7 +124,8 @@ def main(config: Config) -> None:
     torch.manual_seed(config.seed)
     processes = utils.start_processes(config.device)
     train_loader, val_loader = open_data(config, processes)
-    run = start_run(config, processes, len(train_loader.dataset))
+    data = contents(config, train_loader.dataset.dataset, val_loader.dataset.dataset)
+    run = start_run(config, processes, len(train_loader.dataset), data)
     run.train_on(train_loader.dataset)
     criterion = LossCalculator(config.colour_weight, config.bce_weight, config.dice_weight)
     if processes.is_main:
@@ -228,11 +230,7 @@ def seed_from(*numbers: int) -> int:
 
 
 def open_data(config: Config, processes: Processes) -> tuple[DataLoader, DataLoader]:
-    """The loaders of this process's share of the training and the validation photos.
-
-    Raises:
-        DataError, ConfigError: the photos cannot be used, or not with these settings.
-    """
+    """The loaders of this process's share of the training and the validation photos."""
     with utils.one_process_first(processes):
         if config.sample:
             draw_sample(config)
@@ -278,11 +276,11 @@ def draw_sample(config: Config) -> None:
         raise ConfigError(f"the sample cannot be drawn: {error}") from None
 
 
-def start_run(config: Config, processes: Processes, photos: int) -> Run:
-    """The model and what trains it, from the first weights or from a checkpoint."""
+def start_run(config: Config, processes: Processes, photos: int, data: dict[str, str] | None = None) -> Run:
+    """The model and what trains it, from the first weights or from a checkpoint of these `contents`."""
     # The main process's disk decides: on several machines the others may have no checkpoint, or another one.
     wanted = processes.is_main and (config.resume or restarted(config))
-    found = find_checkpoint(config, processes.world_size, photos) if wanted else (None, None)
+    found = find_checkpoint(config, processes.world_size, photos, data) if wanted else (None, None)
     source, checkpoint = utils.from_main(found)
     pretrained = config.pretrained and checkpoint is None
     weights_file = config.encoder_weights if pretrained and config.encoder_weights else None
@@ -298,7 +296,7 @@ def start_run(config: Config, processes: Processes, photos: int) -> Run:
     optimizer = Adam(model.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True)
     scheduler = CosineAnnealingWarmRestarts(optimizer, config.restart_period or config.num_epochs, config.restart_mult)
     scaler = torch.amp.GradScaler(processes.device.type, enabled=amp_dtype == torch.float16)
-    run = Run(model, model, optimizer, scheduler, scaler, amp_dtype, parts, photos, processes.world_size, source)
+    run = Run(model, model, optimizer, scheduler, scaler, amp_dtype, parts, photos, processes.world_size, source, data)
     if checkpoint is not None:
         run.restore(checkpoint, config, processes)
     if processes.world_size > 1:

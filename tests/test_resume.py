@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import gc
 import itertools
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_split
+from conftest import edit, write_split
 from test_runs import ROOT, TIMES, history, same, script, state
 from test_trainer import Tiny, flags, quick, refusal, small  # noqa: F401
 
@@ -315,6 +317,63 @@ def test_other_photos_are_refused_with_both_numbers(coco_root, tmp_path, capsys)
     write_split(tmp_path / "more", "val2017", 5, first_id=101)
     error = refusal(capsys, *flags(small(tmp_path / "more", tmp_path / "run", num_epochs=2, resume="newest")))
     assert "photos: 10 and cannot go on with 11" in error
+
+
+def mirror(content: dict) -> None:
+    """Other masks on the same photos."""
+    for annotation in content["annotations"]:
+        if isinstance(annotation["segmentation"], list):
+            annotation["segmentation"] = [[8 + value for value in polygon] for polygon in annotation["segmentation"]]
+
+
+def rename(content: dict) -> None:
+    """The photo without a person changes places with one that has some."""
+    images = {image["id"]: image for image in content["images"]}
+    first, last = images[min(images)], images[max(images)]
+    first["file_name"], last["file_name"] = last["file_name"], first["file_name"]
+
+
+def swap(content: dict) -> None:
+    """The same photos in another order."""
+    content["annotations"].reverse()
+
+
+@pytest.mark.parametrize("split", ["train2017", "val2017"])
+@pytest.mark.parametrize("change", [mirror, rename, swap])
+def test_other_data_of_as_many_photos_is_refused_with_both_checksums(change, split, coco_root, tmp_path, capsys):
+    settings = small(coco_root, tmp_path / "run", num_epochs=1)
+    trainer.main(settings)
+    data = load(tmp_path / "run" / "last.pth")["data"]
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    path = edit(coco_root, change, split=split)
+    error = refusal(capsys, *flags(dataclasses.replace(settings, num_epochs=2, resume="newest")))
+    said = re.search(r"trained with (\S+): (.*) and cannot go on with (.*)", error)
+    photos = 10 if split == "train2017" else 5
+    assert said[1] == str(path)
+    assert said[2] == data[f"annotations/{path.name}"] != said[3]
+    assert all(re.fullmatch(rf"{photos} photos of checksum [0-9a-f]{{8}}", text) for text in said.groups()[1:])
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+
+
+def test_the_same_data_at_another_place_and_time_is_no_other_data(straight, coco_root, tmp_path, monkeypatch):
+    settings = small(coco_root, tmp_path / "run", **TWO)
+    with monkeypatch.context() as patch:
+        after_batch(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert run(settings, Stopped)
+    edit(coco_root, lambda content: content.update(info="written anew"))
+    coco_root.rename(tmp_path / "moved")
+    trainer.main(small(tmp_path / "moved", tmp_path / "run", resume="newest", **TWO))
+    assert_the_same(tmp_path / "run", straight)
+
+
+def test_a_checkpoint_that_knows_no_checksum_goes_on(coco_root, tmp_path):
+    settings = small(coco_root, tmp_path, num_epochs=1)
+    trainer.main(settings)
+    content = load(tmp_path / "last.pth")
+    data = content.pop("data")
+    checkpointing.save(content, tmp_path / "last.pth")
+    trainer.main(dataclasses.replace(settings, num_epochs=2, resume="newest"))
+    assert load(tmp_path / "last.pth")["data"] == data
 
 
 def test_what_changed_and_does_no_harm_is_said(coco_root, tmp_path, capsys):
