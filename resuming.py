@@ -293,23 +293,44 @@ def insist_on_saving(run: Run, config: Config) -> None:
         raise checkpointing.CheckpointError(f"the last epoch cannot be written to {config.checkpoint_dir}")
 
 
-def prepare_folder(config: Config, run: Run) -> BinaryIO:
-    """Makes and claims the folder that the run writes to; what another run left there is moved aside.
+def claim_folder(config: Config) -> BinaryIO | None:
+    """Claims the folder before a checkpoint in it is read: no other run may write a newer one in between.
+
+    None where no run has written yet, so that a setting that is refused leaves no trace.
 
     Raises:
         ConfigError: it cannot be written.
         CheckpointError: another run is writing there.
     """
     folder = Path(config.checkpoint_dir)
-    try:
+    with writable(folder):
+        return checkpointing.claim(folder) if (folder / checkpointing.LOCK).exists() else None
+
+
+def prepare_folder(config: Config, run: Run, claim: BinaryIO | None) -> BinaryIO:
+    """Makes the folder that the run writes to, and claims it now if not before; what is in the way is moved aside.
+
+    Raises:
+        ConfigError: it cannot be written.
+        CheckpointError: another run is writing there.
+    """
+    folder = Path(config.checkpoint_dir)
+    with writable(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        claim = checkpointing.claim(folder)
+        claim = claim or checkpointing.claim(folder)
+        checkpointing.sign(claim)
         aside = make_room(folder, run, went_back=Path(config.resume) == run.source)
-    except OSError as error:
-        raise ConfigError(f"--checkpoint-dir {folder} cannot be written: {error.strerror}") from None
     if aside:
         print(f"an earlier run's files were moved to {aside}", flush=True)
     return claim
+
+
+@contextlib.contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"--checkpoint-dir {folder} cannot be written: {error.strerror}") from None
 
 
 def make_room(folder: Path, run: Run, went_back: bool) -> Path | None:

@@ -39,6 +39,7 @@ from resuming import (
     NEWEST,
     ConfigError,
     Run,
+    claim_folder,
     contents,
     find_checkpoint,
     insist_on_saving,
@@ -125,11 +126,12 @@ def main(config: Config) -> None:
     processes = utils.start_processes(config.device)
     train_loader, val_loader = open_data(config, processes)
     data = contents(config, train_loader.dataset.dataset, val_loader.dataset.dataset)
+    claim = claim_folder(config) if processes.is_main else None
     run = start_run(config, processes, len(train_loader.dataset), data)
     run.train_on(train_loader.dataset)
     criterion = LossCalculator(config.colour_weight, config.bce_weight, config.dice_weight)
     if processes.is_main:
-        claim = prepare_folder(config, run)  # noqa: F841 - holds the folder until this function ends
+        claim = prepare_folder(config, run, claim)  # which holds it until this function ends
         print(describe(run, config, processes, train_loader, val_loader), flush=True)
         if run.epochs_done >= config.num_epochs:
             print(f"all {config.num_epochs} epochs are done: a higher --num-epochs goes on", flush=True)
