@@ -33,6 +33,7 @@ class TolerantDataset(Dataset):
         self.dataset, self.training, self.limit, self.list = dataset, training, limit, Path(folder) / SKIPPED
         self.seed = dataset.seed
         self._bad = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()  # in this pass, as the workers find out
+        self._met_before: list[int] = []
         self._reasons: dict[int, str] = {}
 
     def __len__(self) -> int:
@@ -41,7 +42,13 @@ class TolerantDataset(Dataset):
     def set_epoch(self, epoch: int) -> None:
         """Begins a pass over the photos: those that cannot be read are found anew."""
         self._bad.zero_()
+        self._bad[self._met_before] = True
+        self._met_before = []
         self.dataset.set_epoch(epoch)
+
+    def go_on(self, bad: list[int]) -> None:
+        """The next pass is the rest of one in which these photos could not be read: they count as well."""
+        self._met_before = bad
 
     def __getitem__(self, index: int) -> torch.Tensor:
         """The sample of a photo, or of the next one that can be read (the first comes after the last).

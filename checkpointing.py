@@ -164,6 +164,8 @@ def _first_usable(paths: list[Path]) -> tuple[Path, dict] | None:
 def claim(folder: Path) -> BinaryIO:
     """Keeps other runs out of a folder for as long as the returned file stays open, and this process lives.
 
+    Nothing that was there is changed by it: a run that goes ahead signs it.
+
     Raises:
         CheckpointError: another run has claimed it.
         OSError: the folder cannot be written.
@@ -179,10 +181,14 @@ def claim(folder: Path) -> BinaryIO:
     except (ImportError, OSError):  # Windows, or a file system without locks
         print(f"{folder} cannot be locked: see to it that no second run writes there", flush=True)
     _close_in_forked_processes(file)
-    file.truncate(0)
-    file.write(_launcher())
-    file.flush()
     return file
+
+
+def sign(claim: BinaryIO) -> None:
+    """Writes into a claim who started this run."""
+    claim.truncate(0)
+    claim.write(_launcher())
+    claim.flush()
 
 
 def _close_in_forked_processes(file: BinaryIO) -> None:
@@ -197,7 +203,7 @@ def _launcher() -> bytes:
 
 
 def was_claimed_by_us(folder: Path) -> bool:
-    """Whether the last run that claimed this folder was started by the same launcher as this process."""
+    """Whether the last run that signed its claim to this folder was started by the same launcher as this process."""
     lock = folder / LOCK
     return lock.is_file() and lock.read_bytes() == _launcher()
 

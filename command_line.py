@@ -23,6 +23,20 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
 
+    def parse_args(self, args: list[str], namespace: argparse.Namespace | None = None) -> argparse.Namespace:
+        """As argparse does it, but an unknown flag is answered with the one that it resembles.
+
+        Raises:
+            UsageError: an unknown flag, a value of a wrong type, or something that is missing.
+        """
+        known, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = [option for option in self._option_string_actions if "_" not in option]  # that is tolerated
+            close = difflib.get_close_matches(dashed(unknown[0]).split("=")[0], flags, n=1)
+            hint = f"did you mean {close[0]}?" if close else "--help lists them all"
+            raise UsageError(f"unknown argument {unknown[0]}: {hint}")
+        return known
+
 
 def read_settings(
     argv: list[str],
@@ -51,13 +65,7 @@ def read_settings(
     for name, preset in presets.items():
         if name in argv or getattr(settings, name.strip("-")):
             parser.set_defaults(**preset)
-    namespace, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flags = [flag(field.name) for field in dataclasses.fields(settings)]
-        close = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
-        hint = f"did you mean {close[0]}?" if close else "--help lists them all"
-        raise UsageError(f"unknown argument {unknown[0]}: {hint}")
-    return settings(**vars(namespace))
+    return settings(**vars(parser.parse_args(argv)))
 
 
 def flag(name: str) -> str:

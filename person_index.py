@@ -8,6 +8,7 @@ import re
 import socket
 import sys
 import zipfile
+import zlib
 from collections import Counter
 from hashlib import sha256
 from pathlib import Path
@@ -101,6 +102,13 @@ class PersonIndex:
         """The union of all persons as uint8 (height, width), 0 or 255."""
         width, height = self.size(index)
         return draw_mask(self._slice("masks", index), width, height)
+
+    def checksum(self) -> str:
+        """Of all photos' ids, names, sizes and masks in their order, wherever they lie: 8 hexadecimal digits."""
+        crc = 0
+        for name in ("image_ids", "sizes", "names", "names_offsets", "masks", "masks_offsets"):
+            crc = zlib.crc32(self._arrays[name], crc)
+        return f"{crc:08x}"
 
     def _slice(self, name: str, index: int) -> np.ndarray:
         start, end = self._arrays[f"{name}_offsets"][index : index + 2]

@@ -26,6 +26,8 @@ from safety import BrokenNumbersError, Stopped, Watch
 from utils import Processes, Tally
 
 if TYPE_CHECKING:
+    from broken_photos import TolerantDataset
+    from datasets import COCOPersonDataset
     from trainer import Config
 
 
@@ -47,9 +49,12 @@ class Run:
     photos: int = 0  # of the training
     world_size: int = 1
     source: Path | None = None  # the checkpoint that it goes on from
+    data: dict[str, str] | None = None  # the `contents` of its data sets
     epochs_done: int = 0
     step: int = 0  # of the epoch that has begun, so many are done
     tally: Tally | None = None  # and these are its figures so far
+    dataset: TolerantDataset | None = None  # of the training, which knows the photos that could not be read
+    broken_in_a_row: int = 0  # of the last steps, so many had no finite loss or gradient
     learning_rate: float = 0.0  # of the last step
     best_iou: float = -1.0
     best: dict | None = None  # the best model, until it is on the disk
@@ -64,13 +69,26 @@ class Run:
         parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
         numbers = {name: getattr(self, name) for name in self.NUMBERS}
         place = {"epoch": self.epochs_done, "step": self.step, "tallies": tallies or []}
-        place["world_size"] = self.world_size
+        place |= {"world_size": self.world_size, "data": self.data}
         return {**place, "config": dataclasses.asdict(config), **parts, **numbers}
 
     def result(self, config: Config, metrics: dict[str, float]) -> dict:
         """What best_model.pth holds: enough to predict with, and what it is worth."""
         model = self.model.state_dict()
         return {"epoch": self.epochs_done, "config": dataclasses.asdict(config), "model": model, "metrics": metrics}
+
+    def train_on(self, dataset: TolerantDataset) -> None:
+        """Which photos of it cannot be read goes into the checkpoints within an epoch; a restored one's count again."""
+        self.dataset = dataset
+        dataset.go_on(self.tally.bad_photos if self.tally else [])
+
+    def unfinished(self) -> list[dict]:
+        """This process's figures of an epoch that has begun; none between two epochs."""
+        if self.tally is None:
+            return []
+        if self.dataset is not None:
+            self.tally.bad_photos = self.dataset.bad()
+        return [self.tally.state()]
 
     def end_epoch(self) -> None:
         self.epochs_done, self.step, self.tally = self.epochs_done + 1, 0, None
@@ -131,12 +149,29 @@ def restarted(config: Config) -> bool:
     return again and checkpointing.was_claimed_by_us(Path(config.checkpoint_dir))
 
 
-def find_checkpoint(config: Config, world_size: int, photos: int) -> tuple[Path, dict] | tuple[None, None]:
+def contents(config: Config, train: COCOPersonDataset, val: COCOPersonDataset) -> dict[str, str]:
+    """By annotation file what there is to train on and to validate, wherever it lies: a resume must find it again."""
+    splits = {config.train_split: train, config.val_split: val}
+    return {
+        f"annotations/instances_{split}.json": f"{len(dataset)} photos of checksum {dataset.index.checksum()}"
+        for split, dataset in splits.items()
+    }
+
+
+def find_checkpoint(
+    config: Config, world_size: int, photos: int, data: dict[str, str] | None
+) -> tuple[Path, dict] | tuple[None, None]:
     """What --resume goes on from; nothing where there is nothing yet, so that one command serves for ever.
+
+    Args:
+        config: the settings of the run that is to go on.
+        world_size: its processes.
+        photos: of its training.
+        data: the `contents` of its data sets; None does not ask for the same.
 
     Raises:
         CheckpointError: the given file cannot be used.
-        ConfigError: a setting differs from the checkpoint's that must not.
+        ConfigError: a setting or the data differs from the checkpoint's that must not.
     """
     folder = Path(config.checkpoint_dir)
     newest = config.resume in ("", NEWEST) or restarted(config)  # not a given file for a second time
@@ -148,16 +183,19 @@ def find_checkpoint(config: Config, world_size: int, photos: int) -> tuple[Path,
         return None, None
     if not {*Run.PARTS, *Run.NUMBERS, "step", "tallies"} <= checkpoint.keys():
         raise checkpointing.CheckpointError(f"{path} holds a model only, no state of a training: resume from last.pth")
-    refuse_another_run(path, checkpoint, config, photos)
+    refuse_another_run(path, checkpoint, config, photos, data)
     place = f"after epoch {checkpoint['epoch']}" + (f", step {checkpoint['step']}" if checkpoint["step"] else "")
     print(f"going on from {path}, {place}{differences(checkpoint, config, world_size)}", flush=True)
     return path, checkpoint
 
 
-def refuse_another_run(path: Path, checkpoint: dict, config: Config, photos: int) -> None:
+def refuse_another_run(path: Path, checkpoint: dict, config: Config, photos: int, data: dict | None) -> None:
     before = checkpoint["config"]
     pairs = {flag(name): (before_or_default(before, name, config), getattr(config, name)) for name in SAME_WHEN_RESUMED}
     pairs["the training photos:"] = checkpoint["photos"], photos
+    if data is not None:
+        known = checkpoint.get("data") or {}  # an older one knows the number of photos alone
+        pairs |= {f"{Path(config.data_root) / name}:": (then, data.get(name)) for name, then in known.items()}
     for name, (then, now) in pairs.items():
         if then != now:
             raise ConfigError(f"{path} was trained with {name} {then} and cannot go on with {now}")
@@ -202,7 +240,7 @@ def saved_when_stopped(run: Run, config: Config, processes: Processes) -> Iterat
 
 def save_unfinished(run: Run, config: Config, processes: Processes) -> bool:
     """Saves an epoch that has begun. Returns whether that worked; a full disk is no reason to end a training."""
-    tallies = utils.from_all([run.tally.state()] if run.tally else [])
+    tallies = utils.from_all(run.unfinished())
     if not processes.is_main:
         return True
     folder = Path(config.checkpoint_dir)
@@ -255,23 +293,44 @@ def insist_on_saving(run: Run, config: Config) -> None:
         raise checkpointing.CheckpointError(f"the last epoch cannot be written to {config.checkpoint_dir}")
 
 
-def prepare_folder(config: Config, run: Run) -> BinaryIO:
-    """Makes and claims the folder that the run writes to; what another run left there is moved aside.
+def claim_folder(config: Config) -> BinaryIO | None:
+    """Claims the folder before a checkpoint in it is read: no other run may write a newer one in between.
+
+    None where no run has written yet, so that a setting that is refused leaves no trace.
 
     Raises:
         ConfigError: it cannot be written.
         CheckpointError: another run is writing there.
     """
     folder = Path(config.checkpoint_dir)
-    try:
+    with writable(folder):
+        return checkpointing.claim(folder) if (folder / checkpointing.LOCK).exists() else None
+
+
+def prepare_folder(config: Config, run: Run, claim: BinaryIO | None) -> BinaryIO:
+    """Makes the folder that the run writes to, and claims it now if not before; what is in the way is moved aside.
+
+    Raises:
+        ConfigError: it cannot be written.
+        CheckpointError: another run is writing there.
+    """
+    folder = Path(config.checkpoint_dir)
+    with writable(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        claim = checkpointing.claim(folder)
+        claim = claim or checkpointing.claim(folder)
+        checkpointing.sign(claim)
         aside = make_room(folder, run, went_back=Path(config.resume) == run.source)
-    except OSError as error:
-        raise ConfigError(f"--checkpoint-dir {folder} cannot be written: {error.strerror}") from None
     if aside:
         print(f"an earlier run's files were moved to {aside}", flush=True)
     return claim
+
+
+@contextlib.contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"--checkpoint-dir {folder} cannot be written: {error.strerror}") from None
 
 
 def make_room(folder: Path, run: Run, went_back: bool) -> Path | None:

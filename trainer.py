@@ -32,13 +32,15 @@ import utils
 from broken_photos import TolerantDataset, dead_worker, name_bad_photos
 from command_line import UsageError, flag, read_settings
 from datasets import COCOPersonDataset, batches, make_loader, usable_cores
-from models import ENCODERS, UNetAutoencoder, WeightsError
+from models import ENCODERS, SMALLEST_INPUT, UNetAutoencoder, WeightsError
 from person_index import DataError
 from reporting import describe, history_row
 from resuming import (
     NEWEST,
     ConfigError,
     Run,
+    claim_folder,
+    contents,
     find_checkpoint,
     insist_on_saving,
     prepare_folder,
@@ -100,7 +102,7 @@ SAMPLE = dict(
 )  # fmt: skip
 
 LIMITS = {  # smallest and largest value of each number
-    "image_size": (32, 4096), "batch_size": (1, 65536), "accumulate": (1, 65536), "num_workers": (0, 1024),
+    "image_size": (SMALLEST_INPUT, 4096), "batch_size": (1, 65536), "accumulate": (1, 65536), "num_workers": (0, 1024),
     "max_bad_photos": (0, 1), "num_epochs": (1, 10**6),
     "learning_rate": (1e-12, 10), "weight_decay": (0, 1), "restart_period": (0, 10**6), "restart_mult": (1, 100),
     "grad_clip": (0, 1e6), "colour_weight": (0, 1e6), "bce_weight": (0, 1e6), "dice_weight": (0, 1e6),
@@ -123,10 +125,13 @@ def main(config: Config) -> None:
     torch.manual_seed(config.seed)
     processes = utils.start_processes(config.device)
     train_loader, val_loader = open_data(config, processes)
-    run = start_run(config, processes, len(train_loader.dataset))
+    data = contents(config, train_loader.dataset.dataset, val_loader.dataset.dataset)
+    claim = claim_folder(config) if processes.is_main else None
+    run = start_run(config, processes, len(train_loader.dataset), data)
+    run.train_on(train_loader.dataset)
     criterion = LossCalculator(config.colour_weight, config.bce_weight, config.dice_weight)
     if processes.is_main:
-        claim = prepare_folder(config, run)  # noqa: F841 - holds the folder until this function ends
+        claim = prepare_folder(config, run, claim)  # which holds it until this function ends
         print(describe(run, config, processes, train_loader, val_loader), flush=True)
         if run.epochs_done >= config.num_epochs:
             print(f"all {config.num_epochs} epochs are done: a higher --num-epochs goes on", flush=True)
@@ -156,7 +161,7 @@ def train_one_epoch(
     """Trains on every photo once, or on those that are left. Returns the epoch's figures over all processes."""
     run.model.train()
     run.tally, steps = run.tally or Tally(processes.device), math.ceil(len(loader) / config.accumulate)
-    finite = FiniteSteps(run.model, processes.device, run.tally.skipped)
+    finite = FiniteSteps(run.model, processes.device, run.tally.skipped, run.broken_in_a_row)
     progress = reporting.Progress(loader, f"epoch {epoch + 1}/{config.num_epochs}", processes.is_main,
                                   config.log_every * config.accumulate, run.step * config.accumulate)  # fmt: skip
     left = progress.watch(batches(loader, epoch, run.step * config.accumulate))
@@ -164,7 +169,7 @@ def train_one_epoch(
         torch.manual_seed(seed_from(config.seed, epoch, run.step, processes.rank))  # dropout: the same after a resume
         finite.remember()
         run.optimizer.zero_grad(set_to_none=True)
-        parts, photos = split(group, run.parts, config.batch_size), sum(map(len, group))
+        parts, photos, losses = split(group, run.parts, config.batch_size), sum(map(len, group)), []
         for part in parts:
             images, target = to_device(part, processes.device)
             with utils.gradients_shared(run.parallel_model, part is parts[-1]):
@@ -172,11 +177,12 @@ def train_one_epoch(
                     raw = run.parallel_model(images)
                 loss, terms = criterion(raw, target)
                 run.scaler.scale(loss * (len(part) / photos)).backward()
+            losses.append(loss.detach())
             run.tally.update(loss, terms, raw.detach(), target)
 
         run.scaler.unscale_(run.optimizer)  # before the clipping, which is meant for the real gradients
         norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
-        finite.step(run.optimizer, run.scaler, loss, norm)
+        finite.step(run.optimizer, run.scaler, torch.stack(losses), norm)
         run.step += 1
         if processes.device.type == "cpu" or run.step % config.log_every == 0:  # a GPU would be waited for
             run.tally.skipped = finite.fetch()
@@ -185,7 +191,7 @@ def train_one_epoch(
         progress.show(loss, run.learning_rate)
         if watch and watch.ask(finite.in_a_row):
             watch.saved(save_unfinished(run, config, processes))
-    run.tally.skipped = finite.fetch()
+    run.tally.skipped, run.broken_in_a_row = finite.fetch(), finite.in_a_row
     figures = run.tally.copy().compute()  # waits for the device, so that the clock below has seen all of its work
     speed = {"learning_rate": run.learning_rate, "seconds": progress.seconds, "data_wait": progress.data_wait,
              "images_per_second": progress.images_per_second * processes.world_size}  # fmt: skip
@@ -242,10 +248,11 @@ def open_data(config: Config, processes: Processes) -> tuple[DataLoader, DataLoa
     workers = workers_per_process(config.num_workers, usable_cores(), processes.local_world_size)
     pin_memory = config.pin_memory and processes.device.type == "cuda"
     place = {"rank": processes.rank, "world_size": processes.world_size, "pin_memory": pin_memory}
-    return (
-        make_loader(train, config.batch_size, workers, training=True, **place),
-        make_loader(val, config.batch_size, workers, training=False, **place),
-    )
+    train_loader = make_loader(train, config.batch_size, workers, training=True, **place)
+    if len(train_loader.sampler) == 1 and config.image_size == SMALLEST_INPUT:
+        raise ConfigError(f"one training photo a process at --image-size {SMALLEST_INPUT} leaves BatchNorm a single "
+                          "value: make --image-size larger, or add photos")  # fmt: skip
+    return train_loader, make_loader(val, config.batch_size, workers, training=False, **place)
 
 
 def measure_checkpoint(config: Config) -> None:
@@ -271,11 +278,11 @@ def draw_sample(config: Config) -> None:
         raise ConfigError(f"the sample cannot be drawn: {error}") from None
 
 
-def start_run(config: Config, processes: Processes, photos: int) -> Run:
-    """The model and what trains it, from the first weights or from a checkpoint."""
+def start_run(config: Config, processes: Processes, photos: int, data: dict[str, str] | None = None) -> Run:
+    """The model and what trains it, from the first weights or from a checkpoint of these `contents`."""
     # The main process's disk decides: on several machines the others may have no checkpoint, or another one.
     wanted = processes.is_main and (config.resume or restarted(config))
-    found = find_checkpoint(config, processes.world_size, photos) if wanted else (None, None)
+    found = find_checkpoint(config, processes.world_size, photos, data) if wanted else (None, None)
     source, checkpoint = utils.from_main(found)
     pretrained = config.pretrained and checkpoint is None
     weights_file = config.encoder_weights if pretrained and config.encoder_weights else None
@@ -291,7 +298,7 @@ def start_run(config: Config, processes: Processes, photos: int) -> Run:
     optimizer = Adam(model.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True)
     scheduler = CosineAnnealingWarmRestarts(optimizer, config.restart_period or config.num_epochs, config.restart_mult)
     scaler = torch.amp.GradScaler(processes.device.type, enabled=amp_dtype == torch.float16)
-    run = Run(model, model, optimizer, scheduler, scaler, amp_dtype, parts, photos, processes.world_size, source)
+    run = Run(model, model, optimizer, scheduler, scaler, amp_dtype, parts, photos, processes.world_size, source, data)
     if checkpoint is not None:
         run.restore(checkpoint, config, processes)
     if processes.world_size > 1:
@@ -370,7 +377,7 @@ def check(config: Config) -> None:
         raise ConfigError("--evaluate measures and --resume trains: one of them only")
     if config.encoder_weights and not config.pretrained:
         raise ConfigError("--encoder-weights needs --pretrained, which --no-pretrained or --sample has turned off")
-    if config.batch_size == 1 and config.image_size == 32:
+    if config.batch_size == 1 and config.image_size == SMALLEST_INPUT:
         raise ConfigError("--batch-size 1 at --image-size 32 leaves BatchNorm a single value: make one of them larger")
 
 

@@ -167,10 +167,11 @@ class LossMeter:
 
 
 class Tally:
-    """An epoch's figures so far: the loss and its terms, the metrics, and how many steps were skipped."""
+    """An epoch's figures so far: the loss and its terms, the metrics, the steps skipped, the photos not readable."""
 
     def __init__(self, device: torch.device | str = "cpu"):
         self.losses, self.metrics, self.skipped = LossMeter(device), SegmentationMetrics(device), 0
+        self.bad_photos: list[int] = []  # that this process met
 
     def update(self, loss: Tensor, terms: dict[str, Tensor], raw: Tensor, target: Tensor) -> None:
         """Counts a batch's loss, and alpha of its logits `raw` against `target`, both (N, 4, H, W)."""
@@ -189,8 +190,9 @@ class Tally:
         return deepcopy(self)
 
     def state(self) -> dict:
-        """This process's sums, for a checkpoint."""
-        return {"losses": self.losses.sums.cpu(), "metrics": self.metrics.sums.cpu(), "skipped": self.skipped}
+        """This process's sums and what it met, for a checkpoint."""
+        sums = {"losses": self.losses.sums.cpu(), "metrics": self.metrics.sums.cpu()}
+        return {**sums, "skipped": self.skipped, "bad_photos": self.bad_photos}
 
     @classmethod
     def of(cls, states: list[dict], processes: Processes) -> Tally:
@@ -200,6 +202,7 @@ class Tally:
         for state in chosen:
             tally.losses.sums += state["losses"].to(processes.device)
             tally.metrics.sums += state["metrics"].to(processes.device)
+            tally.bad_photos += state.get("bad_photos", [])  # an older checkpoint does not know them
         tally.skipped = states[0]["skipped"]
         return tally
 

@@ -29,6 +29,7 @@ from conftest import (
 import person_index
 import run_lengths
 from datasets import COCOPersonDataset, open_index
+from person_index import PersonIndex
 from tools.make_annotations import make_split
 
 TRAIN = "train2017"
@@ -356,3 +357,17 @@ def test_an_annotation_file_that_is_a_folder_is_named(coco_root):
     path.unlink()
     path.mkdir()
     assert str(path) in refusal(open_index, coco_root, TRAIN)
+
+
+def test_a_checksum_is_of_every_photo_and_mask(coco_root, tmp_path):
+    index = open_index(coco_root, "train2017")
+    expected = index.checksum()
+    shutil.copy(index.path, tmp_path / "copy.index")
+    assert PersonIndex(tmp_path / "copy.index").checksum() == expected
+    content = torch.load(index.path, weights_only=True)
+    for name in content["arrays"].keys() - {"largest"}:
+        for place in (0, -1):
+            changed = content["arrays"] | {name: content["arrays"][name].clone()}
+            changed[name].view(-1)[place] += 1
+            torch.save(content | {"arrays": changed}, tmp_path / "changed.index")
+            assert PersonIndex(tmp_path / "changed.index").checksum() != expected, name

@@ -592,7 +592,10 @@ def test_cover_crops_the_middle(size, expected):
     ("arguments", "words"),
     [
         ([], "PHOTO_OR_FOLDER"), (["none.jpg"], "no photo or folder none.jpg"), (["empty"], "no photo in empty"),
-        (["a.png", "--foo"], "--foo"), (["a.png", "--threshold", "1.5"], "--threshold 1.5 is out of range"),
+        (["a.png", "--foo"], "unknown argument --foo: --help lists them all"),
+        (["a.png", "--treshold", "0.5"], "unknown argument --treshold: did you mean --threshold?"),
+        (["a.png", "--batchsize=4"], "unknown argument --batchsize=4: did you mean --batch-size?"),
+        (["a.png", "--threshold", "1.5"], "--threshold 1.5 is out of range"),
         (["a.png", "--threshold", "nan"], "out of range"), (["a.png", "--threshold", "soft"], "invalid float"),
         (["a.png", "--batch-size", "0"], "--batch-size 0"), (["a.png", "--background", "no_colour"], "no_colour"),
         (["a.png", "--background", "text.jpg"], "text.jpg cannot be read"),

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import gc
+import itertools
+import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,7 +19,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import write_split
+import torch
+from conftest import edit, write_split
 from test_runs import ROOT, TIMES, history, same, script, state
 from test_trainer import Tiny, flags, quick, refusal, small  # noqa: F401
 
@@ -143,6 +148,46 @@ def test_a_signal_is_met_by_an_exit_code(coco_root, tmp_path, monkeypatch):
     after_batch(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
     settings = flags(small(coco_root, tmp_path / "run", **TWO))
     assert trainer.run_command(["trainer.py", *settings]) == 130
+
+
+# --- photos that cannot be read ---------------------------------------------------------------------------
+
+BROKEN = {"max_bad_photos": 0.5, **TWO}
+
+
+def break_first(coco_root: Path, places: tuple[int, ...]) -> None:
+    """Breaks the photos at these places of the first epoch's order."""
+    dataset = trainer.COCOPersonDataset(coco_root, "train2017", 32)
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
+    for place in places:
+        (coco_root / "train2017" / dataset.index.file_name(order[place])).write_bytes(b"")
+
+
+@pytest.mark.parametrize("number", [1, 3, 4, BATCHES + 1])  # of training, the last of it, of validation, the next epoch
+@pytest.mark.parametrize("workers", [0, 2])
+def test_photos_that_were_replaced_before_a_stop_are_counted_after_it(
+    number, workers, coco_root, tmp_path, monkeypatch
+):
+    break_first(coco_root, (1, 3, 8))
+    trainer.main(small(coco_root, tmp_path / "straight", **BROKEN))
+    with monkeypatch.context() as patch:
+        after_batch(patch, number, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert run(small(coco_root, tmp_path / "run", num_workers=workers, **BROKEN), Stopped)
+    trainer.main(small(coco_root, tmp_path / "run", resume="newest", **BROKEN))
+    assert [row["train_bad_photos"] for row in history(tmp_path / "run")] == ["3", "3"]
+    assert_the_same(tmp_path / "run", tmp_path / "straight")
+
+
+def test_a_checkpoint_that_does_not_know_them_goes_on(coco_root, tmp_path, monkeypatch):
+    break_first(coco_root, (1, 8))
+    with monkeypatch.context() as patch:
+        after_batch(patch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert run(small(coco_root, tmp_path, **BROKEN), Stopped)
+    content = load(tmp_path / "last.pth")
+    assert len(content["tallies"][0].pop("bad_photos")) == 1
+    checkpointing.save(content, tmp_path / "last.pth")
+    trainer.main(small(coco_root, tmp_path, resume="newest", **BROKEN))
+    assert [row["train_bad_photos"] for row in history(tmp_path)] == ["1", "2"]
 
 
 # --- kills ------------------------------------------------------------------------------------------------
@@ -274,6 +319,63 @@ def test_other_photos_are_refused_with_both_numbers(coco_root, tmp_path, capsys)
     assert "photos: 10 and cannot go on with 11" in error
 
 
+def mirror(content: dict) -> None:
+    """Other masks on the same photos."""
+    for annotation in content["annotations"]:
+        if isinstance(annotation["segmentation"], list):
+            annotation["segmentation"] = [[8 + value for value in polygon] for polygon in annotation["segmentation"]]
+
+
+def rename(content: dict) -> None:
+    """The photo without a person changes places with one that has some."""
+    images = {image["id"]: image for image in content["images"]}
+    first, last = images[min(images)], images[max(images)]
+    first["file_name"], last["file_name"] = last["file_name"], first["file_name"]
+
+
+def swap(content: dict) -> None:
+    """The same photos in another order."""
+    content["annotations"].reverse()
+
+
+@pytest.mark.parametrize("split", ["train2017", "val2017"])
+@pytest.mark.parametrize("change", [mirror, rename, swap])
+def test_other_data_of_as_many_photos_is_refused_with_both_checksums(change, split, coco_root, tmp_path, capsys):
+    settings = small(coco_root, tmp_path / "run", num_epochs=1)
+    trainer.main(settings)
+    data = load(tmp_path / "run" / "last.pth")["data"]
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    path = edit(coco_root, change, split=split)
+    error = refusal(capsys, *flags(dataclasses.replace(settings, num_epochs=2, resume="newest")))
+    said = re.search(r"trained with (\S+): (.*) and cannot go on with (.*)", error)
+    photos = 10 if split == "train2017" else 5
+    assert said[1] == str(path)
+    assert said[2] == data[f"annotations/{path.name}"] != said[3]
+    assert all(re.fullmatch(rf"{photos} photos of checksum [0-9a-f]{{8}}", text) for text in said.groups()[1:])
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+
+
+def test_the_same_data_at_another_place_and_time_is_no_other_data(straight, coco_root, tmp_path, monkeypatch):
+    settings = small(coco_root, tmp_path / "run", **TWO)
+    with monkeypatch.context() as patch:
+        after_batch(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert run(settings, Stopped)
+    edit(coco_root, lambda content: content.update(info="written anew"))
+    coco_root.rename(tmp_path / "moved")
+    trainer.main(small(tmp_path / "moved", tmp_path / "run", resume="newest", **TWO))
+    assert_the_same(tmp_path / "run", straight)
+
+
+def test_a_checkpoint_that_knows_no_checksum_goes_on(coco_root, tmp_path):
+    settings = small(coco_root, tmp_path, num_epochs=1)
+    trainer.main(settings)
+    content = load(tmp_path / "last.pth")
+    data = content.pop("data")
+    checkpointing.save(content, tmp_path / "last.pth")
+    trainer.main(dataclasses.replace(settings, num_epochs=2, resume="newest"))
+    assert load(tmp_path / "last.pth")["data"] == data
+
+
 def test_what_changed_and_does_no_harm_is_said(coco_root, tmp_path, capsys):
     trainer.main(small(coco_root, tmp_path / "run", num_epochs=1))
     trainer.main(small(coco_root, tmp_path / "run", num_epochs=2, num_workers=1, resume="newest"))
@@ -306,6 +408,55 @@ def test_a_restart_does_not_go_back_to_the_file_that_was_given(coco_root, tmp_pa
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     trainer.main(settings)
     assert f"going on from {tmp_path / 'run' / 'last.pth'}, after epoch 1, step 2" in capsys.readouterr().out
+
+
+# --- numbers that break -----------------------------------------------------------------------------------
+
+
+def break_losses(monkeypatch, first: int) -> None:
+    """From this batch on, of training and validation, no loss is finite."""
+    forward, batch = utils.LossCalculator.forward, itertools.count(1)
+
+    def broken(*args):
+        loss, terms = forward(*args)
+        return loss * (math.nan if next(batch) >= first else 1), terms
+
+    monkeypatch.setattr(utils.LossCalculator, "forward", broken)
+
+
+def test_ten_broken_steps_in_a_row_name_the_last_good_checkpoint_and_it_is_good(
+    coco_root, tmp_path, monkeypatch, capsys
+):
+    write_split(coco_root, "train2017", 24, first_id=1)
+    two = {"batch_size": 2, "resume": "newest", **TWO}  # twelve steps of training, three batches of validation
+    trainer.main(small(coco_root, tmp_path / "straight", **two))
+    with monkeypatch.context() as patch:
+        break_losses(patch, 12 + 3 + 2)
+        error = refusal(capsys, *flags(small(coco_root, tmp_path / "run", **two)))
+    assert error.startswith("trainer.py: error: 10 steps in a row had no finite loss or gradient")
+    good = tmp_path / "run" / "last.pth"
+    assert f"{good} is the last good checkpoint" in error
+    assert (load(good)["epoch"], load(good)["step"]) == (1, 0)
+    trainer.main(small(coco_root, tmp_path / "run", **two))
+    assert_the_same(tmp_path / "run", tmp_path / "straight")
+
+
+def test_ten_in_a_row_are_counted_over_epochs_that_have_fewer_steps(coco_root, tmp_path, monkeypatch, capsys):
+    break_losses(monkeypatch, BATCHES + 2)
+    error = refusal(capsys, *flags(small(coco_root, tmp_path, num_epochs=9, keep_checkpoints=0)))
+    assert f"10 steps in a row had no finite loss or gradient; {tmp_path / 'last.pth'} is the last good" in error
+    assert [row["skipped_steps"] for row in history(tmp_path)] == ["0", "2", "3", "3"]  # and two of the fifth epoch
+    models = [load(tmp_path / f"epoch_{epoch:04d}.pth")["model"] for epoch in (2, 3, 4)]
+    weights = [{name: value for name, value in model.items() if "num" not in name} for model in models]
+    assert all(same(weights[0], other) for other in weights)
+
+
+def test_where_there_is_no_checkpoint_yet_none_is_named(coco_root, tmp_path, monkeypatch, capsys):
+    break_losses(monkeypatch, 1)
+    error = refusal(capsys, *flags(small(coco_root, tmp_path, batch_size=1, image_size=64)))
+    assert "10 steps in a row" in error
+    assert "there is no checkpoint yet" in error
+    assert not (tmp_path / "last.pth").exists()
 
 
 # --- a full disk ------------------------------------------------------------------------------------------

@@ -374,3 +374,39 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(coco_r
     with checkpointing.claim(tmp_path):
         assert f"another run is writing to {tmp_path}" in refusal(capsys, *flags(settings))
     trainer.main(settings)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_folder_is_claimed_before_its_checkpoint_is_read(coco_root, tmp_path, monkeypatch, capsys):
+    run, read = tmp_path / "run", []
+    trainer.main(small(coco_root, run, num_epochs=1))
+    settings = small(coco_root, run, num_epochs=2, resume="newest")
+    newest_usable = checkpointing.newest_usable
+
+    def while_claimed(folder):
+        with pytest.raises(checkpointing.CheckpointError, match="another run is writing"):
+            checkpointing.claim(folder)
+        read.append(folder)
+        return newest_usable(folder)
+
+    monkeypatch.setattr(checkpointing, "newest_usable", while_claimed)
+    with checkpointing.claim(run):
+        assert f"another run is writing to {run}" in refusal(capsys, *flags(settings))
+    assert read == []
+    trainer.main(settings)
+    assert read == [run]
+    assert len(history(run)) == 2
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("signed", ["elsewhere 1", None])
+def test_a_resume_that_is_refused_leaves_no_claim_behind(signed, coco_root, tmp_path, capsys):
+    run = tmp_path / "run"
+    trainer.main(small(coco_root, run, num_epochs=1))
+    (run / ".lock").write_text(signed) if signed else (run / ".lock").unlink()
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    assert "--seed" in refusal(capsys, *flags(small(coco_root, run, num_epochs=2, seed=3, resume="newest")))
+    assert before == {path.name: path.read_bytes() for path in run.iterdir()}
+    checkpointing.claim(run).close()  # the same process may have it at once
+    trainer.main(small(coco_root, run, num_epochs=2, resume="newest"))
+    assert checkpointing.was_claimed_by_us(run)

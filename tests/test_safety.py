@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import signal
 import subprocess
@@ -120,15 +121,24 @@ def test_broken_steps_leave_no_trace():
     assert counts == [(7, 0), (8, 1), (8, 0), (9, 1), (10, 2), (10, 0)]
 
 
-def test_a_loss_that_is_not_finite_is_skipped_though_its_gradient_is():
+@pytest.mark.parametrize("losses", [[math.inf], [math.nan, 1.0], [1.0, -math.inf, 1.0]])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_loss_that_is_not_finite_is_skipped_though_its_gradient_is(losses, scaled):
     one = model()
     before = copy.deepcopy(one.state_dict())
     optimizer, finite = Adam(one.parameters(), 0.1, fused=True), FiniteSteps(one, torch.device("cpu"))
-    for weights in one.parameters():
-        weights.grad = torch.ones_like(weights)
-    finite.step(optimizer, torch.amp.GradScaler(enabled=False), torch.tensor(float("inf")), torch.tensor(1.0))
-    assert finite.fetch() == 1
-    assert all(torch.equal(value, before[name]) for name, value in one.state_dict().items())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4, enabled=scaled)
+    for broken in (losses, [1.0, 1.0], losses):
+        finite.remember()
+        optimizer.zero_grad()
+        scaler.scale(one(torch.ones(2, 3)).sum()).backward()
+        scaler.unscale_(optimizer)
+        finite.step(optimizer, scaler, torch.tensor(broken), torch.tensor(1.0))
+        same = [torch.equal(value, before[name]) for name, value in one.state_dict().items() if "num" not in name]
+        assert all(same) == (broken == losses)
+        before = copy.deepcopy(one.state_dict())
+    assert finite.fetch() == 2
+    assert scaler.get_scale() == (2.0**4 if scaled else 1)  # the scale is not what broke the loss
 
 
 def test_an_overflow_by_which_float16_finds_its_scale_is_no_broken_step():
@@ -148,18 +158,21 @@ def tally(seed: int) -> Tally:
     one, random = Tally(), torch.Generator().manual_seed(seed)
     raw, target = torch.randn(3, 4, 8, 8, generator=random), torch.rand(3, 4, 8, 8, generator=random)
     one.update(*LossCalculator()(raw, target), raw, target)
-    one.skipped = 2
+    one.skipped, one.bad_photos = 2, [seed + 5]
     return one
 
 
 def test_a_tally_goes_on_from_what_it_wrote_and_the_main_process_takes_all_of_another_number():
     states, device = [tally(0).state(), tally(1).state()], torch.device("cpu")
     for rank in (0, 1):
-        assert Tally.of(states, Processes(device, rank=rank, world_size=2)).compute() == tally(rank).compute()
+        own = Tally.of(states, Processes(device, rank=rank, world_size=2))
+        assert own.compute() == tally(rank).compute()
+        assert own.bad_photos == [rank + 5]
     both, three = tally(0), Processes(device, world_size=3)
     both.losses.sums += tally(1).losses.sums
     both.metrics.sums += tally(1).metrics.sums
     assert Tally.of(states, three).compute() == both.compute()
     other = Tally.of(states, Processes(device, rank=1, world_size=3))
     assert other.compute()["images"] == 0
+    assert (other.bad_photos, Tally.of(states, three).bad_photos) == ([], [5, 6])
     assert other.skipped == Tally.of(states, three).skipped == 2

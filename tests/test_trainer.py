@@ -17,6 +17,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from conftest import write_split
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -163,6 +164,7 @@ def test_limits_are_allowed_and_what_is_beyond_is_not(name, capsys):
         ("--learning-rate=fast", "--learning-rate fast"), ("--batch-size", "--batch-size"),
         ("--amp=perhaps", "--amp perhaps"), ("--encoder vgg", "--encoder vgg resnet34"),
         ("--batchsize=16", "--batchsize=16 mean --batch-size?"), ("--num-epoch 3", "--num-epoch mean --num-epochs?"),
+        ("--no-pretraind", "--no-pretraind mean --no-pretrained?"),
         ("--frobnicate", "--frobnicate --help"), ("16", "16"), ("--batch-size 16 photos", "photos"),
         ("--no-pretrained --encoder-weights=a.pth", "--encoder-weights --no-pretrained"),
         ("--device=toaster", "--device toaster"), ("--device=cuda:99", "cuda:99"),
@@ -216,6 +218,24 @@ def test_learning_rate_follows_the_cosine_step_by_step(num_epochs, period, mult,
     assert rates == pytest.approx(by_hand, rel=1e-6)
     history = torch.load(tmp_path / "run" / "last.pth", weights_only=True)["history"]
     assert [row["learning_rate"] for row in history] == pytest.approx(by_hand[2::3], rel=1e-6)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_the_schedule_stands_still_on_a_skipped_step(coco_root, tmp_path, monkeypatch):
+    rates, batch, forward = [], itertools.count(1), LossCalculator.forward
+
+    def second_is_broken(self, *args):
+        loss, terms = forward(self, *args)
+        return loss * (math.nan if next(batch) == 2 else 1), terms
+
+    monkeypatch.setattr(LossCalculator, "forward", second_is_broken)
+    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    trainer.main(small(coco_root, tmp_path / "run", learning_rate=0.01, num_epochs=2))
+    hook.remove()
+    epochs = [0, 1 / 3, 1 / 3, 2 / 3, 4 / 3, 5 / 3]  # the next epoch begins where it would have begun
+    assert rates == pytest.approx([cosine(0.01, epoch, 2, 1) for epoch in epochs], rel=1e-6)
+    history = torch.load(tmp_path / "run" / "last.pth", weights_only=True)["history"]
+    assert [row["skipped_steps"] for row in history] == [1, 0]
 
 
 @pytest.mark.usefixtures("tiny")
@@ -446,6 +466,30 @@ def test_a_scaled_step_that_overflows_changes_nothing(coco_root):
 
 
 @pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("cut", [{"accumulate": 5}, {"parts": 5}])
+def test_a_step_is_skipped_whichever_of_its_parts_is_broken(coco_root, cut, scaled):
+    batch_size = PHOTOS // cut.get("accumulate", 1)
+    config = small(coco_root, "unused", batch_size=batch_size, accumulate=cut.get("accumulate", 1))
+    run = trainer.start_run(config, ALONE, PHOTOS)
+    run.parts, run.scaler = cut.get("parts", 1), torch.amp.GradScaler("cpu", enabled=scaled)
+    before = {name: value.clone() for name, value in run.model.state_dict().items() if "num" not in name}
+    loader, losses = make_loader(COCOPersonDataset(coco_root, "train2017", 32), batch_size, 0, training=True), []
+
+    def criterion(raw, target):
+        loss, terms = LossCalculator()(raw, target)
+        losses.append(loss)
+        return loss + (math.inf if len(losses) == 2 else 0), terms  # the gradient stays finite
+
+    with Fetched() as fetched:
+        figures = trainer.train_one_epoch(run, loader, criterion, 0, config, ALONE)
+    assert fetched.count == 0
+    assert len(losses) == 5
+    assert figures["skipped_steps"] == 1
+    assert all(torch.equal(value, before[name]) for name, value in run.model.state_dict().items() if name in before)
+
+
+@pytest.mark.usefixtures("tiny")
 def test_a_checkpoint_of_an_unfused_adam_goes_on_fused(coco_root, tmp_path):
     run = trainer.start_run(small(coco_root, tmp_path), ALONE, PHOTOS)
     run.optimizer = torch.optim.Adam(run.model.parameters())  # as it was written before there was the setting
@@ -494,6 +538,22 @@ class TestBadData:
         error = self.refused(capsys, tmp_path / "nowhere", tmp_path)
         assert all(words in error for words in (str(tmp_path / "nowhere"), "--sample", "tools/download_coco.py"))
         assert not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize(("photos", "processes", "refused"), [(1, 1, True), (2, 1, False), (2, 2, True)])
+    def test_a_single_photo_at_the_smallest_size(self, photos, processes, refused, capsys, coco_root, tmp_path):
+        write_split(coco_root, "train2017", photos, first_id=1)
+        place = dataclasses.replace(ALONE, world_size=processes)
+        if refused:
+            with pytest.raises(trainer.ConfigError, match="one training photo a process at --image-size 32"):
+                trainer.open_data(small(coco_root, tmp_path / "run"), place)
+        if refused and processes == 1:
+            assert "make --image-size larger" in self.refused(capsys, coco_root, tmp_path)
+            assert not (tmp_path / "run").exists()
+        smallest = 33 if refused else 32
+        loader, _ = trainer.open_data(small(coco_root, tmp_path / "run", image_size=smallest), place)
+        model = UNetAutoencoder("resnet18", pretrained=False)
+        shapes = [model(batch[:, :3] / 255).shape for batch in batches(loader, 0)]
+        assert shapes == [(photos // processes, 4, smallest, smallest)]
 
     def test_an_annotation_file_cut_short(self, capsys, coco_root, tmp_path):
         path = coco_root / "annotations" / "instances_val2017.json"

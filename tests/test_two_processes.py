@@ -1,0 +1,118 @@
+"""Trainings on two processes, of which something happens to one: they stay together, step by step."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import multiprocessing
+import os
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_split
+from test_resume import break_first
+from test_runs import TIMES, history, same
+from test_trainer import Tiny, small
+
+import trainer
+from checkpointing import load
+from utils import LossCalculator
+
+
+def take_part(rank: int, environment: dict[str, str], folder: Path, settings, event: tuple) -> None:
+    """A rank of the training; leaves what it ends with. `event` is (rank, batch, what happens there)."""
+    torch.set_num_threads(1)
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+    runs, start_run = [], trainer.start_run
+    trainer.UNetAutoencoder = Tiny
+    trainer.LossCalculator = lambda *weights: Eventful(event[1:] if event and event[0] == rank else None, *weights)
+    trainer.start_run = lambda *args: (runs.append(start_run(*args)), runs[0])[1]
+    with open(folder / f"rank{rank}.log", "w") as log, contextlib.redirect_stdout(log):
+        try:
+            trainer.main(settings)
+            code = 0
+        except trainer.Stopped as stop:
+            code = stop.code
+    (run,) = runs
+    state = {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()["state"]}
+    place = {"epoch": run.epochs_done, "step": run.step, "rates": run.scheduler.get_last_lr()}
+    torch.save({"code": code, **place, **state}, folder / f"rank{rank}.pth")
+
+
+class Eventful(LossCalculator):
+    """The loss, and at one of its batches something else."""
+
+    def __init__(self, event: tuple[int, str] | None, *weights: float):
+        super().__init__(*weights)
+        self.event, self.batches = event, 0
+
+    def forward(self, raw, target):
+        loss, terms = super().forward(raw, target)
+        self.batches += 1
+        what = self.event[1] if self.event and self.batches == self.event[0] else ""
+        if what == "signal":
+            os.kill(os.getpid(), signal.SIGTERM)
+        if what == "inf":
+            loss = loss + math.inf  # its gradient is finite
+        return (loss * math.nan if what == "nan" else loss), terms
+
+
+def train(folder: Path, settings, event: tuple = ()) -> list[dict]:
+    """What each of the two ranks ends with."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    start = multiprocessing.get_context("forkserver")  # imports everything once, and computes nothing before it forks
+    ranks = [start.Process(target=take_part, args=(rank, {**os.environ, **place}, folder, settings, event))
+             for rank in (0, 1)]  # fmt: skip
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(120)
+        rank.kill()
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+    return [torch.load(folder / f"rank{rank}.pth") for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def preloaded():
+    here = Path(__file__).parent
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(here), str(here.parent)]))
+        multiprocessing.set_forkserver_preload([__name__])
+        yield
+
+
+@pytest.fixture
+def root(coco_root) -> Path:
+    write_split(coco_root, "train2017", 12, first_id=1)  # with batches of two, three steps a process and epoch
+    return coco_root
+
+
+@pytest.mark.parametrize("what", ["nan", "inf"])
+def test_a_broken_loss_on_one_rank_lets_both_skip_the_step(what, root, tmp_path):
+    ranks = train(tmp_path, small(root, tmp_path / "run", batch_size=2, num_epochs=1), (1, 2, what))
+    assert same(*ranks)
+    assert {int(state["step"]) for state in ranks[0]["optimizer"].values()} == {2}
+    assert all(value.isfinite().all() for value in ranks[0]["model"].values())
+    assert history(tmp_path / "run")[0]["skipped_steps"] == "1"
+
+
+def test_a_signal_to_one_rank_stops_both_at_the_same_step_and_nothing_is_lost(root, tmp_path):
+    break_first(root, (0, 1, 7))  # each of the first two is the first photo of a process
+    settings = {"batch_size": 2, "num_epochs": 2, "restart_period": 2, "max_bad_photos": 0.5, "resume": "newest"}
+    straight = train(tmp_path, small(root, tmp_path / "straight", **settings))
+    stopped = train(tmp_path, small(root, tmp_path / "run", **settings), (1, 2, "signal"))
+    assert [(rank["code"], rank["epoch"], rank["step"]) for rank in stopped] == [(143, 0, 2)] * 2
+    last = load(tmp_path / "run" / "last.pth")
+    assert (last["epoch"], last["step"]) == (0, 2)
+    assert all(tally["bad_photos"] for tally in last["tallies"])
+    assert same(train(tmp_path, small(root, tmp_path / "run", **settings)), straight)
+    rows, expected = ([{k: v for k, v in row.items() if k not in TIMES} for row in history(tmp_path / name)]
+                      for name in ("run", "straight"))  # fmt: skip
+    assert rows == expected
+    assert [row["train_bad_photos"] for row in rows] == ["3", "3"]
