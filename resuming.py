@@ -126,9 +126,8 @@ SAME_BITS = {
 
 
 def restarted(config: Config) -> bool:
-    """Whether torchrun --max-restarts has started this run anew, after a process of it died."""
-    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    return again and checkpointing.was_claimed_by_us(Path(config.checkpoint_dir))
+    """Whether torchrun --max-restarts has started this run anew, after a process of it died, on any machine."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and checkpointing.is_ours(Path(config.checkpoint_dir))
 
 
 def find_checkpoint(config: Config, world_size: int, photos: int) -> tuple[Path, dict] | tuple[None, None]:
@@ -267,6 +266,7 @@ def prepare_folder(config: Config, run: Run) -> BinaryIO:
         folder.mkdir(parents=True, exist_ok=True)
         claim = checkpointing.claim(folder)
         aside = make_room(folder, run, went_back=Path(config.resume) == run.source)
+        checkpointing.sign(claim)
     except OSError as error:
         raise ConfigError(f"--checkpoint-dir {folder} cannot be written: {error.strerror}") from None
     if aside:
