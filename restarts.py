@@ -50,9 +50,11 @@ def _ask(store: dist.Store, rank: int) -> str:
 
 def _tell(name: str, store: dist.Store, world_size: int) -> None:
     """Answers all, until all have heard it: what is asked at first may be left from an earlier attempt."""
-    ranks = range(1, world_size)
+    ranks, end = range(1, world_size), time.monotonic() + store.timeout.total_seconds()
     while not store.check([f"heard/{name}/{rank}" for rank in ranks]):
         for rank in ranks:
             question = store.get(f"question/{rank}").decode()  # waits for it
             store.set(f"answer/{question}", name)
+        if time.monotonic() > end:
+            raise dist.DistStoreError(f"{world_size} processes were started, and not all of them answer")
         time.sleep(0.02)

@@ -9,6 +9,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,7 @@ def meet(store: dist.Store, late: set[int]) -> list[dist.Store]:
 @pytest.mark.parametrize("late", [{0}, {1}, {2}, {1, 2}, {0, 2}])
 def test_an_attempts_processes_meet_one_another_and_find_nothing_of_an_earlier_attempt(late, monkeypatch):
     store = dist.HashStore()
+    store.set_timeout(timedelta(seconds=10))
     monkeypatch.setattr(restarts, "rendezvous", lambda *_: iter([(store, None, None)]))
     for attempt in range(3):
         places = meet(store, late if attempt else set())
