@@ -22,13 +22,15 @@ import checkpointing
 import restarts
 
 SETTINGS = {**TWO, "batch_size": 2, "num_workers": 1, "checkpoint_minutes": 1e-9}
-SECONDS = 200  # PyTorch's own patience with a group that never comes together is half an hour
+SECONDS = 400  # on a busy machine; PyTorch waits half an hour for a group that does not come together
 
 
 def finish(process: subprocess.Popen, folder: Path) -> str:
     """What it says until it ends; no process that names the folder outlives it, whatever becomes of the test."""
     try:
         out = process.communicate(timeout=SECONDS)[0]
+    except subprocess.TimeoutExpired as error:
+        raise AssertionError(f"after {SECONDS} seconds: {error.output.decode()}") from None
     finally:
         for place in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
