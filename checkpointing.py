@@ -6,7 +6,6 @@ import errno
 import os
 import re
 import shutil
-import socket
 import weakref
 import zipfile
 from collections.abc import Iterator
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
+
+from restarts import launcher
 
 LOCK = ".lock"
 EPOCH_FILE = re.compile(r"epoch_(\d+)\.pth")
@@ -164,7 +165,7 @@ def _first_usable(paths: list[Path]) -> tuple[Path, dict] | None:
 def claim(folder: Path) -> BinaryIO:
     """Keeps other runs out of a folder for as long as the returned file stays open, and this process lives.
 
-    Nothing that was there is changed by it: a run that goes ahead signs it.
+    Who claimed it stays written there until `sign`: what the folder holds is not this run's yet.
 
     Raises:
         CheckpointError: another run has claimed it.
@@ -185,9 +186,9 @@ def claim(folder: Path) -> BinaryIO:
 
 
 def sign(claim: BinaryIO) -> None:
-    """Writes into a claim who started this run."""
+    """Writes into a claimed folder, once all in it belongs to this run, who has started this process."""
     claim.truncate(0)
-    claim.write(_launcher())
+    claim.write(launcher().encode())
     claim.flush()
 
 
@@ -198,14 +199,10 @@ def _close_in_forked_processes(file: BinaryIO) -> None:
         os.register_at_fork(after_in_child=lambda: claimed() and claimed().close())
 
 
-def _launcher() -> bytes:
-    return f"{socket.gethostname()} {os.getppid()}".encode()
-
-
-def was_claimed_by_us(folder: Path) -> bool:
-    """Whether the last run that signed its claim to this folder was started by the same launcher as this process."""
+def is_ours(folder: Path) -> bool:
+    """Whether the run in this folder was started by the same launcher as this process."""
     lock = folder / LOCK
-    return lock.is_file() and lock.read_bytes() == _launcher()
+    return lock.is_file() and lock.read_bytes() == launcher().encode()
 
 
 def set_aside(folder: Path, after: int = 0) -> Path | None:

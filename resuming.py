@@ -144,9 +144,8 @@ SAME_BITS = {
 
 
 def restarted(config: Config) -> bool:
-    """Whether torchrun --max-restarts has started this run anew, after a process of it died."""
-    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    return again and checkpointing.was_claimed_by_us(Path(config.checkpoint_dir))
+    """Whether torchrun --max-restarts has started this run anew, after a process of it died, on any machine."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and checkpointing.is_ours(Path(config.checkpoint_dir))
 
 
 def contents(config: Config, train: COCOPersonDataset, val: COCOPersonDataset) -> dict[str, str]:
@@ -318,8 +317,8 @@ def prepare_folder(config: Config, run: Run, claim: BinaryIO | None) -> BinaryIO
     with writable(folder):
         folder.mkdir(parents=True, exist_ok=True)
         claim = claim or checkpointing.claim(folder)
-        checkpointing.sign(claim)
         aside = make_room(folder, run, went_back=Path(config.resume) == run.source)
+        checkpointing.sign(claim)
     if aside:
         print(f"an earlier run's files were moved to {aside}", flush=True)
     return claim

@@ -17,6 +17,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import restarts
+
 # --- loss -------------------------------------------------------------------------------------------------
 
 
@@ -353,7 +355,7 @@ def use_every_gpu(argv: list[str]) -> None:
     command = spread_command(os.environ, parent_arguments, torch.cuda.device_count(), argv)
     if command is not None:
         kept = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC") and k not in LAUNCHER_VARIABLES}
-        os.execve(command[0], command, kept)
+        os.execve(command[0], command, kept | {restarts.LAUNCHER: restarts.launcher()})
 
 
 EACH_ITS_GPU = "cuda:{local_rank}"  # the device setting that means: every process its own GPU
@@ -395,7 +397,9 @@ def start_processes(device_setting: str) -> Processes:
         torch.cuda.set_device(device)  # before anything is loaded, or every process would touch GPU 0
     if place["world_size"] > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
+        store = restarts.meeting_place(place["rank"], place["world_size"])
+        ranks = {"rank": place["rank"], "world_size": place["world_size"]}
+        dist.init_process_group(backend, store=store, device_id=device if device.type == "cuda" else None, **ranks)
     return Processes(device, note, **place)
 
 

@@ -25,6 +25,7 @@ from test_runs import ROOT, TIMES, history, same, script, state
 from test_trainer import Tiny, flags, quick, refusal, small  # noqa: F401
 
 import checkpointing
+import restarts
 import safety
 import trainer
 import utils
@@ -394,9 +395,21 @@ def test_a_restart_by_torchrun_goes_on_without_being_asked(straight, coco_root, 
     with monkeypatch.context() as patch:
         after_batch(patch, BATCHES + 3, kill)
         run(settings, Killed)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     trainer.main(settings)
     assert_the_same(tmp_path / "run", straight)
+
+
+def test_a_new_launch_by_torchrun_does_not_take_an_earlier_ones_run_for_its_own(coco_root, tmp_path, monkeypatch):
+    settings = small(coco_root, tmp_path / "run", num_epochs=1)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # what every plain torchrun calls itself
+    monkeypatch.setenv(restarts.LAUNCHER, "the first")
+    trainer.main(settings)
+    assert not list((tmp_path / "run").glob("earlier_*"))
+    monkeypatch.setenv(restarts.LAUNCHER, "the second")
+    trainer.main(settings)
+    (aside,) = (tmp_path / "run").glob("earlier_*")
+    assert (aside / "last.pth").exists()
 
 
 def test_a_restart_does_not_go_back_to_the_file_that_was_given(coco_root, tmp_path, monkeypatch, capsys):
@@ -405,7 +418,7 @@ def test_a_restart_does_not_go_back_to_the_file_that_was_given(coco_root, tmp_pa
     with monkeypatch.context() as patch:
         after_batch(patch, 3, kill)
         run(settings, Killed)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     trainer.main(settings)
     assert f"going on from {tmp_path / 'run' / 'last.pth'}, after epoch 1, step 2" in capsys.readouterr().out
 
@@ -561,6 +574,10 @@ def counting(*args):
         open(mark, "w").close()
         os.kill(os.getpid(), signal.SIGKILL)
 utils.Tally.update = counting
+if gpus := os.environ.get("GPUS"):  # that are not there: processes for as many, on the CPU
+    torch.cuda.device_count, count = lambda: int(gpus), torch.cuda.device_count
+    utils.use_every_gpu(sys.argv)
+    torch.cuda.device_count = count
 if seen := os.environ.get("SEEN"):  # without augmentation sums tell the photos apart
     open_data = trainer.open_data
     def plain(*args):

@@ -409,4 +409,4 @@ def test_a_resume_that_is_refused_leaves_no_claim_behind(signed, coco_root, tmp_
     assert before == {path.name: path.read_bytes() for path in run.iterdir()}
     checkpointing.claim(run).close()  # the same process may have it at once
     trainer.main(small(coco_root, run, num_epochs=2, resume="newest"))
-    assert checkpointing.was_claimed_by_us(run)
+    assert checkpointing.is_ours(run)
