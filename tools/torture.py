@@ -1,6 +1,6 @@
 """Interrupts trainings at random moments until they are through, and compares them with some that were left in peace.
 
-    python tools/torture.py                          # 100 kills, 20 terminations: about half an hour on two cores
+    python tools/torture.py                          # 100 kills, 20 terminations
     python tools/torture.py --kills 10 --terminations 2 --seed 7
 
 Kills are by SIGKILL: of a run of one process at any moment, while it writes or while it validates, and of one rank of
@@ -112,7 +112,7 @@ def strike(training: Training, what: str, tally: Tally) -> None:
         return None
     insist(training.process.returncode != 0, "its exit code does not tell of the kill")
     tally.aims[what] += 1
-    tally.hits.update({WRITE: training.writing(), VALIDATION: training.validating()})
+    tally.hits += Counter({WRITE: int(training.writing()), VALIDATION: int(training.validating())})
     return None
 
 
