@@ -53,9 +53,9 @@ def read_photo(path: Path, size: tuple[int, int]) -> np.ndarray:
         DataError: the file cannot be read, or its size is not the annotation's; names the file.
     """
     try:
-        if path.stat().st_size > MAX_FILE_SIZE:
-            raise DataError(f"the photo {path} cannot be read: it is larger than {MAX_FILE_SIZE >> 20} MiB")
         with open(path, "rb", buffering=0) as file:
+            if os.fstat(file.fileno()).st_size > MAX_FILE_SIZE:
+                raise DataError(f"the photo {path} cannot be read: it is larger than {MAX_FILE_SIZE >> 20} MiB")
             encoded = np.frombuffer(file.read(), np.uint8)
     except OSError as error:
         raise DataError(f"the photo {path} cannot be read: {error.strerror}") from None
