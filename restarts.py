@@ -5,22 +5,29 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import subprocess
 import time
 from pathlib import Path
 from uuid import uuid4
 
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
 LAUNCHER = "SILUETA_LAUNCHER"  # the launcher's name, for processes that are started by way of another one
 
 
 def launcher() -> str:
     """Names the process that starts this one, again and again if need be: another one never has the same name."""
-    parent, started = os.getppid(), ""
-    with contextlib.suppress(OSError):  # no Linux; there a container's processes have the same numbers every time
-        started = Path(f"/proc/{parent}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
-    return os.environ.get(LAUNCHER) or f"{socket.gethostname()} {parent} {started}"
+    return os.environ.get(LAUNCHER) or f"{socket.gethostname()} {os.getppid()} {_start_of(os.getppid())}"
+
+
+def _start_of(process: int) -> str:
+    """When it was started: a process's number comes again, in a container every time."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
+    except OSError:  # no Linux
+        with contextlib.suppress(OSError):  # nor macOS
+            return subprocess.run(["ps", "-o", "lstart=", "-p", str(process)], capture_output=True, text=True).stdout
+    return ""
 
 
 def meeting_place(rank: int, world_size: int) -> dist.Store:
@@ -30,7 +37,7 @@ def meeting_place(rank: int, world_size: int) -> dist.Store:
     dead, and wait for them. Nor is its count of restarts a name for an attempt: each machine counts for itself, and
     one that starts anew because another machine did does not count. So the main process makes up a name.
     """
-    store = next(rendezvous("env://", rank, world_size))[0]
+    store = next(dist.rendezvous("env://", rank, world_size))[0]
     name = uuid4().hex
     if rank == 0:
         _tell(name, store, world_size)

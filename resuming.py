@@ -22,7 +22,7 @@ import reporting
 import safety
 import utils
 from command_line import flag
-from safety import BrokenNumbersError, Stopped, Watch
+from safety import BrokenNumbersError, FiniteSteps, Stopped, Watch
 from utils import Processes, Tally
 
 if TYPE_CHECKING:
@@ -54,7 +54,8 @@ class Run:
     step: int = 0  # of the epoch that has begun, so many are done
     tally: Tally | None = None  # and these are its figures so far
     dataset: TolerantDataset | None = None  # of the training, which knows the photos that could not be read
-    broken_in_a_row: int = 0  # of the last steps, so many had no finite loss or gradient
+    finite: FiniteSteps | None = None  # of the epoch that has begun
+    broken_in_a_row: int = 0  # of the last steps before it, so many had no finite loss or gradient
     learning_rate: float = 0.0  # of the last step
     best_iou: float = -1.0
     best: dict | None = None  # the best model, until it is on the disk
@@ -69,7 +70,7 @@ class Run:
         parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
         numbers = {name: getattr(self, name) for name in self.NUMBERS}
         place = {"epoch": self.epochs_done, "step": self.step, "tallies": tallies or []}
-        place |= {"world_size": self.world_size, "data": self.data}
+        place |= {"world_size": self.world_size, "data": self.data, "broken_in_a_row": self.broken_in_a_row}
         return {**place, "config": dataclasses.asdict(config), **parts, **numbers}
 
     def result(self, config: Config, metrics: dict[str, float]) -> dict:
@@ -88,10 +89,12 @@ class Run:
             return []
         if self.dataset is not None:
             self.tally.bad_photos = self.dataset.bad()
+        if self.finite is not None:
+            self.tally.skipped, self.broken_in_a_row = self.finite.fetch(), self.finite.in_a_row
         return [self.tally.state()]
 
     def end_epoch(self) -> None:
-        self.epochs_done, self.step, self.tally = self.epochs_done + 1, 0, None
+        self.epochs_done, self.step, self.tally, self.finite = self.epochs_done + 1, 0, None, None
 
     def restore(self, content: dict, config: Config, processes: Processes) -> None:
         """Takes over a checkpoint.
@@ -114,6 +117,7 @@ class Run:
         for name in self.NUMBERS:
             setattr(self, name, content[name])
         self.epochs_done, tallies = content["epoch"], content["tallies"]
+        self.broken_in_a_row = content.get("broken_in_a_row", 0)  # an older checkpoint does not know
         photos_done = content["step"] * len(tallies) * photos_per_step(content["config"])
         self.step = photos_done // (processes.world_size * photos_per_step(dataclasses.asdict(config)))
         if tallies:
@@ -160,7 +164,7 @@ def contents(config: Config, train: COCOPersonDataset, val: COCOPersonDataset) -
 def find_checkpoint(
     config: Config, world_size: int, photos: int, data: dict[str, str] | None
 ) -> tuple[Path, dict] | tuple[None, None]:
-    """What --resume goes on from; nothing where there is nothing yet, so that one command serves for ever.
+    """What --resume, or a restart, goes on from; nothing where there is nothing yet: one command serves for ever.
 
     Args:
         config: the settings of the run that is to go on.
@@ -172,8 +176,10 @@ def find_checkpoint(
         CheckpointError: the given file cannot be used.
         ConfigError: a setting or the data differs from the checkpoint's that must not.
     """
-    folder = Path(config.checkpoint_dir)
-    newest = config.resume in ("", NEWEST) or restarted(config)  # not a given file for a second time
+    folder, again = Path(config.checkpoint_dir), restarted(config)
+    if not (config.resume or again):
+        return None, None
+    newest = config.resume in ("", NEWEST) or again  # not a given file for a second time
     path, checkpoint = (checkpointing.newest_usable(folder) if newest else None) or (None, None)
     if checkpoint is None and config.resume not in ("", NEWEST):
         path, checkpoint = Path(config.resume), checkpointing.load(config.resume)
@@ -197,7 +203,8 @@ def refuse_another_run(path: Path, checkpoint: dict, config: Config, photos: int
         pairs |= {f"{Path(config.data_root) / name}:": (then, data.get(name)) for name, then in known.items()}
     for name, (then, now) in pairs.items():
         if then != now:
-            raise ConfigError(f"{path} was trained with {name} {then} and cannot go on with {now}")
+            advice = ": restore it, or begin a new run" if name.endswith(":") else ""
+            raise ConfigError(f"{path} was trained with {name} {then} and cannot go on with {now}{advice}")
 
 
 def before_or_default(before: dict, name: str, config: Config) -> object:
@@ -295,7 +302,7 @@ def insist_on_saving(run: Run, config: Config) -> None:
 def claim_folder(config: Config) -> BinaryIO | None:
     """Claims the folder before a checkpoint in it is read: no other run may write a newer one in between.
 
-    None where no run has written yet, so that a setting that is refused leaves no trace.
+    None where no run has claimed it yet, so that a setting that is refused leaves no trace.
 
     Raises:
         ConfigError: it cannot be written.

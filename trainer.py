@@ -44,7 +44,6 @@ from resuming import (
     find_checkpoint,
     insist_on_saving,
     prepare_folder,
-    restarted,
     save_epoch,
     save_unfinished,
     saved_when_stopped,
@@ -125,13 +124,13 @@ def main(config: Config) -> None:
     torch.manual_seed(config.seed)
     processes = utils.start_processes(config.device)
     train_loader, val_loader = open_data(config, processes)
-    data = contents(config, train_loader.dataset.dataset, val_loader.dataset.dataset)
-    claim = claim_folder(config) if processes.is_main else None
+    data = contents(config, train_loader.dataset.dataset, val_loader.dataset.dataset) if processes.is_main else None
+    claim = utils.on_main(lambda: claim_folder(config), processes)
     run = start_run(config, processes, len(train_loader.dataset), data)
     run.train_on(train_loader.dataset)
+    claim = utils.on_main(lambda: prepare_folder(config, run, claim), processes)  # held until this function ends
     criterion = LossCalculator(config.colour_weight, config.bce_weight, config.dice_weight)
     if processes.is_main:
-        claim = prepare_folder(config, run, claim)  # which holds it until this function ends
         print(describe(run, config, processes, train_loader, val_loader), flush=True)
         if run.epochs_done >= config.num_epochs:
             print(f"all {config.num_epochs} epochs are done: a higher --num-epochs goes on", flush=True)
@@ -161,7 +160,7 @@ def train_one_epoch(
     """Trains on every photo once, or on those that are left. Returns the epoch's figures over all processes."""
     run.model.train()
     run.tally, steps = run.tally or Tally(processes.device), math.ceil(len(loader) / config.accumulate)
-    finite = FiniteSteps(run.model, processes.device, run.tally.skipped, run.broken_in_a_row)
+    run.finite = finite = FiniteSteps(run.model, processes.device, run.tally.skipped, run.broken_in_a_row)
     progress = reporting.Progress(loader, f"epoch {epoch + 1}/{config.num_epochs}", processes.is_main,
                                   config.log_every * config.accumulate, run.step * config.accumulate)  # fmt: skip
     left = progress.watch(batches(loader, epoch, run.step * config.accumulate))
@@ -281,8 +280,7 @@ def draw_sample(config: Config) -> None:
 def start_run(config: Config, processes: Processes, photos: int, data: dict[str, str] | None = None) -> Run:
     """The model and what trains it, from the first weights or from a checkpoint of these `contents`."""
     # The main process's disk decides: on several machines the others may have no checkpoint, or another one.
-    wanted = processes.is_main and (config.resume or restarted(config))
-    found = find_checkpoint(config, processes.world_size, photos, data) if wanted else (None, None)
+    found = utils.on_main(lambda: find_checkpoint(config, processes.world_size, photos, data), processes)
     source, checkpoint = utils.from_main(found)
     pretrained = config.pretrained and checkpoint is None
     weights_file = config.encoder_weights if pretrained and config.encoder_weights else None
@@ -378,7 +376,8 @@ def check(config: Config) -> None:
     if config.encoder_weights and not config.pretrained:
         raise ConfigError("--encoder-weights needs --pretrained, which --no-pretrained or --sample has turned off")
     if config.batch_size == 1 and config.image_size == SMALLEST_INPUT:
-        raise ConfigError("--batch-size 1 at --image-size 32 leaves BatchNorm a single value: make one of them larger")
+        raise ConfigError(f"--batch-size 1 at --image-size {SMALLEST_INPUT} leaves BatchNorm a single value: "
+                          "make one of them larger")  # fmt: skip
 
 
 def run_command(argv: list[str]) -> int:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -397,7 +398,10 @@ def start_processes(device_setting: str) -> Processes:
         torch.cuda.set_device(device)  # before anything is loaded, or every process would touch GPU 0
     if place["world_size"] > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        store = restarts.meeting_place(place["rank"], place["world_size"])
+        try:
+            store = restarts.meeting_place(place["rank"], place["world_size"])
+        except dist.DistError as error:
+            raise LaunchError(f"the processes do not find one another: {error}") from None
         ranks = {"rank": place["rank"], "world_size": place["world_size"]}
         dist.init_process_group(backend, store=store, device_id=device if device.type == "cuda" else None, **ranks)
     return Processes(device, note, **place)
@@ -416,6 +420,19 @@ def one_process_first(processes: Processes) -> Iterator[None]:
     yield
     if dist.is_initialized() and processes.local_rank == 0:
         dist.barrier()
+
+
+def on_main(work: Callable[[], Any], processes: Processes) -> Any:
+    """What the main process alone does; None on the others. If it fails, they end as well, without a word."""
+    result = error = None
+    if processes.is_main:
+        try:
+            result = work()
+        except Exception as problem:  # raised as soon as the others know, who would wait for ever
+            error = problem
+    if from_main(error is not None):
+        raise error or SystemExit(2)
+    return result
 
 
 def from_main(value: object) -> object:

@@ -331,6 +331,10 @@ def test_a_photo_that_claims_to_be_larger_is_refused_before_it_is_decoded(tmp_pa
     jpeg[at : at + 4] = struct.pack(">HH", 65_000, 64_000)
     (tmp_path / "bomb.jpg").write_bytes(jpeg)
     assert "64000 x 65000" in refusal(read_photo, tmp_path / "bomb.jpg", (48, 64))
+    bare = b"\xff\xd8\xff\x01\xff\xfe" + jpeg[2:]  # no length comes after 01: who takes one skips the real size
+    harmless = b"\xff\xc0\0\x11\x08" + struct.pack(">HH", 64, 48)
+    (tmp_path / "bomb.jpg").write_bytes(bare.ljust(2 + 2 + 0xFFFE, b"\0") + harmless)
+    assert "cannot be read" in refusal(read_photo, tmp_path / "bomb.jpg", (48, 64))
     with (tmp_path / "sparse.jpg").open("wb") as file:
         file.truncate(2**40)
     assert "sparse.jpg" in refusal(read_photo, tmp_path / "sparse.jpg", (48, 64))

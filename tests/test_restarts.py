@@ -30,7 +30,7 @@ def finish(process: subprocess.Popen, folder: Path) -> str:
     try:
         out = process.communicate(timeout=SECONDS)[0]
     except subprocess.TimeoutExpired as error:
-        raise AssertionError(f"after {SECONDS} seconds: {error.output.decode()}") from None
+        raise AssertionError(f"after {SECONDS} seconds: {(error.output or b'').decode()}") from None
     finally:
         for place in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
@@ -83,7 +83,7 @@ def meet(store: dist.Store, late: set[int]) -> list[dist.Store]:
 def test_an_attempts_processes_meet_one_another_and_find_nothing_of_an_earlier_attempt(late, monkeypatch):
     store = dist.HashStore()
     store.set_timeout(timedelta(seconds=10))
-    monkeypatch.setattr(restarts, "rendezvous", lambda *_: iter([(store, None, None)]))
+    monkeypatch.setattr(dist, "rendezvous", lambda *_: iter([(store, None, None)]))
     for attempt in range(3):
         places = meet(store, late if attempt else set())
         assert not any(place.check(["address"]) for place in places)

@@ -348,7 +348,7 @@ def test_other_data_of_as_many_photos_is_refused_with_both_checksums(change, spl
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     path = edit(coco_root, change, split=split)
     error = refusal(capsys, *flags(dataclasses.replace(settings, num_epochs=2, resume="newest")))
-    said = re.search(r"trained with (\S+): (.*) and cannot go on with (.*)", error)
+    said = re.search(r"trained with (\S+): (.*) and cannot go on with (.*): restore it, or begin a new run", error)
     photos = 10 if split == "train2017" else 5
     assert said[1] == str(path)
     assert said[2] == data[f"annotations/{path.name}"] != said[3]
@@ -462,6 +462,14 @@ def test_ten_in_a_row_are_counted_over_epochs_that_have_fewer_steps(coco_root, t
     models = [load(tmp_path / f"epoch_{epoch:04d}.pth")["model"] for epoch in (2, 3, 4)]
     weights = [{name: value for name, value in model.items() if "num" not in name} for model in models]
     assert all(same(weights[0], other) for other in weights)
+
+
+def test_broken_steps_before_a_stop_count_with_those_after_it(coco_root, tmp_path, monkeypatch, capsys):
+    break_losses(monkeypatch, 1)
+    trainer.main(small(coco_root, tmp_path, num_epochs=2))
+    error = refusal(capsys, *flags(small(coco_root, tmp_path, num_epochs=9, resume="newest", keep_checkpoints=0)))
+    assert "10 steps in a row" in error
+    assert [row["skipped_steps"] for row in history(tmp_path)] == ["3", "3", "3"]  # and the first of the fourth epoch
 
 
 def test_where_there_is_no_checkpoint_yet_none_is_named(coco_root, tmp_path, monkeypatch, capsys):

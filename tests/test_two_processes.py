@@ -18,7 +18,7 @@ from test_runs import TIMES, history, same
 from test_trainer import Tiny, small
 
 import trainer
-from checkpointing import load
+from checkpointing import claim, load
 from utils import LossCalculator
 
 
@@ -60,8 +60,8 @@ class Eventful(LossCalculator):
         return (loss * math.nan if what == "nan" else loss), terms
 
 
-def train(folder: Path, settings, event: tuple = ()) -> list[dict]:
-    """What each of the two ranks ends with."""
+def train(folder: Path, settings, event: tuple = (), codes: tuple[int, int] = (0, 0)) -> list[dict]:
+    """What each of the two ranks ends with; `codes` are those of the processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -74,8 +74,8 @@ def train(folder: Path, settings, event: tuple = ()) -> list[dict]:
     for rank in ranks:
         rank.join(120)
         rank.kill()
-    assert [rank.exitcode for rank in ranks] == [0, 0]
-    return [torch.load(folder / f"rank{rank}.pth") for rank in (0, 1)]
+    assert tuple(rank.exitcode for rank in ranks) == codes
+    return [torch.load(path) for path in sorted(folder.glob("rank*.pth"))]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -116,3 +116,11 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step_and_nothing_is_lost(ro
                       for name in ("run", "straight"))  # fmt: skip
     assert rows == expected
     assert [row["train_bad_photos"] for row in rows] == ["3", "3"]
+
+
+def test_what_the_main_process_is_refused_ends_both_and_is_said_once(root, tmp_path, capfd):
+    settings = small(root, tmp_path / "run", num_epochs=1)
+    train(tmp_path, settings)
+    with claim(tmp_path / "run"):
+        train(tmp_path, settings, codes=(1, 2))
+    assert capfd.readouterr().err.count("CheckpointError: another run is writing") == 1

@@ -34,7 +34,7 @@ class Training:
     """
 
     def __init__(self, folder: Path, processes: int, command: tuple[str, ...]):
-        self.folder, self.out = folder, ""
+        self.folder, self.out, self._started = folder, "", time.time()
         launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
         start = [sys.executable, *(launcher if processes > 1 else ()), *command]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", MARK: str(folder)}
@@ -100,7 +100,11 @@ class Training:
 
     def writing(self) -> bool:
         """Whether a file is being written, or was when the run was killed."""
-        return any(self.folder.glob(".*.part"))
+        for path in self.folder.glob(".*.part"):
+            with contextlib.suppress(FileNotFoundError):  # it has just been renamed
+                if path.stat().st_mtime >= self._started:  # not left behind by a kill
+                    return True
+        return False
 
     def resumed_at(self) -> Place | None:
         found = re.search(r"going on from .*?, after epoch (\d+)(?:, step (\d+))?", self.out)
