@@ -424,14 +424,13 @@ def one_process_first(processes: Processes) -> Iterator[None]:
 
 def on_main(work: Callable[[], Any], processes: Processes) -> Any:
     """What the main process alone does; None on the others. If it fails, they end as well, without a word."""
-    result = error = None
-    if processes.is_main:
-        try:
-            result = work()
-        except Exception as problem:  # raised as soon as the others know, who would wait for ever
-            error = problem
-    if from_main(error is not None):
-        raise error or SystemExit(2)
+    try:
+        result = work() if processes.is_main else None
+    except Exception:
+        from_main("failed")  # the others would wait for ever
+        raise
+    if from_main("done") == "failed":
+        raise SystemExit(2)
     return result
 
 

@@ -36,6 +36,9 @@ def take_part(rank: int, environment: dict[str, str], folder: Path, settings, ev
             code = 0
         except trainer.Stopped as stop:
             code = stop.code
+        except BaseException as error:
+            print("refused:", error)
+            raise
     (run,) = runs
     state = {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()["state"]}
     place = {"epoch": run.epochs_done, "step": run.step, "rates": run.scheduler.get_last_lr()}
@@ -118,9 +121,11 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step_and_nothing_is_lost(ro
     assert [row["train_bad_photos"] for row in rows] == ["3", "3"]
 
 
-def test_what_the_main_process_is_refused_ends_both_and_is_said_once(root, tmp_path, capfd):
+def test_what_the_main_process_is_refused_ends_both_and_is_said_once(root, tmp_path):
     settings = small(root, tmp_path / "run", num_epochs=1)
     train(tmp_path, settings)
     with claim(tmp_path / "run"):
         train(tmp_path, settings, codes=(1, 2))
-    assert capfd.readouterr().err.count("CheckpointError: another run is writing") == 1
+    said = [(tmp_path / f"rank{rank}.log").read_text() for rank in (0, 1)]
+    assert "refused: another run is writing" in said[0]
+    assert said[1] == "refused: 2\n"  # its exit code, and nothing to read
