@@ -190,7 +190,7 @@ def test_a_drawing_process_that_dies_is_named_with_the_file(coco_root, monkeypat
 
 
 def growth(held: list, make: Callable[[], object]) -> int:
-    """By how many objects the process grows while what is made is held; a thread may make one more, so ask again."""
+    """By how many objects the process grows while what is made is held; other threads make some too: ask again."""
     held.clear()
     gc.collect()
     before = len(gc.get_objects())
@@ -207,7 +207,8 @@ def test_an_open_index_is_a_few_objects_and_pages_that_every_process_shares(tmp_
         make_split(root, TRAIN, photos, photos)
         open_index(root, TRAIN)
         objects.append(min(growth(held, lambda root=root: open_index(root, TRAIN)) for _ in range(5)))
-    assert 0 < objects[1] == objects[2] < 100
+    assert 0 < objects[1] < 100
+    assert objects[2] < objects[1] + 20  # not one for each of 1,980 photos more; other threads may make a few
     (index,) = held
     for number in range(len(index)):
         index.file_name(number), index.alpha(number)
