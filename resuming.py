@@ -196,14 +196,14 @@ def find_checkpoint(
 
 def refuse_another_run(path: Path, checkpoint: dict, config: Config, photos: int, data: dict | None) -> None:
     before = checkpoint["config"]
-    pairs = {flag(name): (before_or_default(before, name, config), getattr(config, name)) for name in SAME_WHEN_RESUMED}
-    pairs["the training photos:"] = checkpoint["photos"], photos
+    set_to = {flag(key): (before_or_default(before, key, config), getattr(config, key)) for key in SAME_WHEN_RESUMED}
+    found = {"the training photos:": (checkpoint["photos"], photos)}
     if data is not None:
         known = checkpoint.get("data") or {}  # an older one knows the number of photos alone
-        pairs |= {f"{Path(config.data_root) / name}:": (then, data.get(name)) for name, then in known.items()}
-    for name, (then, now) in pairs.items():
+        found |= {f"{Path(config.data_root) / name}:": (then, data.get(name)) for name, then in known.items()}
+    for name, (then, now) in (set_to | found).items():
         if then != now:
-            advice = ": restore it, or begin a new run" if name.endswith(":") else ""
+            advice = ": restore it, or begin a new run" if name in found else ""
             raise ConfigError(f"{path} was trained with {name} {then} and cannot go on with {now}{advice}")
 
 

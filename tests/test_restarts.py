@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 from conftest import write_split
-from test_resume import TWO, assert_the_same, popen
+from test_resume import TWO, assert_the_same, left_over, popen
 from test_trainer import small
 
 import checkpointing
@@ -32,10 +32,9 @@ def finish(process: subprocess.Popen, folder: Path) -> str:
     except subprocess.TimeoutExpired as error:
         raise AssertionError(f"after {SECONDS} seconds: {(error.output or b'').decode()}") from None
     finally:
-        for place in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):
-                if str(folder).encode() in (place / "cmdline").read_bytes():
-                    os.kill(int(place.name), signal.SIGKILL)
+        for number in left_over(str(folder)):
+            with suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
     assert process.returncode == 0, out
     return out
 

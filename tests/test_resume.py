@@ -616,13 +616,13 @@ def popen(tmp_path, settings, *launcher: str, **environment: str) -> subprocess.
     return subprocess.Popen(command(tmp_path, settings, *launcher), cwd=ROOT, env=environment, **pipes)
 
 
-def left_over(word: str) -> list[str]:
-    """The command lines of the processes that name it."""
-    lines = []
+def left_over(word: str) -> dict[int, str]:
+    """The command lines of the processes that name it, by their numbers."""
+    lines = {}
     for place in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
-            lines.append(place.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
-    return [line for line in lines if word in line]
+            lines[int(place.parent.name)] = place.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    return {number: line for number, line in lines.items() if word in line}
 
 
 def test_sigterm_to_torchrun_ends_all_within_ten_seconds_with_everything_saved(coco_root, tmp_path):
