@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from checkpointing import BEST, LAST, CheckpointError, load, newest_usable
+from command_line import OneLineParser, UsageError
 from reporting import clock
 from tools.watched_training import Place, Training, processes_of
 
@@ -262,10 +263,20 @@ def main(kills: int, terminations: int, seed: int) -> int:
     return 1
 
 
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = OneLineParser("torture.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--kills", type=int, default=100, help="at random moments (%(default)s)")
+    parser.add_argument("--terminations", type=int, default=20, help="of torchrun, by SIGTERM (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the kinds' order and the moments (%(default)s)")
+    options = parser.parse_args(argv)
+    if min(options.kills, options.terminations) < 0 or not options.kills + options.terminations:
+        parser.error("--kills and --terminations are counts, and one of them must be above 0")
+    return options
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--terminations", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0, help="of the kinds' order and the moments")
-    arguments = parser.parse_args()
-    sys.exit(main(arguments.kills, arguments.terminations, arguments.seed))
+    try:
+        sys.exit(main(**vars(parse(sys.argv[1:]))))
+    except UsageError as error:
+        print(f"torture.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
