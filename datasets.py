@@ -25,11 +25,11 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
-from person_index import MAX_PIXELS, DataError, index_places, open_index
-from photo_cache import PhotoCache, open_cache
+from loading.cache import PhotoCache, open_cache
+from loading.index import MAX_PIXELS, DataError, index_places, open_index
 
 if TYPE_CHECKING:
-    from augmentation import Augmenter
+    from loading.augmentation import Augmenter
 
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns above this and refuses above its double
 
@@ -308,7 +308,9 @@ class COCOPersonDataset(Dataset):
 
 
 def _augmenter() -> Augmenter:
-    from augmentation import Augmenter  # here, because a prediction needs none and albumentations takes a second
+    from loading.augmentation import (
+        Augmenter,  # here, because a prediction needs none and albumentations takes a second
+    )
 
     return Augmenter()
 

@@ -34,13 +34,13 @@ import torch
 from PIL import Image, ImageColor
 from tqdm import tqdm
 
-import checkpointing
 import utils
-from command_line import OneLineParser, UsageError
-from cutter import Cutter, load
+from cutting.cutter import Cutter, load
+from cutting.edges import alpha_of, foreground, to_opacity
+from cutting.photos import Photo, PhotoError, compose, encode_png, photo_formats, read_photo, reason
 from datasets import letterbox, usable_cores
-from matting import alpha_of, foreground, to_opacity
-from photos import Photo, PhotoError, compose, encode_png, photo_formats, read_photo, reason
+from training import checkpoints
+from training.settings import OneLineParser, UsageError
 
 PIXELS_AT_WORK = 2**27  # of all photos that are read, cut or written at one moment
 BATCH_PIXELS = 2**25  # of the photos of one batch
@@ -52,7 +52,7 @@ class PredictError(ValueError):
 
 USER_ERRORS = (
     *(UsageError, PredictError, PhotoError),
-    *(checkpointing.CheckpointError, utils.LaunchError, torch.OutOfMemoryError),
+    *(checkpoints.CheckpointError, utils.LaunchError, torch.OutOfMemoryError),
 )
 
 
@@ -80,7 +80,7 @@ class Style:
 
 def write(pieces: list[bytes | memoryview], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with checkpointing.atomic_write(path) as file:
+    with checkpoints.atomic_write(path) as file:
         file.writelines(pieces)
 
 
@@ -269,7 +269,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = OneLineParser("predict.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("photos", nargs="+", metavar="PHOTO_OR_FOLDER", help="folders with all their subfolders")
-    add("--checkpoint", default=f"checkpoints/{checkpointing.BEST}", help="the trained model (%(default)s)")
+    add("--checkpoint", default=f"checkpoints/{checkpoints.BEST}", help="the trained model (%(default)s)")
     add("--output", default="cutouts", help="folder for the results (%(default)s)")
     add("--overwrite", action="store_true", help="make results again that are there already, instead of going on")
     kind = parser.add_mutually_exclusive_group()
@@ -298,7 +298,7 @@ def read_background(text: str | None) -> tuple[int, ...] | np.ndarray | None:
 
 def prepare_folder(folder: Path) -> None:
     try:
-        checkpointing.make_writable(folder)
+        checkpoints.make_writable(folder)
     except OSError as error:
         raise PredictError(f"--output {folder} cannot be written: {error.strerror}") from None
 

@@ -25,17 +25,16 @@ from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 from torch.utils.data import DataLoader
 
-import checkpointing
-import evaluation
-import reporting
+import evaluate
 import utils
-from broken_photos import TolerantDataset, dead_worker, name_bad_photos
-from command_line import UsageError, flag, read_settings
 from datasets import COCOPersonDataset, batches, make_loader, usable_cores
+from loading.index import DataError
+from loading.unreadable import TolerantDataset, dead_worker, name_bad_photos
 from models import ENCODERS, SMALLEST_INPUT, UNetAutoencoder, WeightsError
-from person_index import DataError
-from reporting import describe, history_row
-from resuming import (
+from training import checkpoints, report
+from training.interruptions import BrokenNumbersError, FiniteSteps, Stopped, Watch
+from training.report import describe, history_row
+from training.resuming import (
     NEWEST,
     ConfigError,
     Run,
@@ -49,7 +48,7 @@ from resuming import (
     saved_when_stopped,
     tried,
 )
-from safety import BrokenNumbersError, FiniteSteps, Stopped, Watch
+from training.settings import UsageError, flag, read_settings
 from utils import LossCalculator, Processes, Tally, autocast, groups, split, to_device
 
 
@@ -113,7 +112,7 @@ PREVIEW_PHOTOS = 6
 
 USER_ERRORS = (
     *(UsageError, ConfigError, DataError, WeightsError, BrokenNumbersError),
-    *(utils.LaunchError, checkpointing.CheckpointError),
+    *(utils.LaunchError, checkpoints.CheckpointError),
 )
 
 
@@ -138,7 +137,7 @@ def main(config: Config) -> None:
         for epoch in range(run.epochs_done, config.num_epochs):
             training = train_one_epoch(run, train_loader, criterion, epoch, config, processes, watch)
             utils.share_buffers(run.model)
-            validation = evaluate(run.model, val_loader, criterion, processes, run.amp_dtype, run.parts, watch)
+            validation = validate(run.model, val_loader, criterion, processes, run.amp_dtype, run.parts, watch)
             bad_photos = name_bad_photos(train_loader.dataset, val_loader.dataset, processes)
             run.end_epoch()
             if processes.is_main:
@@ -161,7 +160,7 @@ def train_one_epoch(
     run.model.train()
     run.tally, steps = run.tally or Tally(processes.device), math.ceil(len(loader) / config.accumulate)
     run.finite = finite = FiniteSteps(run.model, processes.device, run.tally.skipped, run.broken_in_a_row)
-    progress = reporting.Progress(loader, f"epoch {epoch + 1}/{config.num_epochs}", processes.is_main,
+    progress = report.Progress(loader, f"epoch {epoch + 1}/{config.num_epochs}", processes.is_main,
                                   config.log_every * config.accumulate, run.step * config.accumulate)  # fmt: skip
     left = progress.watch(batches(loader, epoch, run.step * config.accumulate))
     for group in groups(left, config.accumulate):
@@ -198,7 +197,7 @@ def train_one_epoch(
 
 
 @torch.inference_mode()
-def evaluate(
+def validate(
     model: nn.Module,
     loader: DataLoader,
     criterion: LossCalculator,
@@ -209,7 +208,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Measures a model on every validation photo, each in one process. Returns the figures over all of them."""
     model.eval()
-    tally, progress = Tally(processes.device), reporting.Progress(loader, "validation", processes.is_main, 1)
+    tally, progress = Tally(processes.device), report.Progress(loader, "validation", processes.is_main, 1)
     common = len(loader.dataset) // processes.world_size // loader.batch_size  # batches that every process has
     for number, batch in enumerate(progress.watch(batches(loader, 0))):
         for part in split([batch], parts, loader.batch_size):
@@ -260,7 +259,7 @@ def measure_checkpoint(config: Config) -> None:
     if config.sample:
         with utils.one_process_first(processes):
             draw_sample(config)
-    evaluation.evaluate_checkpoint(config.evaluate, config.data_root, config.val_split, processes)
+    evaluate.evaluate_checkpoint(config.evaluate, config.data_root, config.val_split, processes)
     utils.end_processes()
 
 
@@ -320,14 +319,14 @@ def write_down(
     row = history_row(run.epochs_done, training, validation) | bad_photos
     run.history.append(row)
     folder = Path(config.checkpoint_dir)
-    has_best = run.best or (folder / checkpointing.BEST).exists()
+    has_best = run.best or (folder / checkpoints.BEST).exists()
     is_best = validation["iou"] > run.best_iou or not has_best
     if is_best:
         run.best_iou, run.best = validation["iou"], run.result(config, validation)
     run.saved = save_epoch(run, config)
-    tried(lambda: reporting.save_preview(*preview(run, dataset), folder / "preview.png"))
-    print(reporting.table_line(row, config.num_epochs, is_best), flush=True)
-    if said := reporting.bad_photos_line(row, folder / checkpointing.SKIPPED):
+    tried(lambda: report.save_preview(*preview(run, dataset), folder / "preview.png"))
+    print(report.table_line(row, config.num_epochs, is_best), flush=True)
+    if said := report.bad_photos_line(row, folder / checkpoints.SKIPPED):
         print(said, flush=True)
     if row["skipped_steps"]:
         print(f"{row['skipped_steps']} steps had no finite loss or gradient and were skipped", flush=True)

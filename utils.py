@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import restarts
+from training import launching
 
 # --- loss -------------------------------------------------------------------------------------------------
 
@@ -356,7 +356,7 @@ def use_every_gpu(argv: list[str]) -> None:
     command = spread_command(os.environ, parent_arguments, torch.cuda.device_count(), argv)
     if command is not None:
         kept = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC") and k not in LAUNCHER_VARIABLES}
-        os.execve(command[0], command, kept | {restarts.LAUNCHER: restarts.launcher()})
+        os.execve(command[0], command, kept | {launching.LAUNCHER: launching.launcher()})
 
 
 EACH_ITS_GPU = "cuda:{local_rank}"  # the device setting that means: every process its own GPU
@@ -399,7 +399,7 @@ def start_processes(device_setting: str) -> Processes:
     if place["world_size"] > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         try:
-            store = restarts.meeting_place(place["rank"], place["world_size"])
+            store = launching.meeting_place(place["rank"], place["world_size"])
         except dist.DistError as error:
             raise LaunchError(f"the processes do not find one another: {error}") from None
         ranks = {"rank": place["rank"], "world_size": place["world_size"]}

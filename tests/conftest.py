@@ -15,9 +15,9 @@ import pytest
 import torch
 from pycocotools import mask as coco_mask
 
-import checkpointing
+from loading.index import DataError
 from models import UNetAutoencoder
-from person_index import DataError
+from training import checkpoints
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -117,7 +117,7 @@ def save_random_model(path: Path, epoch: int = 1, change: Callable[[dict], objec
     config = {"encoder": "resnet18", "use_attention": True, "image_size": 64}
     state = UNetAutoencoder("resnet18", pretrained=False).state_dict()
     change(state)
-    checkpointing.save({"epoch": epoch, "config": config, "model": state, "metrics": {}}, path)
+    checkpoints.save({"epoch": epoch, "config": config, "model": state, "metrics": {}}, path)
     return path
 
 

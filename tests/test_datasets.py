@@ -276,7 +276,7 @@ def test_importing_is_light_and_augmenting_asks_no_network():
         socket.socket.connect = lambda self, address: asked.append(address)
         import datasets
         print("albumentations" in sys.modules)
-        from augmentation import augmentations
+        from loading.augmentation import augmentations
         augmentations()
         print("albumentations" in sys.modules, asked)"""
     assert fresh_python(code) == ["False", "True []"]

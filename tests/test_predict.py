@@ -19,14 +19,14 @@ import torch
 from conftest import save_random_model, sharpen
 from PIL import Image, ImageCms, features
 
-import checkpointing
-import photos
 import predict
-from cutter import Cutter, load
+from cutting import photos
+from cutting.cutter import Cutter, load
+from cutting.photos import PhotoError, read_photo
 from datasets import letterbox
 from models import UNetAutoencoder
-from photos import PhotoError, read_photo
 from predict import run_command
+from training import checkpoints
 
 RNG = np.random.default_rng(0)
 PICTURE = cv2.resize(RNG.integers(0, 256, (6, 9, 3), dtype=np.uint8), (70, 50), interpolation=cv2.INTER_CUBIC)
@@ -626,14 +626,14 @@ def test_mistakes_get_one_line(tmp_path, run, stub, monkeypatch, arguments, word
 ])  # fmt: skip
 def test_checkpoint_of_another_kind_gets_one_line(tmp_path, run, checkpoint, monkeypatch, change):
     monkeypatch.chdir(tmp_path)
-    checkpointing.save(checkpointing.load(checkpoint) | change, tmp_path / "other.pth")
+    checkpoints.save(checkpoints.load(checkpoint) | change, tmp_path / "other.pth")
     code, lines, errors = run(save(tmp_path / "a.png"), "--checkpoint", "other.pth")
     assert (code, lines, len(errors)) == (2, [], 1)
     assert "other.pth holds no model that can be used here" in errors[0]
-    with pytest.raises(checkpointing.CheckpointError, match=r"\A.{1,300}\Z"):  # one line for Python as well
+    with pytest.raises(checkpoints.CheckpointError, match=r"\A.{1,300}\Z"):  # one line for Python as well
         load("other.pth", "cpu")
     torch.save({"weight": torch.zeros(3)}, tmp_path / "weights.pth")
-    with pytest.raises(checkpointing.CheckpointError, match="not a checkpoint of this program"):
+    with pytest.raises(checkpoints.CheckpointError, match="not a checkpoint of this program"):
         load(tmp_path / "weights.pth", "cpu")
 
 

@@ -24,13 +24,11 @@ from conftest import edit, write_split
 from test_runs import ROOT, TIMES, history, same, script, state
 from test_trainer import Tiny, flags, quick, refusal, small  # noqa: F401
 
-import checkpointing
-import restarts
-import safety
 import trainer
 import utils
-from checkpointing import load
-from safety import Stopped
+from training import checkpoints, interruptions, launching
+from training.checkpoints import load
+from training.interruptions import Stopped
 
 pytestmark = pytest.mark.usefixtures("tiny", "signals")
 STEPS, BATCHES = 3, 5  # an epoch's steps of training, and with the batches of validation: 10 and 5 photos by 4
@@ -46,7 +44,7 @@ def tiny(monkeypatch):
 @pytest.fixture
 def signals():
     """A run that was stopped ignores further signals until its process ends; the tests go on in it."""
-    before = {number: signal.getsignal(number) for number in safety.SIGNALS}
+    before = {number: signal.getsignal(number) for number in interruptions.SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -108,7 +106,7 @@ def assert_the_same(one: Path, other: Path) -> None:
 def test_stopped_by_a_signal_at_any_batch_it_ends_with_the_bits_of_the_straight_run(
     number, straight, coco_root, tmp_path, monkeypatch, capfd
 ):
-    which = safety.SIGNALS[number % 3]
+    which = interruptions.SIGNALS[number % 3]
     with monkeypatch.context() as patch:
         after_batch(patch, number, lambda: os.kill(os.getpid(), which))
         ending = run(small(coco_root, tmp_path / "run", num_workers=2 * (number % 2), **TWO), Stopped)
@@ -186,7 +184,7 @@ def test_a_checkpoint_that_does_not_know_them_goes_on(coco_root, tmp_path, monke
         assert run(small(coco_root, tmp_path, **BROKEN), Stopped)
     content = load(tmp_path / "last.pth")
     assert len(content["tallies"][0].pop("bad_photos")) == 1
-    checkpointing.save(content, tmp_path / "last.pth")
+    checkpoints.save(content, tmp_path / "last.pth")
     trainer.main(small(coco_root, tmp_path, resume="newest", **BROKEN))
     assert [row["train_bad_photos"] for row in history(tmp_path)] == ["1", "2"]
 
@@ -372,7 +370,7 @@ def test_a_checkpoint_that_knows_no_checksum_goes_on(coco_root, tmp_path):
     trainer.main(settings)
     content = load(tmp_path / "last.pth")
     data = content.pop("data")
-    checkpointing.save(content, tmp_path / "last.pth")
+    checkpoints.save(content, tmp_path / "last.pth")
     trainer.main(dataclasses.replace(settings, num_epochs=2, resume="newest"))
     assert load(tmp_path / "last.pth")["data"] == data
 
@@ -403,10 +401,10 @@ def test_a_restart_by_torchrun_goes_on_without_being_asked(straight, coco_root, 
 def test_a_new_launch_by_torchrun_does_not_take_an_earlier_ones_run_for_its_own(coco_root, tmp_path, monkeypatch):
     settings = small(coco_root, tmp_path / "run", num_epochs=1)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # what every plain torchrun calls itself
-    monkeypatch.setenv(restarts.LAUNCHER, "the first")
+    monkeypatch.setenv(launching.LAUNCHER, "the first")
     trainer.main(settings)
     assert not list((tmp_path / "run").glob("earlier_*"))
-    monkeypatch.setenv(restarts.LAUNCHER, "the second")
+    monkeypatch.setenv(launching.LAUNCHER, "the second")
     trainer.main(settings)
     (aside,) = (tmp_path / "run").glob("earlier_*")
     assert (aside / "last.pth").exists()
@@ -497,7 +495,7 @@ def full_disk(monkeypatch):
 
 def test_with_a_full_disk_it_goes_on_and_has_the_right_best_model_afterwards(coco_root, tmp_path, monkeypatch, capsys):
     ious, written = iter([0.5, 0.9, 0.3, 0.4]), {}
-    real, evaluate = os.fsync, trainer.evaluate
+    real, evaluate = os.fsync, trainer.validate
     full = {"until": 0, "epoch": 0}
 
     def fsync(descriptor):
@@ -514,7 +512,7 @@ def test_with_a_full_disk_it_goes_on_and_has_the_right_best_model_afterwards(coc
         return {**evaluate(*args), "iou": next(ious)}
 
     monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(trainer, "evaluate", scripted)
+    monkeypatch.setattr(trainer, "validate", scripted)
     trainer.main(small(coco_root, tmp_path / "run", num_epochs=4))
     out = capsys.readouterr().out
     assert "No space left on device: the training goes on, and it will be tried again" in out
@@ -536,7 +534,7 @@ def test_a_disk_full_from_the_first_epoch_on_does_not_make_a_later_one_the_best(
 
         patch.setattr(time, "sleep", make_room)
         trainer.main(small(coco_root, tmp_path / "run", **TWO))  # at its end it insists
-    assert waits == [safety.RETRY_SECONDS]
+    assert waits == [interruptions.RETRY_SECONDS]
     assert load(tmp_path / "run" / "best_model.pth")["epoch"] == 1
     assert load(tmp_path / "run" / "last.pth")["epoch"] == 2
     assert len(history(tmp_path / "run")) == 2
@@ -552,11 +550,11 @@ def test_a_run_that_never_finds_room_ends_with_one_line(coco_root, tmp_path, mon
 
 
 def test_after_a_failed_save_the_next_step_does_not_wait_a_quarter_of_an_hour(coco_root, tmp_path, monkeypatch):
-    monkeypatch.setattr(safety, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(interruptions, "RETRY_SECONDS", 0.0)
     saves = []
-    real = trainer.checkpointing.save_last
-    monkeypatch.setattr(checkpointing, "save_epoch", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
-    monkeypatch.setattr(checkpointing, "save_last", lambda *args: (saves.append(1), real(*args)))
+    real = trainer.checkpoints.save_last
+    monkeypatch.setattr(checkpoints, "save_epoch", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    monkeypatch.setattr(checkpoints, "save_last", lambda *args: (saves.append(1), real(*args)))
     monkeypatch.setattr(trainer, "insist_on_saving", lambda *_: None)
     trainer.main(small(coco_root, tmp_path / "run", **TWO))
     assert saves == [1]  # the first step after the epoch that failed; then the clock is set anew
@@ -685,7 +683,7 @@ def test_a_killed_runs_workers_do_not_keep_its_folder(coco_root, tmp_path):
     wait_for(tmp_path / "run" / "last.pth")
     process.kill()
     process.wait()
-    checkpointing.claim(tmp_path / "run").close()
+    checkpoints.claim(tmp_path / "run").close()
     process.stdout.close()
 
 

@@ -17,12 +17,12 @@ from conftest import write_split
 from test_trainer import Tiny, flags, quick, refusal, small  # noqa: F401
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-import checkpointing
 import trainer
-from checkpointing import load
 from datasets import COCOPersonDataset, make_loader
 from models import UNetAutoencoder
 from tools import make_sample
+from training import checkpoints
+from training.checkpoints import load
 from utils import LossCalculator, Processes
 
 ROOT = Path(trainer.__file__).parent
@@ -120,8 +120,8 @@ def test_the_best_is_the_first_of_the_highest(coco_root, tmp_path, monkeypatch):
 
 def script(monkeypatch, ious: list[float]) -> None:
     """Lets the validation of the coming epochs find these."""
-    coming, real = iter(ious), trainer.evaluate
-    monkeypatch.setattr(trainer, "evaluate", lambda *args: {**real(*args), "iou": next(coming)})
+    coming, real = iter(ious), trainer.validate
+    monkeypatch.setattr(trainer, "validate", lambda *args: {**real(*args), "iou": next(coming)})
 
 
 @pytest.mark.usefixtures("tiny")
@@ -321,7 +321,7 @@ def test_two_processes_measure_what_one_does(coco_root, tmp_path):
     model = UNetAutoencoder("resnet18", False)
     model.load_state_dict(best["model"])
     loader = make_loader(COCOPersonDataset(coco_root, "val2017", 32), 2, 0, training=False)
-    alone = trainer.evaluate(model, loader, LossCalculator(), Processes(torch.device("cpu")), None)
+    alone = trainer.validate(model, loader, LossCalculator(), Processes(torch.device("cpu")), None)
     assert alone["images"] == 5
     assert best["metrics"] == pytest.approx(alone, abs=1e-6)
     assert float(history(run)[0]["val_loss"]) == pytest.approx(alone["loss"], rel=1e-5)
@@ -371,7 +371,7 @@ def test_a_finished_run_says_so_and_changes_nothing(coco_root, tmp_path, capsys)
 @pytest.mark.usefixtures("tiny")
 def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(coco_root, tmp_path, capsys):
     settings = small(coco_root, tmp_path, num_epochs=1)
-    with checkpointing.claim(tmp_path):
+    with checkpoints.claim(tmp_path):
         assert f"another run is writing to {tmp_path}" in refusal(capsys, *flags(settings))
     trainer.main(settings)
 
@@ -381,16 +381,16 @@ def test_a_folder_is_claimed_before_its_checkpoint_is_read(coco_root, tmp_path, 
     run, read = tmp_path / "run", []
     trainer.main(small(coco_root, run, num_epochs=1))
     settings = small(coco_root, run, num_epochs=2, resume="newest")
-    newest_usable = checkpointing.newest_usable
+    newest_usable = checkpoints.newest_usable
 
     def while_claimed(folder):
-        with pytest.raises(checkpointing.CheckpointError, match="another run is writing"):
-            checkpointing.claim(folder)
+        with pytest.raises(checkpoints.CheckpointError, match="another run is writing"):
+            checkpoints.claim(folder)
         read.append(folder)
         return newest_usable(folder)
 
-    monkeypatch.setattr(checkpointing, "newest_usable", while_claimed)
-    with checkpointing.claim(run):
+    monkeypatch.setattr(checkpoints, "newest_usable", while_claimed)
+    with checkpoints.claim(run):
         assert f"another run is writing to {run}" in refusal(capsys, *flags(settings))
     assert read == []
     trainer.main(settings)
@@ -407,6 +407,6 @@ def test_a_resume_that_is_refused_leaves_no_claim_behind(signed, coco_root, tmp_
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     assert "--seed" in refusal(capsys, *flags(small(coco_root, run, num_epochs=2, seed=3, resume="newest")))
     assert before == {path.name: path.read_bytes() for path in run.iterdir()}
-    checkpointing.claim(run).close()  # the same process may have it at once
+    checkpoints.claim(run).close()  # the same process may have it at once
     trainer.main(small(coco_root, run, num_epochs=2, resume="newest"))
-    assert checkpointing.is_ours(run)
+    assert checkpoints.is_ours(run)

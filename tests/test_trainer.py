@@ -23,12 +23,12 @@ from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import reporting
 import trainer
 import utils
 from datasets import COCOPersonDataset, batches, make_loader
 from models import UNetAutoencoder
 from trainer import LIMITS, SAMPLE, Config, Run, parse
+from training import report
 from utils import LossCalculator, Processes
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
@@ -242,7 +242,7 @@ def test_the_schedule_stands_still_on_a_skipped_step(coco_root, tmp_path, monkey
 def test_by_default_the_run_is_one_cycle():
     scheduler = trainer.start_run(Config(device="cpu"), ALONE, PHOTOS).scheduler
     assert (scheduler.T_0, scheduler.T_mult) == (100, 1)
-    assert reporting.unfinished_cycle(scheduler, 100) == ""
+    assert report.unfinished_cycle(scheduler, 100) == ""
 
 
 @pytest.mark.parametrize(
@@ -253,13 +253,13 @@ def test_by_default_the_run_is_one_cycle():
     ],
 )  # fmt: skip
 def test_a_run_that_ends_within_a_cycle_is_told_so(period, mult, epochs, ends):
-    note = reporting.unfinished_cycle(SimpleNamespace(T_0=period, T_mult=mult), epochs)
+    note = report.unfinished_cycle(SimpleNamespace(T_0=period, T_mult=mult), epochs)
     assert bool(note) == bool(ends)
     assert not ends or (f"{epochs} epochs" in note and "{} and {}".format(*ends) in note)
 
 
 def test_a_first_cycle_longer_than_the_run_is_named_once():
-    assert reporting.unfinished_cycle(SimpleNamespace(T_0=200, T_mult=1), 100).endswith("(cycles end after 200)")
+    assert report.unfinished_cycle(SimpleNamespace(T_0=200, T_mult=1), 100).endswith("(cycles end after 200)")
 
 
 @pytest.mark.parametrize(
@@ -327,7 +327,7 @@ def test_evaluate_is_the_mean_over_photos_and_changes_nothing(coco_root):
     assert len(set(ious)) == 5
     for batch_size in (1, 2, 5, 8):
         loader = make_loader(dataset, batch_size, 0, training=False)
-        figures = trainer.evaluate(model.train(), loader, criterion, ALONE, None)
+        figures = trainer.validate(model.train(), loader, criterion, ALONE, None)
         assert figures["iou"] == pytest.approx(np.mean(ious), rel=1e-9)
         assert figures["loss"] == pytest.approx(np.mean(losses), rel=1e-6)
         assert figures["images"] == 5

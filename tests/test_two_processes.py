@@ -18,7 +18,7 @@ from test_runs import TIMES, history, same
 from test_trainer import Tiny, small
 
 import trainer
-from checkpointing import claim, load
+from training.checkpoints import claim, load
 from utils import LossCalculator
 
 

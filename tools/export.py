@@ -31,14 +31,14 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it is in tools/ that Python looks
 
-import checkpointing
-from command_line import OneLineParser, UsageError
-from cutter import Cutter, load
+from cutting.cutter import Cutter, load
+from cutting.photos import PhotoError, read_photo
 from datasets import COCOPersonDataset, letterbox, resize
+from loading.index import DataError
 from models import UNetAutoencoder
-from person_index import DataError
-from photos import PhotoError, read_photo
 from predict import PredictError, photos_in
+from training import checkpoints
+from training.settings import OneLineParser, UsageError
 from utils import SegmentationMetrics
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class ExportError(ValueError):
     """A request that cannot be met, or a result that must not be used; the message is one line for the user."""
 
 
-USER_ERRORS = (UsageError, ExportError, PredictError, PhotoError, DataError, checkpointing.CheckpointError)
+USER_ERRORS = (UsageError, ExportError, PredictError, PhotoError, DataError, checkpoints.CheckpointError)
 
 
 # --- writing ----------------------------------------------------------------------------------------------
@@ -287,7 +287,7 @@ def spread(items: list | range, count: int = CHECKED_PHOTOS) -> list:
 def main(options: argparse.Namespace) -> None:
     require_packages()
     refuse_unwritable(options.output)
-    cutter, content = load(options.checkpoint, "cpu"), checkpointing.load(options.checkpoint)
+    cutter, content = load(options.checkpoint, "cpu"), checkpoints.load(options.checkpoint)
     dataset = open_split(options, options.split, cutter) if options.data_root else None
     if options.precision == "int8":
         open_split(options, options.calibration_split, cutter)  # early: the export takes its time
@@ -343,7 +343,7 @@ def measure_loss(reference: onnx.ModelProto, reduced: onnx.ModelProto, dataset: 
 def write(model: onnx.ModelProto, path: Path) -> None:
     data = model.SerializeToString()
     try:
-        with checkpointing.atomic_write(path) as file:
+        with checkpoints.atomic_write(path) as file:
             file.write(data)
     except OSError as error:
         raise ExportError(f"--output {path} cannot be written: {error.strerror}") from None

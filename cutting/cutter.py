@@ -1,0 +1,78 @@
+"""From a checkpoint and a photo to the persons on it: the network, its alpha at the photo's size, their colours."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import utils
+from cutting.edges import alpha_of, foreground, to_opacity
+from cutting.photos import as_photo
+from datasets import letterbox, to_rgba
+from models import SMALLEST_INPUT, UNetAutoencoder
+from training import checkpoints
+
+
+def load(checkpoint: str | Path, device: str = utils.EACH_ITS_GPU) -> Cutter:
+    """The model of a checkpoint, ready to cut; the checkpoint itself says which model that is.
+
+    Args:
+        checkpoint: `best_model.pth`, or any other that a training wrote.
+        device: e.g. "cpu", "cuda:1", "mps"; by default the first GPU, or the CPU where there is none.
+
+    Raises:
+        CheckpointError: no such file, damaged, or of another kind.
+        LaunchError: no such device.
+    """
+    name, _ = utils.pick_device(device, 0, torch.cuda.device_count(), torch.backends.mps.is_available())
+    content = checkpoints.load(checkpoint)
+    try:
+        config = content["config"]
+        model = UNetAutoencoder(config["encoder"], pretrained=False, use_attention=config["use_attention"])
+        model.load_state_dict(content["model"])
+        return Cutter(model, config["image_size"], torch.device(name), config.get("amp", True))
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        text = " ".join(str(error).split())[:160]  # PyTorch lists every tensor that is missing, a line each
+        raise checkpoints.CheckpointError(f"{checkpoint} holds no model that can be used here: {text}") from None
+
+
+class Cutter:
+    """Cuts the persons out of photos: `rgba = cut(photo)`.
+
+    Args:
+        image_size: pixels, the side of the square that the model was trained on.
+        amp: whether to compute in bfloat16 or float16 on a GPU.
+    """
+
+    def __init__(self, model: UNetAutoencoder, image_size: int, device: torch.device, amp: bool = True):
+        if not isinstance(image_size, int) or image_size < SMALLEST_INPUT:
+            raise ValueError(f"an image size of {image_size} pixels")
+        self.model = model.eval().to(device, memory_format=utils.memory_format(device))
+        self.image_size, self.device = image_size, device
+        self.amp_dtype = utils.autocast_dtype(device, amp)
+        # A GPU holds one batch at a time, whichever thread brings it; on a CPU every thread computes for itself.
+        self._turn = contextlib.nullcontext() if device.type == "cpu" else threading.Lock()
+
+    def __call__(self, photo: str | Path | Image.Image | np.ndarray) -> np.ndarray:
+        """A photo to uint8 RGBA (H, W, 4): the persons as straight alpha, the colours its own but at soft edges.
+
+        Raises:
+            PhotoError: the photo cannot be read.
+        """
+        photo = as_photo(photo)
+        square, metadata = letterbox(photo.rgb, self.image_size)
+        alpha = alpha_of(self.probabilities([square])[0], square, metadata, photo.rgb)
+        opacity = to_opacity(alpha, photo.alpha)
+        return to_rgba(foreground(photo.rgb, opacity, square, metadata, photo.alpha), opacity)
+
+    @torch.inference_mode()
+    def probabilities(self, squares: list[np.ndarray]) -> np.ndarray:
+        """uint8 RGB squares (S, S, 3) to the probabilities of a person, float32 (N, S, S)."""
+        with self._turn, torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
+            images = torch.from_numpy(np.stack(squares)).to(self.device).permute(0, 3, 1, 2)
+            return self.model.predict(images.float().div_(255))[:, 3].float().cpu().numpy()

@@ -1,0 +1,196 @@
+"""The edges of a cutout: alpha at the photo's own size, and the persons' colours where they mix with the background.
+
+Both are found on the network's square and applied to every pixel of the photo: they cost little at any size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import cv2
+import numpy as np
+
+from cutting.photos import strips
+from datasets import resize, restore, unpadded
+
+GUIDE_RADIUS = 2  # pixels of the square: an edge is looked for within so many
+GUIDE_EPSILON = 1e-4  # variance of the colours, in [0, 1], below which they say nothing: 2.5 steps of 8 bits
+FLAT = 1e-6  # variance of alpha below which there is no edge
+HAZE = 0.05  # probabilities this near to 0 or 1 are taken for it
+COLOUR_RADII = (6, 2)  # pixels of the square: from how far the colours of both sides of an edge are taken
+
+
+# --- alpha ------------------------------------------------------------------------------------------------
+
+
+def alpha_of(probabilities: np.ndarray, square: np.ndarray, metadata: dict, rgb: np.ndarray) -> np.ndarray:
+    """From the network's square to the photo's alpha: the one place where that happens.
+
+    Where the photo is larger than the square, alpha follows the photo's own edges: the fast guided filter (He and
+    Sun 2015), whose linear model of alpha by colour is fitted on the square and evaluated on the photo.
+
+    Args:
+        probabilities: of a person, float32 (S, S).
+        square, metadata: what `letterbox` returned for the photo, uint8 (S, S, 3).
+        rgb: the photo, uint8 (H, W, 3).
+
+    Returns:
+        float32 (H, W) in [0, 1], never stretched: where the model sees nobody it stays empty.
+    """
+    if metadata["scale"] >= 1:
+        return restore(probabilities, metadata)
+    factors, constant, edges = linear_model(
+        unpadded(square, metadata["padding"]), unpadded(probabilities, metadata["padding"])
+    )
+    alpha = resize(constant, rgb.shape[1::-1])
+    for rows, columns, local in enlarged_at(enlarged_mask(edges, alpha.shape), factors, alpha.shape):
+        alpha[rows, columns] += np.einsum("nc,nc->n", local, rgb[rows, columns])
+    return np.clip(alpha, 0, 1, out=alpha)
+
+
+def linear_model(guide: np.ndarray, alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of alpha by colour around each pixel: float32 factors (h, w, 3) of the colours in 0 to 255, constant (h, w).
+
+    The third is where the factors are not zero, uint8 (h, w).
+
+    The guided filter of He et al. 2013 for a colour guide, its equations 19 to 21. One thing is added: what the
+    colours cannot explain, such as an edge between equal ones, stays as the network drew it.
+    """
+    colours = guide.astype(np.float32) / 255
+    mean, mean_alpha = mean_around(colours), mean_around(alpha)
+    covariance = mean_around(colours * alpha[..., None]) - mean * mean_alpha[..., None]
+    variance = mean_around(alpha * alpha) - mean_alpha**2
+    edges = variance > FLAT  # elsewhere alpha's mean says it all
+    factors = np.zeros_like(colours)
+    factors[edges] = np.linalg.solve(spread(colours, mean, edges), covariance[edges][..., None])[..., 0]
+    constant = mean_around(mean_alpha - dot(factors, mean))
+    explained = np.clip(dot(factors, covariance) / np.maximum(variance, FLAT), 0, 1)
+    factors = mean_around(factors)
+    constant += mean_around(1 - explained) * (alpha - dot(factors, colours) - constant)
+    reached = cv2.dilate(edges.astype(np.uint8), np.ones((2 * GUIDE_RADIUS + 1,) * 2, np.uint8))
+    return factors / 255, constant, reached
+
+
+def dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.einsum("hwc,hwc->hw", a, b)
+
+
+def spread(colours: np.ndarray, mean: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """The covariance of the colours around each chosen pixel: (n, 3, 3), never singular."""
+    matrices = np.empty((np.count_nonzero(chosen), 3, 3), np.float32)
+    for i, j in ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2)):
+        covariance = mean_around(colours[..., i] * colours[..., j]) - mean[..., i] * mean[..., j]
+        matrices[:, i, j] = matrices[:, j, i] = covariance[chosen]
+    return matrices + GUIDE_EPSILON * np.eye(3, dtype=np.float32)
+
+
+def mean_around(values: np.ndarray, radius: int = GUIDE_RADIUS) -> np.ndarray:
+    return cv2.blur(values, (2 * radius + 1, 2 * radius + 1), borderType=cv2.BORDER_REFLECT)
+
+
+def enlarged_mask(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """The pixels of a photo of (height, width) that an interpolation from these of the square reaches, uint8 (H, W)."""
+    return cv2.resize(cv2.dilate(mask, np.ones((3, 3), np.uint8)), shape[::-1], interpolation=cv2.INTER_NEAREST)
+
+
+def enlarged_at(mask: np.ndarray, picture: np.ndarray, shape: tuple[int, int]) -> Iterator[tuple]:
+    """A float32 picture (h, w, 3) as a resize to (height, width) would give it, at the pixels of the mask alone.
+
+    Yields:
+        Rows (n,), columns (n,) and values (n, 3), some thousand pixels at a time.
+    """
+    scale = np.divide(picture.shape[1::-1], shape[::-1]).astype(np.float32)
+    for strip in strips(shape[0], 32):  # remap takes fewer than 2**15 places: of a wider photo several times
+        found = cv2.findNonZero(mask[strip])  # x and y; None where there is none
+        points = np.empty((0, 1, 2), np.int32) if found is None else found.reshape(-1, 1, 2) + (0, strip.start)
+        for start in range(0, len(points), 2**14):
+            chosen = points[start : start + 2**14]
+            places = ((chosen + 0.5) * scale - 0.5).astype(np.float32)
+            values = cv2.remap(picture, places, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+            yield chosen[:, 0, 1], chosen[:, 0, 0], values.reshape(-1, 3)
+
+
+def to_opacity(alpha: np.ndarray, photo_alpha: np.ndarray | None, threshold: float | None = None) -> np.ndarray:
+    """Alpha in [0, 1], float32 (H, W), as uint8 (H, W): soft, or with a threshold 255 above it and 0 elsewhere.
+
+    A network is never quite sure: without a margin a thin haze of the background would stay.
+
+    No more opaque than the photo was, by the smaller of the two: both draw the same person's edge, and a
+    product would eat it away a little more each time that a cutout is cut out again.
+    """
+    if threshold is None:
+        slope = 255 / (1 - 2 * HAZE)
+        opacity = cv2.convertScaleAbs(np.clip(alpha, HAZE, 1 - HAZE), alpha=slope, beta=-slope * HAZE)
+    else:
+        opacity = (alpha > threshold).astype(np.uint8) * np.uint8(255)
+    return opacity if photo_alpha is None else np.minimum(opacity, photo_alpha)
+
+
+# --- colours ----------------------------------------------------------------------------------------------
+
+
+def foreground(
+    rgb: np.ndarray, opacity: np.ndarray, square: np.ndarray, metadata: dict, photo_alpha: np.ndarray | None = None
+) -> np.ndarray:
+    """The persons' own colours: at a soft edge, without what the old background adds to them.
+
+    Args:
+        rgb, opacity: of the photo, uint8 (H, W, 3) and (H, W).
+        square, metadata: what `letterbox` returned for the photo.
+        photo_alpha: the photo's own, if it has one: where it is not opaque, its colours are pure already.
+
+    Returns:
+        uint8 (H, W, 3); the photo's own pixels wherever opacity is 0 or 255.
+    """
+    content = unpadded(square, metadata["padding"])
+    coarse = resize(opacity, content.shape[1::-1])
+    mixed = cv2.inRange(opacity, 1, 254) & cv2.resize(
+        between_sides(coarse), opacity.shape[::-1], interpolation=cv2.INTER_NEAREST
+    )
+    if photo_alpha is not None:
+        mixed[photo_alpha < 255] = 0
+    if not mixed.any():
+        return rgb
+    persons, background = colours_of_both_sides(content, coarse)
+    pure = rgb.copy()
+    at_persons, at_background = (enlarged_at(mixed, colours, opacity.shape) for colours in (persons, background))
+    for (rows, columns, inside), (_, _, outside) in zip(at_persons, at_background, strict=True):
+        pure[rows, columns] = unmix(rgb[rows, columns], opacity[rows, columns], inside, outside)
+    return pure
+
+
+def between_sides(opacity: np.ndarray) -> np.ndarray:
+    """Where persons and background are both near, uint8 0 or 255: elsewhere the colours of one side are unknown."""
+    window = np.ones((2 * COLOUR_RADII[0] + 1,) * 2, np.uint8)
+    return cv2.dilate(cv2.inRange(opacity, 230, 255), window) & cv2.dilate(cv2.inRange(opacity, 0, 25), window)
+
+
+def colours_of_both_sides(picture: np.ndarray, opacity: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The mean colours of the persons and of the background around each pixel: float32 (h, w, 3) in 0 to 255.
+
+    The blur fusion of Forte 2021 ("Approximate Fast Foreground Colour Estimation") with the second pass that he
+    recommends: far first, so that there are colours everywhere, then near.
+    """
+    colours, alpha = picture.astype(np.float32), cv2.cvtColor(opacity, cv2.COLOR_GRAY2RGB).astype(np.float32) / 255
+    persons = background = near_persons = near_background = colours
+    for radius in COLOUR_RADII:
+        weight = mean_around(alpha, radius)
+        near_persons = weighted_mean(persons, alpha, weight, near_persons, radius)
+        near_background = weighted_mean(background, 1 - alpha, 1 - weight, near_background, radius)
+        mixture = near_persons * alpha + near_background * (1 - alpha)
+        persons, background = np.clip(near_persons + alpha * (colours - mixture), 0, 255), near_background
+    return near_persons, near_background
+
+
+def weighted_mean(
+    colours: np.ndarray, weights: np.ndarray, total: np.ndarray, otherwise: np.ndarray, radius: int
+) -> np.ndarray:
+    """Of the colours around each pixel; `otherwise` where the weights there come to nothing."""
+    return np.where(total > 1e-3, mean_around(colours * weights, radius) / np.maximum(total, 1e-3), otherwise)
+
+
+def unmix(mixed: np.ndarray, opacity: np.ndarray, persons: np.ndarray, background: np.ndarray) -> np.ndarray:
+    """The persons' colours (n, 3), corrected by what their mixture with the background's leaves unexplained."""
+    alpha = opacity.astype(np.float32)[:, None] / 255
+    pure = persons + alpha * (mixed - persons * alpha - background * (1 - alpha))
+    return np.clip(pure + 0.5, 0, 255).astype(np.uint8)

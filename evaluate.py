@@ -1,0 +1,189 @@
+"""What a checkpoint is worth: on every validation photo, at the network's size and at the photo's own.
+
+Leaves a folder beside the checkpoint: metrics.json, photos.csv (a row a photo), worst.png (the worst twelve).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import utils
+from cutting.cutter import Cutter, load
+from cutting.edges import alpha_of, to_opacity
+from datasets import COCOPersonDataset, letterbox, usable_cores
+from loading.index import DataError
+from training import checkpoints, report
+from utils import Processes
+
+BOUNDARY_SHARE = 0.02  # of the image's diagonal: how far from the contour its boundary reaches (Cheng et al. 2021)
+WORST = 12  # photos of the contact sheet
+LEVELS = ("network", "original")  # where the masks are compared: the network's square, the photo's own size
+SIZES = {"all": (0.0, 2.0), "under 1 %": (0.0, 0.01), "1 to 10 %": (0.01, 0.1), "over 10 %": (0.1, 2.0)}
+METRICS = ("iou", "dice", "global_iou", "boundary_iou", "precision", "recall")
+
+
+def evaluate_checkpoint(checkpoint: str | Path, root: str | Path, split: str, processes: Processes) -> dict:
+    """Measures a checkpoint, every process its share of the photos; the main one prints a table and writes the files.
+
+    Returns:
+        What metrics.json holds.
+
+    Raises:
+        CheckpointError: it cannot be used, or nothing can be written beside it.
+        DataError: the photos cannot be used.
+    """
+    cutter = load(checkpoint, str(processes.device))
+    with utils.one_process_first(processes):
+        dataset = COCOPersonDataset(root, split, cutter.image_size)
+    folder = Path(checkpoint).with_name(f"{Path(checkpoint).stem}_on_{Path(root).resolve().name}_{split}")
+    if processes.is_main:
+        with named_failure(folder):
+            checkpoints.make_writable(folder)  # early: what was measured for an hour must find its place
+    cores = max(1, usable_cores() // processes.local_world_size)
+    share = range(processes.rank, len(dataset), processes.world_size)
+    found = utils.from_all(measure(cutter, dataset, share, cores))
+    left_out = sorted(reason for reason in found if isinstance(reason, str))
+    rows = sorted((row for row in found if isinstance(row, dict)), key=lambda row: row["index"])
+    if not rows:
+        raise DataError(f"no photo in {dataset.photos} can be read: {left_out[0]}")
+    facts = {"checkpoint": str(checkpoint), "data_root": str(root), "split": split, "image_size": cutter.image_size,
+             "left_out": len(left_out)}  # fmt: skip
+    result = {**facts, **{level: by_size(rows, level) for level in LEVELS}}
+    if processes.is_main:
+        print(table(result), flush=True)
+        if left_out:
+            print(f"{len(left_out)} left out of {len(dataset)}:", *left_out, sep="\n  ", file=sys.stderr)
+        write_files(result, rows, cutter, dataset, folder)
+        print(f"written to {folder}: metrics.json, photos.csv, worst.png", flush=True)
+    return result
+
+
+@contextmanager
+def named_failure(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise checkpoints.CheckpointError(f"{folder} cannot be written: {error.strerror}") from None
+
+
+# --- a photo ----------------------------------------------------------------------------------------------
+
+
+def measure(cutter: Cutter, dataset: COCOPersonDataset, indices: range, threads: int) -> list[dict | str]:
+    """A row a photo, or why it cannot be read.
+
+    One thread computes a photo from end to end, as in predict.py on a CPU: the same bits come out.
+    """
+    cv2.setNumThreads(1)
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        rows = pool.map(lambda index: measure_or_leave_out(cutter, dataset, index), indices)
+        return list(tqdm(rows, "evaluation", len(indices), leave=False, unit="photo", disable=None))
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C the photos that wait are left
+
+
+def measure_or_leave_out(cutter: Cutter, dataset: COCOPersonDataset, index: int) -> dict | str:
+    try:
+        return measure_photo(cutter, dataset, index)
+    except DataError as error:
+        return str(error)
+
+
+def measure_photo(cutter: Cutter, dataset: COCOPersonDataset, index: int) -> dict:
+    rgba = dataset.original(index)
+    rgb, mask = np.ascontiguousarray(rgba[..., :3]), rgba[..., 3]
+    square, metadata = letterbox(rgb, cutter.image_size)
+    probabilities = cutter.probabilities([square])[0]
+    opacity = to_opacity(alpha_of(probabilities, square, metadata, rgb), None, threshold=0.5)
+    scores = {
+        "network": compare(probabilities > 0.5, letterbox(mask, cutter.image_size)[0] > 0),
+        "original": compare(opacity > 0, mask > 0),
+    }
+    largest = dataset.index.largest_person(index) / mask.size
+    named = {f"{level}_{name}": value for level, found in scores.items() for name, value in found.items()}
+    facts = {"file_name": dataset.index.file_name(index), "width": mask.shape[1], "height": mask.shape[0]}
+    return {"index": index, "image_id": dataset.index.image_id(index), **facts, "largest_person": largest, **named}
+
+
+def compare(found: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """Two masks, bool (H, W): IoU, Dice, boundary IoU; pixels that are right, too many, missed."""
+    right, many, missed = (int(np.count_nonzero(part)) for part in (found & truth, found & ~truth, truth & ~found))
+    union = right + many + missed
+    overlap = {"iou": right / union, "dice": 2 * right / (union + right)} if union else {"iou": 1.0, "dice": 1.0}
+    return {**overlap, "boundary_iou": boundary_iou(found, truth), "right": right, "many": many, "missed": missed}
+
+
+def boundary_iou(found: np.ndarray, truth: np.ndarray) -> float:
+    """IoU of what lies within 2 % of the diagonal of each mask's contour, inside the mask (Cheng et al. 2021)."""
+    found, truth = boundary(found), boundary(truth)
+    union = np.count_nonzero(found | truth)
+    return np.count_nonzero(found & truth) / union if union else 1.0
+
+
+def boundary(mask: np.ndarray) -> np.ndarray:
+    """The pixels of a mask that an erosion takes away; beyond the image's border there is no mask."""
+    distance = max(1, round(BOUNDARY_SHARE * float(np.hypot(*mask.shape))))
+    framed = cv2.copyMakeBorder(mask.astype(np.uint8), 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
+    eroded = cv2.erode(framed, np.ones((3, 3), np.uint8), iterations=distance)
+    return mask & (eroded[1:-1, 1:-1] == 0)
+
+
+# --- all photos -------------------------------------------------------------------------------------------
+
+
+def by_size(rows: list[dict], level: str) -> dict[str, dict]:
+    """The metrics of all photos, and of those whose largest person takes up so much of the photo."""
+    groups = {name: [row for row in rows if low <= row["largest_person"] < high] for name, (low, high) in SIZES.items()}
+    return {name: {"photos": len(group), **summarise(group, level)} for name, group in groups.items()}
+
+
+def summarise(rows: list[dict], level: str) -> dict[str, float | None]:
+    """Means over photos of IoU, Dice and boundary IoU; of all their pixels IoU, precision and recall."""
+    if not rows:
+        return dict.fromkeys(METRICS)
+    means = {name: float(np.mean([row[f"{level}_{name}"] for row in rows])) for name in ("iou", "dice", "boundary_iou")}
+    right, many, missed = (sum(row[f"{level}_{name}"] for row in rows) for name in ("right", "many", "missed"))
+    shares = {"global_iou": right + many + missed, "precision": right + many, "recall": right + missed}
+    return means | {name: right / whole if whole else 1.0 for name, whole in shares.items()}
+
+
+def table(result: dict) -> str:
+    """In 80 columns."""
+    names = ("IoU", "Dice", "global", "boundary", "precis.", "recall")
+    lines = [f"{result['checkpoint']} on {result['split']}"]
+    lines.append(f"{'largest person':15} photos" + "".join(f"{name:>9}" for name in names))
+    for level, title in zip(LEVELS, (f"at {result['image_size']} pixels", "at the photos' own size"), strict=True):
+        lines.append(title)
+        for name, found in result[level].items():
+            figures = ("-" if found[metric] is None else f"{found[metric]:.3f}" for metric in METRICS)
+            lines.append(f"  {name:13} {found['photos']:6}" + "".join(f"{figure:>9}" for figure in figures))
+    return "\n".join(lines)
+
+
+def write_files(result: dict, rows: list[dict], cutter: Cutter, dataset: COCOPersonDataset, folder: Path) -> None:
+    with named_failure(folder):
+        with checkpoints.atomic_write(folder / "metrics.json") as file:
+            file.write(json.dumps(result, indent=2).encode())
+        report.write_history(rows, folder / "photos.csv")
+        save_worst(rows, cutter, dataset, folder / "worst.png")
+
+
+def save_worst(rows: list[dict], cutter: Cutter, dataset: COCOPersonDataset, path: Path) -> None:
+    """The photos of the lowest IoU at their own size: photo, truth, prediction, cutout."""
+    worst = sorted(rows, key=lambda row: row["original_iou"])[:WORST]
+    samples = torch.stack([dataset[row["index"]] for row in worst])
+    found, targets = cutter.probabilities([*samples[:, :3].permute(0, 2, 3, 1).numpy()]), samples.float() / 255
+    predictions = torch.cat([targets[:, :3], torch.from_numpy(found)[:, None]], dim=1)
+    labels = [f"{row['file_name']}  IoU {row['original_iou']:.3f}" for row in worst]
+    report.save_preview(targets, predictions, path, labels)

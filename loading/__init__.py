@@ -1,0 +1,1 @@
+"""From disk to a sample: what stands behind `datasets.py`."""

@@ -1,0 +1,166 @@
+"""Edges at the photo's own size: alpha against a guided filter of naive loops, colours against known composites."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import pytest
+
+from cutting import edges
+from cutting.edges import alpha_of, foreground, to_opacity
+from datasets import letterbox, restore
+
+RNG = np.random.default_rng(0)
+
+
+def scene(height: int = 150, width: int = 200) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A reddish person on a greenish background: photo uint8, alpha float32 in [0, 1], the person's colours uint8."""
+    noise = RNG.normal(0, 3, (height, width, 3))
+    person = np.clip(np.array([200, 90, 60]) + noise, 0, 255).round().astype(np.uint8)
+    ground = np.clip(np.array([40, 130, 70]) + noise, 0, 255)
+    alpha = np.zeros((height, width), np.float32)
+    cv2.ellipse(alpha, (width // 2, height // 2), (width // 4, height // 3), 20, 0, 360, 1, -1)
+    alpha = cv2.GaussianBlur(alpha, (0, 0), 1.5)
+    photo = person * alpha[..., None] + ground * (1 - alpha[..., None])
+    return photo.round().astype(np.uint8), alpha, person
+
+
+def seen(photo: np.ndarray, alpha: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, dict]:
+    """What a perfect network would make of it, a little blurred: square, probabilities, metadata."""
+    square, metadata = letterbox(photo, size)
+    exact = letterbox(np.dstack([(alpha * 255).astype(np.uint8)] * 3), size)[0][..., 0]
+    return square, cv2.GaussianBlur(exact.astype(np.float32) / 255, (0, 0), 1), metadata
+
+
+def naive_linear_model(guide: np.ndarray, alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ridge regression of alpha on the colours in each window; their mean, and what of the rest they leave."""
+    radius = edges.GUIDE_RADIUS
+    margin = [(radius, radius)] * 2
+    colours = np.pad(guide / 255.0, [*margin, (0, 0)], mode="symmetric")
+    values = np.pad(alpha.astype(float), margin, mode="symmetric")
+    models, explained = np.zeros((*alpha.shape, 4)), np.zeros(alpha.shape)
+    for y, x in np.ndindex(*alpha.shape):
+        window = (slice(y, y + 2 * radius + 1), slice(x, x + 2 * radius + 1))
+        inputs, outputs = colours[window].reshape(-1, 3), values[window].ravel()
+        covariance = np.cov(inputs.T, bias=True) + edges.GUIDE_EPSILON * np.eye(3)
+        together = ((inputs - inputs.mean(0)) * outputs[:, None]).mean(0)
+        factors = np.linalg.inv(covariance) @ together
+        models[y, x] = *factors, outputs.mean() - factors @ inputs.mean(0)
+        explained[y, x] = factors @ together / max(outputs.var(), 1e-6)
+    padded = np.pad(np.dstack([models, 1 - explained]), [*margin, (0, 0)], mode="symmetric")
+    side = 2 * radius + 1
+    means = np.array([[padded[y : y + side, x : x + side].mean((0, 1)) for x in range(alpha.shape[1])]
+                      for y in range(alpha.shape[0])])  # fmt: skip
+    fitted = (means[..., :3] * guide / 255).sum(axis=2) + means[..., 3]
+    return means[..., :3] / 255, means[..., 3] + means[..., 4] * (alpha - fitted)
+
+
+def test_the_linear_model_is_a_ridge_regression_in_each_window():
+    photo, alpha, _ = scene(24, 30)
+    factors, constant, _ = edges.linear_model(photo, alpha)
+    expected = naive_linear_model(photo, alpha)
+    np.testing.assert_allclose(constant, expected[1], atol=5e-3)
+    np.testing.assert_allclose(factors * 255, expected[0] * 255, atol=2e-3 * np.abs(expected[0] * 255).max())
+
+
+def test_alpha_is_the_model_applied_to_every_pixel_where_colours_explain_it():
+    photo, alpha, _ = scene()
+    square, probabilities, metadata = seen(photo, alpha, 64)
+    guide, coarse = square[8:56], probabilities[8:56]
+    factors, constant, _ = edges.linear_model(guide, coarse)
+    enlarged = [cv2.resize(part, (200, 150)) for part in (factors, constant)]
+    expected = np.clip((enlarged[0] * photo).sum(axis=2) + enlarged[1], 0, 1)
+    found = alpha_of(probabilities, square, metadata, photo)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, atol=0.01)  # OpenCV 4 rounds places to 1/32 pixel
+
+
+def test_an_edge_between_equal_colours_stays_as_the_network_drew_it():
+    photo = np.full((128, 128, 3), 90, np.uint8)
+    probabilities = np.zeros((64, 64), np.float32)
+    probabilities[:, 20:] = 1
+    square, metadata = letterbox(photo, 64)
+    found = alpha_of(probabilities, square, metadata, photo)
+    np.testing.assert_allclose(found, restore(probabilities, metadata), atol=0.02)
+
+
+@pytest.mark.parametrize(("channel", "value"), [(None, 0), (0, 255), (0, 0), (1, 255), (2, 0)])
+def test_alpha_follows_the_photos_edge_more_closely_than_an_enlargement(channel, value):
+    photo, alpha, _ = scene(600, 800)
+    if channel is not None:
+        photo[..., channel] = value  # one colour that says nothing, as where the sky is burnt out
+    square, probabilities, metadata = seen(photo, alpha, 128)
+    error, plain = (np.abs(found - alpha).sum() for found in
+                    (alpha_of(probabilities, square, metadata, photo), restore(probabilities, metadata)))  # fmt: skip
+    assert error < 0.75 * plain
+
+
+def test_a_photo_smaller_than_the_square_and_flat_alpha_are_left_alone():
+    photo, alpha, _ = scene(60, 80)
+    square, probabilities, metadata = seen(photo, alpha, 96)
+    np.testing.assert_array_equal(alpha_of(probabilities, square, metadata, photo), restore(probabilities, metadata))
+    photo, _, _ = scene()
+    square, metadata = letterbox(photo, 64)
+    for value in (0.0, 1.0):
+        flat = np.full((64, 64), value, np.float32)
+        assert (alpha_of(flat, square, metadata, photo) == value).all()
+
+
+@pytest.mark.parametrize(("shape", "count"), [((90, 100), 500), ((90, 100), 9000), ((1, 40000), 40000), ((70, 1), 70)])
+def test_single_pixels_are_enlarged_as_a_resize_does_it(shape, count):
+    small = RNG.random((-(-shape[0] // 3), -(-shape[1] // 3), 3)).astype(np.float32)
+    mask = np.zeros(shape, np.uint8)
+    mask.ravel()[RNG.choice(mask.size, count, replace=False)] = 1
+    expected = cv2.resize(small, shape[::-1]).reshape(*shape, 3)
+    found = 0
+    for rows, columns, values in edges.enlarged_at(mask, small, shape):
+        np.testing.assert_allclose(values, expected[rows, columns], atol=0.02)  # OpenCV 4 rounds places to 1/32 pixel
+        assert mask[rows, columns].all()
+        found += len(values)
+    assert found == count
+
+
+def test_soft_opacity_has_a_margin_and_a_threshold_none():
+    alpha = np.array([[0, 0.04, 0.05, 0.275, 0.5, 0.725, 0.95, 0.97, 1]], np.float32)
+    assert to_opacity(alpha, None).tolist() == [[0, 0, 0, 64, 128, 191, 255, 255, 255]]
+    assert to_opacity(alpha, None, 0.04).tolist() == [[0, 0] + [255] * 7]
+    half = np.full(alpha.shape, 100, np.uint8)
+    assert to_opacity(alpha, half).tolist() == [[0, 0, 0, 64, 100, 100, 100, 100, 100]]
+
+
+def test_colours_at_a_soft_edge_lose_the_old_background():
+    photo, alpha, person = scene(300, 400)
+    square, metadata = letterbox(photo, 128)
+    opacity = (alpha * 255).round().astype(np.uint8)
+    before, pure = photo.copy(), foreground(photo, opacity, square, metadata)
+    np.testing.assert_array_equal(photo, before)
+    mixed = (opacity > 25) & (opacity < 230)
+    error, spill = (np.abs(colours[mixed] - person[mixed].astype(float)).mean() for colours in (pure, photo))
+    assert spill > 20
+    assert error < 0.3 * spill
+    np.testing.assert_array_equal(pure[~((opacity > 0) & (opacity < 255))], photo[~((opacity > 0) & (opacity < 255))])
+
+
+def test_colours_of_an_alpha_that_the_photo_had_are_pure_already():
+    photo, alpha, _ = scene()
+    square, metadata = letterbox(photo, 64)
+    opacity = (alpha * 255).round().astype(np.uint8)
+    own = np.full_like(opacity, 255)
+    own[:, :100] = 254
+    pure = foreground(photo, opacity, square, metadata, own)
+    np.testing.assert_array_equal(pure[:, :100], photo[:, :100])
+    assert (pure[:, 100:] != photo[:, 100:]).any()
+    assert foreground(photo, np.where(opacity > 127, 255, 0).astype(np.uint8), square, metadata) is photo
+
+
+def test_colours_that_agree_with_the_background_stay():
+    photo = np.full((90, 120, 3), (120, 80, 200), np.uint8)
+    opacity = cv2.GaussianBlur(cv2.circle(np.zeros((90, 120), np.uint8), (60, 45), 25, 255, -1), (0, 0), 3)
+    square, metadata = letterbox(photo, 64)
+    np.testing.assert_allclose(foreground(photo, opacity, square, metadata).astype(int), photo, atol=1)
+
+
+def test_an_unsure_area_keeps_the_photos_colours():
+    photo = RNG.integers(0, 256, (128, 128, 3), dtype=np.uint8)
+    square, metadata = letterbox(photo, 64)
+    assert foreground(photo, np.full((128, 128), 128, np.uint8), square, metadata) is photo

@@ -1,0 +1,373 @@
+"""The person index: built once, followed, repaired, and what is left out of it."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import pwd
+import random
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    add_person,
+    compressed_rle,
+    edit,
+    fresh_python,
+    persons_of,
+    refusal,
+)
+
+from datasets import COCOPersonDataset, open_index
+from loading import index as person_index
+from loading import run_lengths
+from loading.index import PersonIndex
+from tools.bench.full_size import make_split
+
+TRAIN = "train2017"
+FIRST = "000000000001.jpg"  # width 48, height 64 in `coco_root`
+
+
+def hide_photo_1(content: dict) -> None:  # the file keeps its length
+    for annotation in persons_of(content, 1):
+        annotation["category_id"] = 8
+
+
+def drop_photo_1(content: dict) -> None:
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] != 1]
+
+
+def test_the_index_is_built_once_and_mapped_and_leaves_nothing_else_behind(coco_root, capsys, monkeypatch):
+    index = open_index(coco_root, TRAIN)
+    assert "Reading" in capsys.readouterr().out
+    monkeypatch.setattr(person_index, "_parse", lambda _path: pytest.fail("read again"))
+    again = open_index(coco_root, TRAIN)
+    assert all(np.array_equal(again.alpha(i), index.alpha(i)) for i in range(10))
+    assert capsys.readouterr().out == ""
+    assert [*index.path.parent.iterdir()] == [index.path] == person_index.index_places(coco_root, TRAIN)[:1]
+    assert sys.platform != "linux" or str(index.path) in Path("/proc/self/maps").read_text()
+    assert len(pickle.dumps(again)) < 1000
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda root: edit(root, hide_photo_1), lambda root: edit(root, drop_photo_1, keep_time=True),
+     lambda root: (root / TRAIN / FIRST).unlink()],
+    ids=["same length", "same time", "photo removed"],
+)  # fmt: skip
+def test_the_index_follows_the_annotations_and_the_photos(coco_root, change):
+    os.utime(coco_root / TRAIN, ns=(0, 0))
+    path = open_index(coco_root, TRAIN).path
+    held = path.with_suffix(".held")
+    os.link(path, held)  # as another process has it open
+    before = held.read_bytes()
+    change(coco_root)
+    assert len(open_index(coco_root, TRAIN)) == 9
+    assert held.read_bytes() == before
+
+
+@pytest.mark.parametrize("folder", ["old", "new"])
+def test_the_index_follows_photos_that_are_added(coco_root, folder):
+    def into_folders(content: dict) -> None:
+        for image in content["images"]:
+            image["file_name"] = f"{folder if image['id'] == 1 else 'old'}/{image['file_name']}"
+
+    edit(coco_root, into_folders)
+    (coco_root / TRAIN).rename(coco_root / "old")
+    (coco_root / "old" / FIRST).rename(coco_root / FIRST)
+    (coco_root / TRAIN).mkdir()
+    (coco_root / "old").rename(coco_root / TRAIN / "old")
+    os.utime(coco_root / TRAIN / "old", ns=(0, 0))
+    assert len(open_index(coco_root, TRAIN)) == 9
+    (coco_root / TRAIN / folder).mkdir(exist_ok=True)
+    (coco_root / FIRST).rename(coco_root / TRAIN / folder / FIRST)
+    assert len(open_index(coco_root, TRAIN)) == 10
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda good: good[: len(good) // 2], lambda good: b"", lambda good: random.Random(0).randbytes(len(good)),
+     lambda good: good.replace(b"fingerprint", b"fingerPRINT"),
+     lambda good: good.replace(b"2.jpg", b"\xff.jpg")],
+    ids=["cut", "empty", "random", "in the header", "in the middle"],
+)  # fmt: skip
+def test_a_damaged_index_is_built_again(coco_root, damage):
+    index = open_index(coco_root, TRAIN)
+    good = index.path.read_bytes()
+    index.path.unlink()
+    index.path.write_bytes(damage(good))
+    again = open_index(coco_root, TRAIN)
+    assert [again.file_name(i) for i in range(10)] == [index.file_name(i) for i in range(10)]
+    assert all(np.array_equal(again.alpha(i), index.alpha(i)) for i in range(10))
+
+
+def test_an_index_of_another_version_is_built_again(coco_root, monkeypatch, capsys):
+    for version in (person_index.INDEX_VERSION, person_index.INDEX_VERSION + 1):
+        monkeypatch.setattr(person_index, "INDEX_VERSION", version)
+        open_index(coco_root, TRAIN)
+    assert capsys.readouterr().out.count("Reading") == 2
+
+
+def test_read_only_roots_keep_their_indexes_apart_in_the_cache(coco_root, tmp_path, capsys):
+    other = shutil.copytree(coco_root, tmp_path / "other")
+    edit(other, hide_photo_1, keep_time=True)  # to the byte count and the clock the same
+    for root in (coco_root, other):
+        root.chmod(0o555)  # root could write there all the same
+    cache = Path(os.environ["XDG_CACHE_HOME"])
+    for root, length in [(coco_root, 10), (other, 9)] * 2:
+        index = open_index(root, TRAIN)
+        assert len(index) == length
+        assert index.path == person_index.index_places(root, TRAIN)[1]
+        assert index.path.is_relative_to(cache)
+        assert not (root / ".silueta").exists()
+    assert capsys.readouterr().out.count("Reading") == 2
+    shutil.rmtree(cache)
+    cache.mkdir(mode=0o555)
+    assert all(text in refusal(open_index, other, TRAIN) for text in (str(other), str(cache), "XDG_CACHE_HOME"))
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos\nat 64")])
+def test_a_full_disk_leaves_no_part_and_the_cache_takes_over(coco_root, monkeypatch, error):
+    def save(content: dict, path: Path) -> None:
+        if Path(path).is_relative_to(coco_root):
+            Path(path).write_bytes(b"a part")
+            raise error
+        genuine_save(content, path)
+
+    genuine_save = torch.save
+    monkeypatch.setattr(torch, "save", save)
+    assert open_index(coco_root, TRAIN).path == person_index.index_places(coco_root, TRAIN)[1]
+    assert [*(coco_root / ".silueta").iterdir()] == []
+
+
+@pytest.mark.parametrize("cache", ["a file", "x" * 300, None], ids=["a file", "no name", "no home"])
+def test_a_cache_folder_that_cannot_be_had_matters_only_where_it_is_needed(coco_root, tmp_path, monkeypatch, cache):
+    (tmp_path / "a file").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / cache) if cache else "")
+    if cache is None:  # a container's user that has no home
+        monkeypatch.delenv("HOME")
+        monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    assert len(open_index(coco_root, TRAIN)) == 10
+    shutil.rmtree(coco_root / ".silueta")
+    coco_root.chmod(0o555)
+    assert str(coco_root) in refusal(open_index, coco_root, TRAIN)
+
+
+def test_a_large_file_is_drawn_by_several_processes_with_the_same_result(coco_root, monkeypatch, capfd):
+    edit(coco_root, lambda content: [add_person(content, [[n, 1, 9, 1, 9, 9]], n % 9) for n in range(3000)])
+    def draw_all(work: object, processes: int) -> object:
+        shared_out.append(processes)
+        return genuine_draw_all(work, processes)
+
+    shared_out, genuine_draw_all = [], run_lengths.draw_all
+    monkeypatch.setattr(run_lengths, "draw_all", draw_all)
+    first = open_index(coco_root, TRAIN, cores=2)
+    masks, left_out = [first.alpha(i) for i in range(10)], first.left_out
+    monkeypatch.setattr(person_index, "LARGE_FILE", 1)
+    for cores, processes in [(1, 0), (2, 2), (64, 4)]:
+        first.path.unlink()
+        index = open_index(coco_root, TRAIN, cores)
+        assert all(np.array_equal(index.alpha(i), masks[i]) for i in range(10))
+        assert (index.left_out, shared_out.pop()) == (left_out, processes)
+    assert len(left_out) == 2
+    assert capfd.readouterr().err == ""
+
+
+def test_a_drawing_process_that_dies_is_named_with_the_file(coco_root, monkeypatch):
+    monkeypatch.setattr(person_index, "LARGE_FILE", 1)
+    monkeypatch.setattr(sys, "executable", shutil.which("true"))
+    assert "instances_train2017.json" in refusal(open_index, coco_root, TRAIN, 2)
+    assert not (coco_root / ".silueta").exists()
+
+
+GROWTH = """if True:
+    import gc, sys
+    from loading.index import open_index
+    indexes = []
+    for root in sys.argv[2:]:
+        gc.collect()
+        before = len(gc.get_objects())
+        indexes.append(open_index(root, sys.argv[1]))
+        gc.collect()
+        print(len(gc.get_objects()) - before)"""
+
+
+def test_an_open_index_is_a_few_objects_and_pages_that_every_process_shares(tmp_path):
+    """So that workers, which touch every object that they use, and copy its page by that, have nothing to copy."""
+    indexes, roots = [], []
+    for photos in (2000, 20, 2000):  # the first time makes what lasts, and more of it for many photos
+        roots.append(tmp_path / str(photos) / str(len(roots)))
+        make_split(roots[-1], TRAIN, photos, photos)
+        indexes.append(open_index(roots[-1], TRAIN))
+    objects = [int(line) for line in fresh_python(GROWTH, TRAIN, *roots)]  # here other threads make some too
+    assert 0 < objects[1] == objects[2] < 100
+    index = indexes[-1]
+    for number in range(len(index)):
+        index.file_name(number), index.alpha(number)
+    if sys.platform == "linux":
+        mapped = Path("/proc/self/smaps").read_text().split(str(index.path))[1:]
+        fields = [dict(re.findall(r"(\w+): +(\d+) kB", entry.split("VmFlags")[0])) for entry in mapped]
+        assert sum(int(field["Rss"]) for field in fields) * 1024 > 0.9 * index.path.stat().st_size
+        assert [field["Anonymous"] for field in fields] == ["0"]
+
+
+# --- data that cannot be used -----------------------------------------------------------------------------
+
+
+def test_a_missing_coco_is_named_with_the_ways_to_get_one(coco_root, tmp_path):
+    message = refusal(open_index, tmp_path / "nowhere", TRAIN)
+    assert all(text in message for text in (str(tmp_path / "nowhere"), "tools/download_coco.py", "--sample"))
+    shutil.rmtree(coco_root / TRAIN)
+    assert f"{coco_root / TRAIN} is missing" in refusal(COCOPersonDataset, coco_root, TRAIN)
+    (coco_root / TRAIN).mkdir()
+    assert str(coco_root / TRAIN) in refusal(COCOPersonDataset, coco_root, TRAIN)
+
+
+NOT_COCO = [
+    b"", b"[]", b"null", b'{"info": ' + b"[" * 99_999, b'{"images": [], "annotations": []}', b'{"images": [NaN]}',
+    b'{"images": {"1": 2}, "annotations": [], "categories": []}',
+    b'{"images": [], "annotations": [], "categories": []}',
+    b'{"images": [{"id": "x", "file_name": 1}], "annotations": [], "categories": []}',
+]  # fmt: skip
+
+
+def test_an_annotation_file_that_is_cut_or_not_coco_is_named(coco_root):
+    path = coco_root / "annotations" / f"instances_{TRAIN}.json"
+    whole = path.read_bytes()
+    beyond = [whole.replace(b"1.jpg", b"\xff.jpg"), whole.replace(b'd": 1,', b'd": 9223372036854775808,')]
+    for text in NOT_COCO + beyond + [whole[:length] for length in range(1, len(whole), 97)]:
+        path.write_bytes(text)
+        assert str(path) in refusal(open_index, coco_root, TRAIN)
+    path.write_bytes(whole.replace(b'"person"', b'"human"'))
+    assert all(text in refusal(open_index, coco_root, TRAIN) for text in (str(path), "'person'"))
+
+
+@pytest.mark.parametrize(
+    "name", ["../x.jpg", "/etc/passwd", "a/../../x.jpg", "..\\x.jpg", "C:\\x.jpg", "", "a/", "..", "x\0.jpg", "../\n"]
+)
+def test_names_that_leave_the_photo_folder_are_refused(coco_root, name):
+    edit(coco_root, lambda content: content["images"][3].update(file_name=name))
+    assert repr(name) in refusal(open_index, coco_root, TRAIN)
+
+
+def test_links_out_of_the_photo_folder_are_not_followed(coco_root, tmp_path):
+    photos = coco_root / TRAIN
+    (photos / FIRST).rename(tmp_path / FIRST)
+    (photos / FIRST).symlink_to(tmp_path / FIRST)
+    (photos / "away").symlink_to(tmp_path)
+    (photos / "000000000002.jpg").rename(photos / "held.jpg")
+    (photos / "000000000002.jpg").symlink_to("held.jpg")
+    (photos / "000000000003.jpg").unlink()
+    (photos / "000000000003.jpg").symlink_to("000000000003.jpg")  # a link to itself
+    (photos / "000000000005.jpg").unlink()
+    os.mkfifo(photos / "000000000005.jpg")  # to read it would wait for ever
+    edit(coco_root, lambda content: content["images"][3].update(file_name=f"away/{FIRST}"))
+    photos.rename(tmp_path / "the photos")  # the folder as a whole may lie wherever its owner wants it
+    photos.symlink_to(tmp_path / "the photos")
+    index = open_index(coco_root, TRAIN)
+    assert [index.image_id(i) for i in range(len(index))] == [2, 6, 7, 8, 9, 10]
+    assert index.left_out == {"photos that are links out of the photo folder": 2, "photos that are not on disk": 2}
+
+
+UNDRAWABLE = [
+    None, 7, "person", [], [[]], [["1"] * 6], [[1, 1, 9, 9]], [[1, 1, 9, 1, 9, 9, 5]], [[1, 1, 9, 1, 9, 9], [1, 1]],
+    [[1, 1, 1e9, 1, 9, 9]], [[1, 1, 9, -1e300, 9, 9]], [[1, 1, 9, 1, 9, 2**70]], {"size": [64, 48]},
+    {"size": [48, 64], "counts": [3072]}, {"size": [64], "counts": [3072]}, {"size": [64, 48], "counts": [3071]},
+    {"size": [64, 48], "counts": []}, {"size": [64, 48], "counts": [4000, -928]},
+    {"size": [64, 48], "counts": [1.5, 3070.5]}, {"size": [64, 48], "counts": [2**32 + 3072]},
+    {"size": [64, 48], "counts": ""}, {"size": [64, 48], "counts": "P" * 99}, {"size": [64, 48], "counts": "é\0"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("segmentation", UNDRAWABLE, ids=ascii)
+def test_what_cannot_be_drawn_is_left_out_and_counted(coco_root, segmentation):
+    good = open_index(coco_root, TRAIN).alpha(0)
+    edit(coco_root, lambda content: add_person(content, segmentation))
+    index = open_index(coco_root, TRAIN)
+    assert (len(index), [*index.left_out.values()]) == (10, [1])
+    assert np.array_equal(index.alpha(0), good)
+    edit(coco_root, lambda content: [a.update(segmentation=segmentation) for a in persons_of(content, 1)])
+    index = open_index(coco_root, TRAIN)
+    assert (len(index), [*index.left_out.values()], index.image_id(0)) == (9, [3], 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "length"),
+    [(lambda content: add_person(content, [[1, 1, 9, 1, 9, 9]], image_id=999), 10),
+     (lambda content: content["images"].append(content["images"][1] | {"id": 1}), 10),
+     (lambda content: content["images"][0].update(file_name="absent.jpg"), 9),
+     (lambda content: content["images"][0].update(width=0), 9),
+     (lambda content: content["images"][0].update(width=-48, height=-64), 9),
+     (lambda content: content["images"][0].update(width=10**6, height=10**6), 9),
+     (lambda content: content["images"][0].update(width=10**30), 9)],
+    ids=["unknown photo", "id taken", "absent", "no width", "negative", "too large", "absurd"],
+)  # fmt: skip
+def test_records_that_lead_nowhere_are_left_out_and_counted(coco_root, change, length):
+    edit(coco_root, change)
+    index = open_index(coco_root, TRAIN)
+    assert [index.image_id(i) for i in range(len(index))] == [*range(11 - length, 11)]
+    assert [index.file_name(i) for i in range(len(index))] == [f"{n:012d}.jpg" for n in range(11 - length, 11)]
+    assert next(iter(index.left_out.values())) == 1
+
+
+def test_damaged_run_lengths_never_crash(coco_root):
+    disc = cv2.circle(np.zeros((64, 48), np.uint8), (19, 28), 12, 255, -1)
+    dice, good = random.Random(0), compressed_rle(disc)["counts"]
+    texts = ["".join(chr(dice.randrange(40, 120)) for _ in range(dice.randrange(30))) for _ in range(300)]
+    texts += [good[:k] + "".join(map(chr, dice.choices(range(48, 112), k=2))) + good[k + 1 :] for k in range(len(good))]
+    texts += [good[:k] for k in range(len(good))]
+    drawn = [{"size": [64, 48], "counts": text} for text in texts]
+    edit(coco_root, lambda content: [add_person(content, segmentation) for segmentation in drawn])
+    assert [*open_index(coco_root, TRAIN).left_out.values()] == [len(texts)]
+
+
+def test_a_photo_as_thin_as_a_thread_does_not_crash(coco_root):  # pycocotools overflows an int, with a segfault
+    edit(coco_root, lambda content: content["images"][0].update(width=2**28, height=1))
+    edit(coco_root, lambda content: add_person(content, [[0, 0, 1e9, 0, 1e9, 1e9]]))
+    code = """if True:
+        import resource, sys
+        resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+        from loading import index as person_index
+        print(len(person_index.open_index(sys.argv[1], "train2017")) >= 9)"""
+    assert fresh_python(code, coco_root)[-1:] == ["True"]
+
+
+def test_a_change_while_the_annotations_are_read_is_not_missed(coco_root, monkeypatch):
+    def parse_then_change(path: Path) -> object:
+        content = genuine_parse(path)
+        edit(coco_root, hide_photo_1)
+        return content
+
+    genuine_parse = person_index._parse
+    monkeypatch.setattr(person_index, "_parse", parse_then_change)
+    open_index(coco_root, TRAIN)
+    monkeypatch.setattr(person_index, "_parse", genuine_parse)
+    assert len(open_index(coco_root, TRAIN)) == 9
+
+
+def test_an_annotation_file_that_is_a_folder_is_named(coco_root):
+    path = coco_root / "annotations" / f"instances_{TRAIN}.json"
+    path.unlink()
+    path.mkdir()
+    assert str(path) in refusal(open_index, coco_root, TRAIN)
+
+
+def test_a_checksum_is_of_every_photo_and_mask(coco_root, tmp_path):
+    index = open_index(coco_root, "train2017")
+    expected = index.checksum()
+    shutil.copy(index.path, tmp_path / "copy.index")
+    assert PersonIndex(tmp_path / "copy.index").checksum() == expected
+    content = torch.load(index.path, weights_only=True)
+    for name in content["arrays"].keys() - {"largest"}:
+        for place in (0, -1):
+            changed = content["arrays"] | {name: content["arrays"][name].clone()}
+            changed[name].view(-1)[place] += 1
+            torch.save(content | {"arrays": changed}, tmp_path / "changed.index")
+            assert PersonIndex(tmp_path / "changed.index").checksum() != expected, name

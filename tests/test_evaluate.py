@@ -1,0 +1,200 @@
+"""Measuring a checkpoint: against masks that predict.py writes, boundaries counted by hand, sums over photos."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import add_person, edit, save_random_model, sharpen
+
+import evaluate as evaluation
+import predict
+import trainer
+from datasets import COCOPersonDataset
+
+VAL = "val2017"
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    """A small random model, sure of itself, so that its masks have something of everything."""
+    torch.manual_seed(3)
+    path = tmp_path / "run" / "best_model.pth"
+    path.parent.mkdir()
+    return save_random_model(path, change=sharpen)
+
+
+@pytest.fixture
+def evaluate(checkpoint, capsys):
+    """Runs --evaluate. Returns its exit code, metrics.json, photos.csv and what it printed."""
+
+    def evaluate(root: Path, *options: str) -> tuple[int, dict, list[dict], str]:
+        options = ("--evaluate", str(checkpoint), "--data-root", str(root), "--device", "cpu", *options)
+        code = trainer.run_command(["trainer.py", *options])
+        folder = checkpoint.with_name(f"best_model_on_{root.name}_{VAL}")
+        with open(folder / "photos.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        return code, json.loads((folder / "metrics.json").read_text()), rows, capsys.readouterr().out
+
+    return evaluate
+
+
+def iou(a: np.ndarray, b: np.ndarray) -> float:
+    return np.logical_and(a, b).sum() / np.logical_or(a, b).sum()
+
+
+def test_iou_at_the_photos_own_size_is_that_of_the_masks_that_predict_writes(coco_root, checkpoint, evaluate, tmp_path):
+    check_against_predict(coco_root, checkpoint, evaluate, tmp_path)
+
+
+def test_the_same_of_genuine_photos(shared_coco, checkpoint, evaluate, tmp_path):
+    check_against_predict(shared_coco, checkpoint, evaluate, tmp_path)
+
+
+def check_against_predict(root: Path, checkpoint: Path, evaluate, tmp_path: Path) -> None:
+    code, result, rows, _ = evaluate(root)
+    options = ["--mask", "--threshold", "0.5", "--checkpoint", str(checkpoint), "--output", str(tmp_path / "masks")]
+    assert (code, predict.run_command(["predict.py", str(root / VAL), *options, "--device", "cpu"])) == (0, 0)
+    dataset = COCOPersonDataset(root, VAL)
+    found = []
+    for index, row in enumerate(rows):
+        mask = cv2.imread(str((tmp_path / "masks" / row["file_name"]).with_suffix(".png")), cv2.IMREAD_GRAYSCALE)
+        truth = dataset.index.alpha(index)
+        assert int(row["original_right"]) == np.count_nonzero((mask > 0) & (truth > 0))
+        assert int(row["original_many"]) == np.count_nonzero((mask > 0) & (truth == 0))
+        assert int(row["original_missed"]) == np.count_nonzero((mask == 0) & (truth > 0))
+        found.append(iou(mask > 0, truth > 0))
+    assert result["original"]["all"]["iou"] == pytest.approx(np.mean(found), abs=1e-12)
+    assert 0 < result["original"]["all"]["iou"] < 1
+
+
+def test_the_networks_size_is_what_the_training_measures(coco_root, checkpoint, evaluate):
+    _, result, _, _ = evaluate(coco_root)
+    config = trainer.parse(["--data-root", str(coco_root), "--num-workers", "0", "--image-size", "64"])
+    processes = trainer.Processes(torch.device("cpu"))
+    model = evaluation.load(checkpoint, "cpu").model
+    figures = trainer.validate(
+        model, trainer.open_data(config, processes)[1], trainer.LossCalculator(), processes, None
+    )
+    for name in ("iou", "dice", "global_iou", "precision", "recall"):
+        assert result["network"]["all"][name] == pytest.approx(figures[name], abs=1e-6), name
+
+
+def test_photos_are_told_apart_by_their_largest_person(coco_root, evaluate):
+    square = [20, 20, 24, 20, 24, 24, 20, 24]  # 4 x 4 pixels of 64 x 48 or 50 x 50: under 1 %
+
+    def shrink(content: dict) -> None:
+        small = [image["id"] for image in content["images"]][:2]
+        content["annotations"] = [a for a in content["annotations"] if a["image_id"] not in small]
+        for image_id in small:
+            add_person(content, [square], image_id)
+
+    edit(coco_root, shrink, split=VAL)
+    _, result, rows, _ = evaluate(coco_root)
+    assert [result["original"][name]["photos"] for name in evaluation.SIZES] == [5, 2, 0, 3]
+    assert result["original"]["1 to 10 %"]["iou"] is None
+    small = [row for row in rows if float(row["largest_person"]) < 0.01]
+    for row in small:
+        share = 16 / (int(row["width"]) * int(row["height"]))
+        assert float(row["largest_person"]) == pytest.approx(share, rel=1e-4)
+    mean = sum(float(row["original_iou"]) for row in small) / 2
+    assert mean == pytest.approx(result["original"]["under 1 %"]["iou"], rel=1e-4)
+
+
+def test_the_table_fits_a_terminal_and_the_worst_are_shown_first(coco_root, checkpoint, evaluate):
+    _, _, rows, printed = evaluate(coco_root)
+    lines = printed[printed.index("largest person") :].replace(str(checkpoint.parent), "").splitlines()
+    assert max(map(len, lines)) <= 80
+    sheet = cv2.imread(str(checkpoint.with_name(f"best_model_on_coco_{VAL}") / "worst.png"))
+    worst = min(range(5), key=lambda index: float(rows[index]["original_iou"]))
+    photo = COCOPersonDataset(coco_root, VAL, 64)[worst][:3].permute(1, 2, 0).numpy()[..., ::-1]
+    np.testing.assert_array_equal(sheet[24 : 24 + 64, :64], photo)
+
+
+def test_a_mistake_gets_one_line(coco_root, checkpoint, tmp_path, capsys):
+    for options, words in (
+        (["--evaluate", str(tmp_path / "no.pth")], "there is no checkpoint"),
+        (["--evaluate", str(coco_root / "annotations" / f"instances_{VAL}.json")], "damaged or no checkpoint"),
+        (["--evaluate", str(checkpoint), "--val-split", "other"], "no COCO data"),
+        (["--evaluate", ""], "argument --evaluate"),
+        (["--evaluate", str(checkpoint), "--resume"], "--resume"),
+    ):
+        code = trainer.run_command(["trainer.py", "--data-root", str(coco_root), *options])
+        errors = capsys.readouterr().err.splitlines()
+        assert (code, len(errors)) == (2, 1)
+        assert words in errors[0]
+
+
+# --- single masks -----------------------------------------------------------------------------------------
+
+
+def disc(*pixels: tuple[slice, slice], shape: tuple[int, int] = (20, 20)) -> np.ndarray:
+    mask = np.zeros(shape, bool)
+    for part in pixels:
+        mask[part] = True
+    return mask
+
+
+def test_a_boundary_by_hand():
+    mask = disc((slice(4, 12), slice(5, 15)))  # 8 x 10 pixels; 2 % of the diagonal of 20 x 20 is less than one pixel
+    assert np.count_nonzero(evaluation.boundary(mask)) == 8 * 10 - 6 * 8
+    mask = disc((slice(0, 8), slice(0, 10)))  # at the border of the image there is a contour as well
+    assert np.count_nonzero(evaluation.boundary(mask)) == 8 * 10 - 6 * 8
+    mask = disc((slice(20, 80), slice(20, 80)), shape=(120, 160))  # a diagonal of 200: 4 pixels
+    assert np.count_nonzero(evaluation.boundary(mask)) == 60 * 60 - 52 * 52
+
+
+def test_boundary_iou_by_hand():
+    big, shifted = disc((slice(4, 14), slice(4, 14))), disc((slice(4, 14), slice(5, 15)))
+    # contours of 36 pixels; in common are the top and bottom rows' nine
+    assert evaluation.boundary_iou(big, shifted) == 18 / (36 + 36 - 18)
+    assert evaluation.boundary_iou(big, big) == 1
+    assert evaluation.boundary_iou(big, np.zeros_like(big)) == 0
+    assert evaluation.boundary_iou(np.zeros_like(big), np.zeros_like(big)) == 1
+
+
+def test_boundary_iou_sees_what_iou_hides():
+    """Cheng et al.'s point: of a large object an error of fixed width at the contour must still show."""
+    large = disc((slice(10, 190), slice(10, 190)), shape=(200, 200))
+    ragged = disc((slice(14, 186), slice(14, 186)), shape=(200, 200))
+    assert iou(large, ragged) > 0.9
+    assert evaluation.boundary_iou(large, ragged) < 0.3
+
+
+def test_comparison_by_hand():
+    found, truth = disc((slice(0, 2), slice(0, 4))), disc((slice(0, 4), slice(0, 2)))
+    scores = evaluation.compare(found, truth)
+    assert (scores["right"], scores["many"], scores["missed"]) == (4, 4, 4)
+    assert (scores["iou"], scores["dice"]) == (4 / 12, 8 / 16)
+    nothing = np.zeros_like(found)
+    assert evaluation.compare(nothing, nothing)["iou"] == evaluation.compare(nothing, nothing)["dice"] == 1
+    assert evaluation.compare(found, nothing)["iou"] == 0
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_the_work(coco_root, checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr(evaluation, "measure", None)
+    place = checkpoint.with_name(f"best_model_on_coco_{VAL}")
+    place.write_text("in the way")
+    assert trainer.run_command(["trainer.py", "--evaluate", str(checkpoint), "--data-root", str(coco_root)]) == 2
+    assert f"{place} cannot be written" in capsys.readouterr().err
+
+
+def test_a_photo_that_cannot_be_read_is_left_out_named_and_counted(coco_root, checkpoint, capsys):
+    options = ["--evaluate", str(checkpoint), "--data-root", str(coco_root), "--device", "cpu"]
+    result = checkpoint.with_name(f"best_model_on_coco_{VAL}") / "metrics.json"
+    names = [path.name for path in sorted((coco_root / VAL).iterdir())][:5]
+    for left_out in (names[2:3], names):
+        for name in left_out:
+            (coco_root / VAL / name).write_bytes(b"")
+        capsys.readouterr()
+        code, error = trainer.run_command(["trainer.py", *options]), capsys.readouterr().err
+        assert code == (2 if left_out == names else 0)
+        assert error.count(str(coco_root / VAL / left_out[0])) == 1
+        assert (error.count("\n") == 1) == (left_out == names)
+        metrics = json.loads(result.read_text())
+        assert (metrics["left_out"], metrics["original"]["all"]["photos"]) == (1, 4)

@@ -1,0 +1,1 @@
+"""What a run needs between its steps: what stands behind `trainer.py`."""
