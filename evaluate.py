@@ -20,10 +20,9 @@ from tqdm import tqdm
 import utils
 from cutting.cutter import Cutter, load
 from cutting.edges import alpha_of, to_opacity
-from datasets import COCOPersonDataset, letterbox, usable_cores
-from loading.index import DataError
-from training import checkpoints, report
-from utils import Processes
+from datasets import COCOPersonDataset, DataError, letterbox
+from training import report
+from utils import CheckpointError, Processes, atomic_write, make_writable, usable_cores
 
 BOUNDARY_SHARE = 0.02  # of the image's diagonal: how far from the contour its boundary reaches (Cheng et al. 2021)
 WORST = 12  # photos of the contact sheet
@@ -48,7 +47,7 @@ def evaluate_checkpoint(checkpoint: str | Path, root: str | Path, split: str, pr
     folder = Path(checkpoint).with_name(f"{Path(checkpoint).stem}_on_{Path(root).resolve().name}_{split}")
     if processes.is_main:
         with named_failure(folder):
-            checkpoints.make_writable(folder)  # early: what was measured for an hour must find its place
+            make_writable(folder)  # early: what was measured for an hour must find its place
     cores = max(1, usable_cores() // processes.local_world_size)
     share = range(processes.rank, len(dataset), processes.world_size)
     found = utils.from_all(measure(cutter, dataset, share, cores))
@@ -73,7 +72,7 @@ def named_failure(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise checkpoints.CheckpointError(f"{folder} cannot be written: {error.strerror}") from None
+        raise CheckpointError(f"{folder} cannot be written: {error.strerror}") from None
 
 
 # --- a photo ----------------------------------------------------------------------------------------------
@@ -173,7 +172,7 @@ def table(result: dict) -> str:
 
 def write_files(result: dict, rows: list[dict], cutter: Cutter, dataset: COCOPersonDataset, folder: Path) -> None:
     with named_failure(folder):
-        with checkpoints.atomic_write(folder / "metrics.json") as file:
+        with atomic_write(folder / "metrics.json") as file:
             file.write(json.dumps(result, indent=2).encode())
         report.write_history(rows, folder / "photos.csv")
         save_worst(rows, cutter, dataset, folder / "worst.png")

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
+from utils import UserError
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of the photos that torchvision's weights were trained on, RGB in [0, 1]
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -29,7 +31,7 @@ CLASSIFIERS = ("classifier.", "fc.")  # the keys of torchvision's heads
 SMALLEST_INPUT = 32  # pixels: the encoder halves five times
 
 
-class WeightsError(RuntimeError):
+class WeightsError(UserError):
     """Encoder weights that cannot be had; the message is one line for the user."""
 
 

@@ -38,22 +38,16 @@ import utils
 from cutting.cutter import Cutter, load
 from cutting.edges import alpha_of, foreground, to_opacity
 from cutting.photos import Photo, PhotoError, compose, encode_png, photo_formats, read_photo, reason
-from datasets import letterbox, usable_cores
-from training import checkpoints
-from training.settings import OneLineParser, UsageError
+from loading.letterbox import letterbox
+from training.settings import OneLineParser
+from utils import UserError, atomic_write, make_writable, usable_cores
 
 PIXELS_AT_WORK = 2**27  # of all photos that are read, cut or written at one moment
 BATCH_PIXELS = 2**25  # of the photos of one batch
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)  # after which no other file can be written either
 
-class PredictError(ValueError):
+class PredictError(UserError):
     """A request that cannot be met; the message is one line for the user."""
-
-
-USER_ERRORS = (
-    *(UsageError, PredictError, PhotoError),
-    *(checkpoints.CheckpointError, utils.LaunchError, torch.OutOfMemoryError),
-)
 
 
 # --- what is written --------------------------------------------------------------------------------------
@@ -80,7 +74,7 @@ class Style:
 
 def write(pieces: list[bytes | memoryview], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with checkpoints.atomic_write(path) as file:
+    with atomic_write(path) as file:
         file.writelines(pieces)
 
 
@@ -269,7 +263,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = OneLineParser("predict.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("photos", nargs="+", metavar="PHOTO_OR_FOLDER", help="folders with all their subfolders")
-    add("--checkpoint", default=f"checkpoints/{checkpoints.BEST}", help="the trained model (%(default)s)")
+    add("--checkpoint", default="checkpoints/best_model.pth", help="the trained model (%(default)s)")
     add("--output", default="cutouts", help="folder for the results (%(default)s)")
     add("--overwrite", action="store_true", help="make results again that are there already, instead of going on")
     kind = parser.add_mutually_exclusive_group()
@@ -298,7 +292,7 @@ def read_background(text: str | None) -> tuple[int, ...] | np.ndarray | None:
 
 def prepare_folder(folder: Path) -> None:
     try:
-        checkpoints.make_writable(folder)
+        make_writable(folder)
     except OSError as error:
         raise PredictError(f"--output {folder} cannot be written: {error.strerror}") from None
 
@@ -326,7 +320,7 @@ def run_command(argv: list[str]) -> int:
     warnings.filterwarnings("ignore", module="PIL")  # of odd metadata in photos that can be read all the same
     try:
         return 1 if main(parse(argv[1:])) else 0
-    except USER_ERRORS as error:
+    except (UserError, torch.OutOfMemoryError) as error:
         print(f"predict.py: error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -27,12 +27,11 @@ from torch.utils.data import DataLoader
 
 import evaluate
 import utils
-from datasets import COCOPersonDataset, batches, make_loader, usable_cores
-from loading.index import DataError
-from loading.unreadable import TolerantDataset, dead_worker, name_bad_photos
-from models import ENCODERS, SMALLEST_INPUT, UNetAutoencoder, WeightsError
-from training import checkpoints, report
-from training.interruptions import BrokenNumbersError, FiniteSteps, Stopped, Watch
+from datasets import COCOPersonDataset, batches, make_loader
+from loading.unreadable import SKIPPED, TolerantDataset, dead_worker, name_bad_photos
+from models import ENCODERS, SMALLEST_INPUT, UNetAutoencoder
+from training import checkpoints, launching, report, step
+from training.interruptions import Stopped, Watch
 from training.report import describe, history_row
 from training.resuming import (
     NEWEST,
@@ -48,8 +47,9 @@ from training.resuming import (
     saved_when_stopped,
     tried,
 )
-from training.settings import UsageError, flag, read_settings
-from utils import LossCalculator, Processes, Tally, autocast, groups, split, to_device
+from training.settings import flag, read_settings
+from training.step import FiniteSteps, Tally, autocast, groups, split, to_device
+from utils import LossCalculator, Processes, UserError, usable_cores
 
 
 @dataclass
@@ -110,18 +110,12 @@ LIMITS = {  # smallest and largest value of each number
 PREVIEW_PHOTOS = 6
 
 
-USER_ERRORS = (
-    *(UsageError, ConfigError, DataError, WeightsError, BrokenNumbersError),
-    *(utils.LaunchError, checkpoints.CheckpointError),
-)
-
-
 # --- the run ----------------------------------------------------------------------------------------------
 
 
 def main(config: Config) -> None:
     torch.manual_seed(config.seed)
-    processes = utils.start_processes(config.device)
+    processes = launching.start_processes(config.device)
     train_loader, val_loader = open_data(config, processes)
     data = contents(config, train_loader.dataset.dataset, val_loader.dataset.dataset) if processes.is_main else None
     claim = utils.on_main(lambda: claim_folder(config), processes)
@@ -144,7 +138,7 @@ def main(config: Config) -> None:
                 watch.saved(write_down(run, training, validation, bad_photos, val_loader.dataset, config))
     if processes.is_main:
         insist_on_saving(run, config)
-    utils.end_processes()
+    launching.end_processes()
 
 
 def train_one_epoch(
@@ -170,7 +164,7 @@ def train_one_epoch(
         parts, photos, losses = split(group, run.parts, config.batch_size), sum(map(len, group)), []
         for part in parts:
             images, target = to_device(part, processes.device)
-            with utils.gradients_shared(run.parallel_model, part is parts[-1]):
+            with step.gradients_shared(run.parallel_model, part is parts[-1]):
                 with autocast(processes.device, run.amp_dtype):
                     raw = run.parallel_model(images)
                 loss, terms = criterion(raw, target)
@@ -255,12 +249,12 @@ def open_data(config: Config, processes: Processes) -> tuple[DataLoader, DataLoa
 
 def measure_checkpoint(config: Config) -> None:
     """--evaluate: the checkpoint's own settings, on the validation photos that are named."""
-    processes = utils.start_processes(config.device)
+    processes = launching.start_processes(config.device)
     if config.sample:
         with utils.one_process_first(processes):
             draw_sample(config)
     evaluate.evaluate_checkpoint(config.evaluate, config.data_root, config.val_split, processes)
-    utils.end_processes()
+    launching.end_processes()
 
 
 def workers_per_process(wanted: int, cores: int, processes: int) -> int:
@@ -288,7 +282,7 @@ def start_run(config: Config, processes: Processes, photos: int, data: dict[str,
     model = model.to(processes.device, memory_format=utils.memory_format(processes.device))
     amp_dtype = utils.autocast_dtype(processes.device, config.amp, config.bfloat16_on_cpu)
     on_gpu = processes.device.type == "cuda"
-    parts = utils.find_parts(model, config.batch_size, config.image_size, processes.device, amp_dtype) if on_gpu else 1
+    parts = step.find_parts(model, config.batch_size, config.image_size, processes.device, amp_dtype) if on_gpu else 1
     if utils.needs_sync_batchnorm(processes, config.batch_size // parts):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     # Fused, it skips float16's overflows on the GPU itself, where others would wait for the answer at every step.
@@ -326,7 +320,7 @@ def write_down(
     run.saved = save_epoch(run, config)
     tried(lambda: report.save_preview(*preview(run, dataset), folder / "preview.png"))
     print(report.table_line(row, config.num_epochs, is_best), flush=True)
-    if said := report.bad_photos_line(row, folder / checkpoints.SKIPPED):
+    if said := report.bad_photos_line(row, folder / SKIPPED):
         print(said, flush=True)
     if row["skipped_steps"]:
         print(f"{row['skipped_steps']} steps had no finite loss or gradient and were skipped", flush=True)
@@ -384,12 +378,12 @@ def run_command(argv: list[str]) -> int:
     try:
         config = parse(argv[1:])
         if config.device in (utils.EACH_ITS_GPU, "cuda"):
-            utils.use_every_gpu(argv)
+            launching.use_every_gpu(argv)
         if config.evaluate:
             measure_checkpoint(config)
         else:
             main(config)
-    except USER_ERRORS as error:
+    except UserError as error:
         print(f"trainer.py: error: {last_line(error)}", file=sys.stderr)
         return 2
     except Stopped as stop:

@@ -13,9 +13,9 @@ from PIL import Image
 import utils
 from cutting.edges import alpha_of, foreground, to_opacity
 from cutting.photos import as_photo
-from datasets import letterbox, to_rgba
+from loading.letterbox import letterbox, to_rgba
 from models import SMALLEST_INPUT, UNetAutoencoder
-from training import checkpoints
+from utils import CheckpointError, read_checkpoint
 
 
 def load(checkpoint: str | Path, device: str = utils.EACH_ITS_GPU) -> Cutter:
@@ -30,7 +30,7 @@ def load(checkpoint: str | Path, device: str = utils.EACH_ITS_GPU) -> Cutter:
         LaunchError: no such device.
     """
     name, _ = utils.pick_device(device, 0, torch.cuda.device_count(), torch.backends.mps.is_available())
-    content = checkpoints.load(checkpoint)
+    content = read_checkpoint(checkpoint)
     try:
         config = content["config"]
         model = UNetAutoencoder(config["encoder"], pretrained=False, use_attention=config["use_attention"])
@@ -38,7 +38,7 @@ def load(checkpoint: str | Path, device: str = utils.EACH_ITS_GPU) -> Cutter:
         return Cutter(model, config["image_size"], torch.device(name), config.get("amp", True))
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         text = " ".join(str(error).split())[:160]  # PyTorch lists every tensor that is missing, a line each
-        raise checkpoints.CheckpointError(f"{checkpoint} holds no model that can be used here: {text}") from None
+        raise CheckpointError(f"{checkpoint} holds no model that can be used here: {text}") from None
 
 
 class Cutter:

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 
 from cutting.photos import strips
-from datasets import resize, restore, unpadded
+from loading.letterbox import resize, restore, unpadded
 
 GUIDE_RADIUS = 2  # pixels of the square: an edge is looked for within so many
 GUIDE_EPSILON = 1e-4  # variance of the colours, in [0, 1], below which they say nothing: 2.5 steps of 8 bits

@@ -14,7 +14,8 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from datasets import resize
+from loading.letterbox import resize
+from utils import UserError
 
 # OpenCV's own (level 1, run lengths, one filter; a level given here would turn on all filters). On COCO's photos over
 # 2 times as fast as Pillow's level 1 and 8 times as fast as its default of 6, for files 6 and 14 % larger.
@@ -23,7 +24,7 @@ LARGEST_PROFILE = 2**20  # bytes: Pillow refuses to open a PNG with a larger col
 NO_PHOTOS = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")  # Pillow names them, but cannot decode them by itself
 
 
-class PhotoError(ValueError):
+class PhotoError(UserError):
     """A photo that cannot be read; the message is one line for the user."""
 
 

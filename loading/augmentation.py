@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 from albucore import sz_lut
 
-from datasets import to_rgba
+from loading.letterbox import to_rgba
 
 
 def augmentations() -> list:

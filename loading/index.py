@@ -21,13 +21,14 @@ from tqdm import tqdm
 
 from loading import run_lengths
 from loading.masks import draw_mask
+from utils import UserError
 
 INDEX_VERSION = 3  # of the index file's content; another version is built anew
 LARGE_FILE, MOST_PROCESSES = 2**24, 4  # bytes from which processes share the drawing; more would wait for the parsing
 MAX_SIDE, MAX_PIXELS = 2**20, 2**28  # of a photo: more is taken for a broken record, not for a photo
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """The data on disk cannot be used; the message is one line for the user."""
 
 

@@ -11,11 +11,10 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
-from datasets import COCOPersonDataset
 from loading.index import DataError
-from training.checkpoints import SKIPPED, atomic_write
-from utils import Processes, from_all
+from utils import Processes, atomic_write, from_all
 
+SKIPPED = "skipped.txt"  # names them, in the run's folder
 NAMED_IN_ERROR = 3  # photos; the list has them all
 
 
@@ -29,7 +28,7 @@ class TolerantDataset(Dataset):
         folder: where `SKIPPED` names them.
     """
 
-    def __init__(self, dataset: COCOPersonDataset, training: bool, limit: float, folder: str | Path):
+    def __init__(self, dataset: Dataset, training: bool, limit: float, folder: str | Path):
         self.dataset, self.training, self.limit, self.list = dataset, training, limit, Path(folder) / SKIPPED
         self.seed = dataset.seed
         self._bad = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()  # in this pass, as the workers find out

@@ -27,8 +27,10 @@ from conftest import (
 from PIL import Image
 from pycocotools.coco import COCO
 
-import datasets
-from datasets import COCOPersonDataset, batches, letterbox, make_loader, open_index, read_photo, restore
+from datasets import COCOPersonDataset, batches, letterbox, make_loader, restore
+from loading.index import open_index
+from loading.reading import read_photo
+from utils import usable_cores
 
 TRAIN, VAL = "train2017", "val2017"
 FIRST = "000000000001.jpg"  # width 48, height 64 in `coco_root`
@@ -405,7 +407,7 @@ def test_a_worker_keeps_the_memory_that_it_has_freed():
     code = """if True:
         import resource
         import datasets, numpy
-        datasets.start_worker(0)
+        workers.start_worker(0)
         for _ in range(10):
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             [numpy.ones(2**23, numpy.uint8) for _ in range(4)]
@@ -420,4 +422,4 @@ def test_a_worker_keeps_the_memory_that_it_has_freed():
 def test_usable_cores_are_those_of_the_affinity_and_the_quota(monkeypatch, affinity, quota, cores):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {*range(affinity)}, raising=False)
     monkeypatch.setattr(Path, "read_text", lambda path: quota)
-    assert datasets.usable_cores() == cores
+    assert usable_cores() == cores

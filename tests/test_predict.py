@@ -27,6 +27,7 @@ from datasets import letterbox
 from models import UNetAutoencoder
 from predict import run_command
 from training import checkpoints
+from utils import CheckpointError, read_checkpoint
 
 RNG = np.random.default_rng(0)
 PICTURE = cv2.resize(RNG.integers(0, 256, (6, 9, 3), dtype=np.uint8), (70, 50), interpolation=cv2.INTER_CUBIC)
@@ -626,14 +627,14 @@ def test_mistakes_get_one_line(tmp_path, run, stub, monkeypatch, arguments, word
 ])  # fmt: skip
 def test_checkpoint_of_another_kind_gets_one_line(tmp_path, run, checkpoint, monkeypatch, change):
     monkeypatch.chdir(tmp_path)
-    checkpoints.save(checkpoints.load(checkpoint) | change, tmp_path / "other.pth")
+    checkpoints.save(read_checkpoint(checkpoint) | change, tmp_path / "other.pth")
     code, lines, errors = run(save(tmp_path / "a.png"), "--checkpoint", "other.pth")
     assert (code, lines, len(errors)) == (2, [], 1)
     assert "other.pth holds no model that can be used here" in errors[0]
-    with pytest.raises(checkpoints.CheckpointError, match=r"\A.{1,300}\Z"):  # one line for Python as well
+    with pytest.raises(CheckpointError, match=r"\A.{1,300}\Z"):  # one line for Python as well
         load("other.pth", "cpu")
     torch.save({"weight": torch.zeros(3)}, tmp_path / "weights.pth")
-    with pytest.raises(checkpoints.CheckpointError, match="not a checkpoint of this program"):
+    with pytest.raises(CheckpointError, match="not a checkpoint of this program"):
         load(tmp_path / "weights.pth", "cpu")
 
 

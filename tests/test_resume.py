@@ -26,9 +26,9 @@ from test_trainer import Tiny, flags, quick, refusal, small  # noqa: F401
 
 import trainer
 import utils
-from training import checkpoints, interruptions, launching
-from training.checkpoints import load
+from training import checkpoints, interruptions, launching, step
 from training.interruptions import Stopped
+from utils import read_checkpoint
 
 pytestmark = pytest.mark.usefixtures("tiny", "signals")
 STEPS, BATCHES = 3, 5  # an epoch's steps of training, and with the batches of validation: 10 and 5 photos by 4
@@ -58,7 +58,7 @@ def straight(coco_root, tmp_path) -> Path:
 
 def after_batch(monkeypatch, number: int, action) -> None:
     """Calls it once so many batches, of training and validation, are computed."""
-    counted, update = [], utils.Tally.update
+    counted, update = [], step.Tally.update
 
     def counting(*args):
         update(*args)
@@ -66,7 +66,7 @@ def after_batch(monkeypatch, number: int, action) -> None:
         if len(counted) == number:
             action()
 
-    monkeypatch.setattr(utils.Tally, "update", counting)
+    monkeypatch.setattr(step.Tally, "update", counting)
 
 
 class Killed(BaseException):
@@ -92,7 +92,7 @@ def run(settings, *endings: type[BaseException]) -> BaseException | None:
 def assert_the_same(one: Path, other: Path) -> None:
     """Weights, Adam's state, schedule, scores, best model and history.csv, bit for bit, but for the times."""
     assert same(state(one), state(other))
-    best = [{**load(folder / "best_model.pth"), "config": None} for folder in (one, other)]
+    best = [{**read_checkpoint(folder / "best_model.pth"), "config": None} for folder in (one, other)]
     assert same(*best)
     rows = [[{k: v for k, v in row.items() if k not in TIMES} for row in history(folder)] for folder in (one, other)]
     assert rows[0] == rows[1]
@@ -111,7 +111,7 @@ def test_stopped_by_a_signal_at_any_batch_it_ends_with_the_bits_of_the_straight_
         after_batch(patch, number, lambda: os.kill(os.getpid(), which))
         ending = run(small(coco_root, tmp_path / "run", num_workers=2 * (number % 2), **TWO), Stopped)
     if number % BATCHES == 0:  # the last batch of an epoch's validation: the next step is the one after it
-        assert load(tmp_path / "run" / "last.pth")["step"] == 1
+        assert read_checkpoint(tmp_path / "run" / "last.pth")["step"] == 1
     assert ending.code == 128 + which
     out = capfd.readouterr().out
     assert f"{which.name}: saving after this step" in out
@@ -127,7 +127,7 @@ def test_stopped_twice_in_an_epoch_it_still_has_the_bits(straight, coco_root, tm
         with monkeypatch.context() as patch:
             after_batch(patch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
             assert run(settings, Stopped)
-    assert load(tmp_path / "run" / "last.pth")["step"] == 2
+    assert read_checkpoint(tmp_path / "run" / "last.pth")["step"] == 2
     trainer.main(settings)
     assert_the_same(tmp_path / "run", straight)
 
@@ -138,7 +138,7 @@ def test_with_accumulation_it_goes_on_at_the_right_batch(coco_root, tmp_path, mo
     with monkeypatch.context() as patch:
         after_batch(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))  # in the middle of the second step
         assert run(small(coco_root, tmp_path / "run", **two), Stopped)
-    assert load(tmp_path / "run" / "last.pth")["step"] == 2
+    assert read_checkpoint(tmp_path / "run" / "last.pth")["step"] == 2
     trainer.main(small(coco_root, tmp_path / "run", resume="newest", **two))
     assert_the_same(tmp_path / "run", tmp_path / "straight")
 
@@ -182,7 +182,7 @@ def test_a_checkpoint_that_does_not_know_them_goes_on(coco_root, tmp_path, monke
     with monkeypatch.context() as patch:
         after_batch(patch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert run(small(coco_root, tmp_path, **BROKEN), Stopped)
-    content = load(tmp_path / "last.pth")
+    content = read_checkpoint(tmp_path / "last.pth")
     assert len(content["tallies"][0].pop("bad_photos")) == 1
     checkpoints.save(content, tmp_path / "last.pth")
     trainer.main(small(coco_root, tmp_path, resume="newest", **BROKEN))
@@ -201,7 +201,7 @@ def test_killed_at_any_batch_it_loses_nothing_that_was_saved(
     with monkeypatch.context() as patch:
         after_batch(patch, number, kill)
         assert run(small(coco_root, tmp_path / "run", **OFTEN, **TWO), Killed)
-    last = load(tmp_path / "run" / "last.pth")
+    last = read_checkpoint(tmp_path / "run" / "last.pth")
     batch = (number - 1) % BATCHES  # of the epoch, those before the one it died in
     expected = ((number - 1) // BATCHES, min(batch, STEPS))
     assert (last["epoch"], last["step"]) == expected
@@ -234,7 +234,7 @@ def test_killed_within_a_save_it_goes_on_from_the_newest(moment, straight, coco_
         steps_of_a_save(patch)
         killed = run(settings, Killed)
     places = [(c["epoch"], c["step"]) for p in (tmp_path / "run").glob("*.pth")
-              if p.name != "best_model.pth" and (c := load(p))]  # fmt: skip
+              if p.name != "best_model.pth" and (c := read_checkpoint(p))]  # fmt: skip
     starts, restore = [], trainer.Run.restore
     monkeypatch.setattr(trainer.Run, "restore", lambda run, content, *args: (starts.append(
         (content["epoch"], content["step"])), restore(run, content, *args)))  # fmt: skip
@@ -243,7 +243,7 @@ def test_killed_within_a_save_it_goes_on_from_the_newest(moment, straight, coco_
     assert killed is not None
     assert_the_same(tmp_path / "run", straight)
     for path in (tmp_path / "run").glob("*.pth"):
-        load(path)
+        read_checkpoint(path)
 
 
 # --- damage -----------------------------------------------------------------------------------------------
@@ -256,7 +256,7 @@ def cut(path: Path) -> None:
 
 
 def flip(path: Path) -> None:
-    weights = load(path)["model"]["0.bias"].numpy().tobytes()
+    weights = read_checkpoint(path)["model"]["0.bias"].numpy().tobytes()
     content = bytearray(path.read_bytes())
     content[content.index(weights) + 1] ^= 16
     path.unlink()
@@ -302,7 +302,7 @@ def test_a_damaged_newest_epoch_does_not_cost_the_best_model(coco_root, tmp_path
         run(settings, Killed)
     os.truncate(tmp_path / "last.pth", 1000)  # epoch_0002.pth is the same file
     trainer.main(settings)
-    best = load(tmp_path / "best_model.pth")
+    best = read_checkpoint(tmp_path / "best_model.pth")
     assert (best["epoch"], best["metrics"]["iou"]) == (1, 0.9)
 
 
@@ -342,7 +342,7 @@ def swap(content: dict) -> None:
 def test_other_data_of_as_many_photos_is_refused_with_both_checksums(change, split, coco_root, tmp_path, capsys):
     settings = small(coco_root, tmp_path / "run", num_epochs=1)
     trainer.main(settings)
-    data = load(tmp_path / "run" / "last.pth")["data"]
+    data = read_checkpoint(tmp_path / "run" / "last.pth")["data"]
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     path = edit(coco_root, change, split=split)
     error = refusal(capsys, *flags(dataclasses.replace(settings, num_epochs=2, resume="newest")))
@@ -368,11 +368,11 @@ def test_the_same_data_at_another_place_and_time_is_no_other_data(straight, coco
 def test_a_checkpoint_that_knows_no_checksum_goes_on(coco_root, tmp_path):
     settings = small(coco_root, tmp_path, num_epochs=1)
     trainer.main(settings)
-    content = load(tmp_path / "last.pth")
+    content = read_checkpoint(tmp_path / "last.pth")
     data = content.pop("data")
     checkpoints.save(content, tmp_path / "last.pth")
     trainer.main(dataclasses.replace(settings, num_epochs=2, resume="newest"))
-    assert load(tmp_path / "last.pth")["data"] == data
+    assert read_checkpoint(tmp_path / "last.pth")["data"] == data
 
 
 def test_what_changed_and_does_no_harm_is_said(coco_root, tmp_path, capsys):
@@ -447,7 +447,7 @@ def test_ten_broken_steps_in_a_row_name_the_last_good_checkpoint_and_it_is_good(
     assert error.startswith("trainer.py: error: 10 steps in a row had no finite loss or gradient")
     good = tmp_path / "run" / "last.pth"
     assert f"{good} is the last good checkpoint" in error
-    assert (load(good)["epoch"], load(good)["step"]) == (1, 0)
+    assert (read_checkpoint(good)["epoch"], read_checkpoint(good)["step"]) == (1, 0)
     trainer.main(small(coco_root, tmp_path / "run", **two))
     assert_the_same(tmp_path / "run", tmp_path / "straight")
 
@@ -457,7 +457,7 @@ def test_ten_in_a_row_are_counted_over_epochs_that_have_fewer_steps(coco_root, t
     error = refusal(capsys, *flags(small(coco_root, tmp_path, num_epochs=9, keep_checkpoints=0)))
     assert f"10 steps in a row had no finite loss or gradient; {tmp_path / 'last.pth'} is the last good" in error
     assert [row["skipped_steps"] for row in history(tmp_path)] == ["0", "2", "3", "3"]  # and two of the fifth epoch
-    models = [load(tmp_path / f"epoch_{epoch:04d}.pth")["model"] for epoch in (2, 3, 4)]
+    models = [read_checkpoint(tmp_path / f"epoch_{epoch:04d}.pth")["model"] for epoch in (2, 3, 4)]
     weights = [{name: value for name, value in model.items() if "num" not in name} for model in models]
     assert all(same(weights[0], other) for other in weights)
 
@@ -516,10 +516,10 @@ def test_with_a_full_disk_it_goes_on_and_has_the_right_best_model_afterwards(coc
     trainer.main(small(coco_root, tmp_path / "run", num_epochs=4))
     out = capsys.readouterr().out
     assert "No space left on device: the training goes on, and it will be tried again" in out
-    best = load(tmp_path / "run" / "best_model.pth")
+    best = read_checkpoint(tmp_path / "run" / "best_model.pth")
     assert (best["epoch"], best["metrics"]["iou"]) == (2, 0.9)
     assert len(history(tmp_path / "run")) == 4
-    assert load(tmp_path / "run" / "last.pth")["epoch"] == 4
+    assert read_checkpoint(tmp_path / "run" / "last.pth")["epoch"] == 4
 
 
 def test_a_disk_full_from_the_first_epoch_on_does_not_make_a_later_one_the_best(coco_root, tmp_path, monkeypatch):
@@ -535,8 +535,8 @@ def test_a_disk_full_from_the_first_epoch_on_does_not_make_a_later_one_the_best(
         patch.setattr(time, "sleep", make_room)
         trainer.main(small(coco_root, tmp_path / "run", **TWO))  # at its end it insists
     assert waits == [interruptions.RETRY_SECONDS]
-    assert load(tmp_path / "run" / "best_model.pth")["epoch"] == 1
-    assert load(tmp_path / "run" / "last.pth")["epoch"] == 2
+    assert read_checkpoint(tmp_path / "run" / "best_model.pth")["epoch"] == 1
+    assert read_checkpoint(tmp_path / "run" / "last.pth")["epoch"] == 2
     assert len(history(tmp_path / "run")) == 2
 
 
@@ -552,7 +552,7 @@ def test_a_run_that_never_finds_room_ends_with_one_line(coco_root, tmp_path, mon
 def test_after_a_failed_save_the_next_step_does_not_wait_a_quarter_of_an_hour(coco_root, tmp_path, monkeypatch):
     monkeypatch.setattr(interruptions, "RETRY_SECONDS", 0.0)
     saves = []
-    real = trainer.checkpoints.save_last
+    real = checkpoints.save_last
     monkeypatch.setattr(checkpoints, "save_epoch", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
     monkeypatch.setattr(checkpoints, "save_last", lambda *args: (saves.append(1), real(*args)))
     monkeypatch.setattr(trainer, "insist_on_saving", lambda *_: None)
@@ -570,7 +570,7 @@ torch.set_num_threads(1)
 import trainer, utils
 from test_trainer import Tiny
 trainer.UNetAutoencoder, trainer.usable_cores = Tiny, lambda: 2
-update, counted = utils.Tally.update, []
+update, counted = step.Tally.update, []
 die_rank, die_at, mark = os.environ.get("DIE_AT", "-1 0 x").split()
 def counting(*args):
     update(*args)
@@ -579,10 +579,10 @@ def counting(*args):
     if os.environ.get("RANK", "0") == die_rank and len(counted) == int(die_at) and not os.path.exists(mark):
         open(mark, "w").close()
         os.kill(os.getpid(), signal.SIGKILL)
-utils.Tally.update = counting
+step.Tally.update = counting
 if gpus := os.environ.get("GPUS"):  # that are not there: processes for as many, on the CPU
     torch.cuda.device_count, count = lambda: int(gpus), torch.cuda.device_count
-    utils.use_every_gpu(sys.argv)
+    launching.use_every_gpu(sys.argv)
     torch.cuda.device_count = count
 if seen := os.environ.get("SEEN"):  # without augmentation sums tell the photos apart
     open_data = trainer.open_data
@@ -634,7 +634,7 @@ def test_sigterm_to_torchrun_ends_all_within_ten_seconds_with_everything_saved(c
     assert time.monotonic() - start < 10
     assert process.returncode != 0
     assert out.count("stopped by SIGTERM after epoch") == 1, out
-    last = load(tmp_path / "run" / "last.pth")
+    last = read_checkpoint(tmp_path / "run" / "last.pth")
     assert f"after epoch {last['epoch']}, step {last['step']}: --resume goes on" in out
     assert len(last["tallies"]) == 2
     assert not left_over(str(tmp_path))
@@ -695,4 +695,4 @@ def test_ctrl_c_that_ends_the_reader_of_the_output_as_well_still_saves(coco_root
     process.stdout.close()
     process.send_signal(signal.SIGINT)
     process.wait(20)
-    assert load(tmp_path / "run" / "last.pth")["step"] > 0
+    assert read_checkpoint(tmp_path / "run" / "last.pth")["step"] > 0

@@ -22,8 +22,7 @@ from datasets import COCOPersonDataset, make_loader
 from models import UNetAutoencoder
 from tools import make_sample
 from training import checkpoints
-from training.checkpoints import load
-from utils import LossCalculator, Processes
+from utils import CheckpointError, LossCalculator, Processes, read_checkpoint
 
 ROOT = Path(trainer.__file__).parent
 FOUR = {"num_epochs": 4, "restart_period": 3}  # so that a resume after two falls within a cycle
@@ -64,7 +63,7 @@ def same(one, other) -> bool:
 
 def state(run: Path) -> dict:
     """All that last.pth holds, but for the settings and the times."""
-    content = load(run / "last.pth")
+    content = read_checkpoint(run / "last.pth")
     rows = [{name: value for name, value in row.items() if name not in TIMES} for row in content["history"]]
     return {**content, "history": rows, "config": None}
 
@@ -94,7 +93,7 @@ def test_a_run_leaves_its_files(finished):
     assert sorted(path.name for path in run.iterdir()) == expected
     assert [row["epoch"] for row in history(run)] == ["1", "2", "3", "4"]
     assert (run / "preview.png").read_bytes().startswith(b"\x89PNG")
-    assert load(run / "last.pth")["epoch"] == 4
+    assert read_checkpoint(run / "last.pth")["epoch"] == 4
 
 
 def test_the_best_model_is_worth_what_it_says(finished):
@@ -113,9 +112,9 @@ def test_the_best_model_is_worth_what_it_says(finished):
 def test_the_best_is_the_first_of_the_highest(coco_root, tmp_path, monkeypatch):
     script(monkeypatch, [0.0, 0.4, 0.7, 0.2, 0.7])
     trainer.main(small(coco_root, tmp_path / "run", num_epochs=5, keep_checkpoints=0))
-    best = load(tmp_path / "run" / "best_model.pth")
+    best = read_checkpoint(tmp_path / "run" / "best_model.pth")
     assert (best["epoch"], best["metrics"]["iou"]) == (3, 0.7)
-    assert same(best["model"], load(tmp_path / "run" / "epoch_0003.pth")["model"])
+    assert same(best["model"], read_checkpoint(tmp_path / "run" / "epoch_0003.pth")["model"])
 
 
 def script(monkeypatch, ious: list[float]) -> None:
@@ -140,7 +139,7 @@ def test_a_new_run_moves_an_older_one_aside_and_says_so(coco_root, tmp_path, cap
 
 def test_a_last_batch_of_one_photo_does_not_break_batchnorm(coco_root, tmp_path):
     trainer.main(small(coco_root, tmp_path / "run", num_epochs=1, batch_size=3))  # 3 + 3 + 3 + 1, and 1 x 1 features
-    assert int(load(tmp_path / "run" / "last.pth")["optimizer"]["state"][0]["step"]) == 3
+    assert int(read_checkpoint(tmp_path / "run" / "last.pth")["optimizer"]["state"][0]["step"]) == 3
 
 
 def test_a_sample_run_draws_its_own_photos(tmp_path, monkeypatch, capsys):
@@ -149,7 +148,7 @@ def test_a_sample_run_draws_its_own_photos(tmp_path, monkeypatch, capsys):
     size = ["--num-epochs=1", "--image-size=32", "--batch-size=4", "--num-workers=0"]
     assert trainer.run_command(["trainer.py", "--sample", *folders, *size]) == 0
     assert len(list((tmp_path / "sample" / "train2017").glob("*.jpg"))) == 6
-    assert load(tmp_path / "run" / "best_model.pth")["config"]["encoder"] == "resnet18"
+    assert read_checkpoint(tmp_path / "run" / "best_model.pth")["config"]["encoder"] == "resnet18"
     assert str(tmp_path / "sample") in capsys.readouterr().out
 
 
@@ -200,8 +199,8 @@ def test_a_worse_epoch_after_a_resume_is_not_the_best(coco_root, tmp_path, monke
     script(monkeypatch, [0.5, 0.9, 0.6, 0.8])
     trainer.main(small(coco_root, tmp_path / "run", num_epochs=2))
     trainer.main(small(coco_root, tmp_path / "run", num_epochs=4, resume="newest"))
-    assert load(tmp_path / "run" / "best_model.pth")["epoch"] == 2
-    assert load(tmp_path / "run" / "last.pth")["best_iou"] == 0.9
+    assert read_checkpoint(tmp_path / "run" / "best_model.pth")["epoch"] == 2
+    assert read_checkpoint(tmp_path / "run" / "last.pth")["best_iou"] == 0.9
 
 
 @pytest.mark.usefixtures("tiny")
@@ -211,7 +210,7 @@ def test_resume_passes_over_a_checkpoint_cut_short(coco_root, tmp_path, capsys):
     os.truncate(run / "epoch_0002.pth", 1000)  # last.pth is the same file
     trainer.main(small(coco_root, run, num_epochs=2, resume="newest"))
     assert "after epoch 1" in capsys.readouterr().out
-    assert load(run / "last.pth")["epoch"] == 2
+    assert read_checkpoint(run / "last.pth")["epoch"] == 2
     assert [row["epoch"] for row in history(run)] == ["1", "2"]
 
 
@@ -233,7 +232,7 @@ def test_a_run_that_goes_on_from_another_folder_overwrites_nothing(coco_root, tm
     (aside,) = second.glob("earlier_*")
     assert {path.name: path.read_bytes() for path in aside.iterdir()} == before
     assert [row["epoch"] for row in history(second)] == ["1", "2", "3"]
-    assert load(second / "best_model.pth")["epoch"] == 3  # the best of those made here
+    assert read_checkpoint(second / "best_model.pth")["epoch"] == 3  # the best of those made here
 
 
 @pytest.mark.usefixtures("tiny")
@@ -244,7 +243,7 @@ def test_a_resume_that_finds_all_damaged_moves_them_aside(coco_root, tmp_path, c
     trainer.main(small(coco_root, run, num_epochs=1, resume="newest"))
     assert "nothing to resume" in capsys.readouterr().out
     assert len(list(run.glob("earlier_*/best_model.pth"))) == 1
-    assert load(run / "last.pth")["epoch"] == 1
+    assert read_checkpoint(run / "last.pth")["epoch"] == 1
 
 
 @pytest.mark.usefixtures("tiny")
@@ -313,10 +312,10 @@ def test_two_processes_measure_what_one_does(coco_root, tmp_path):
     ranks = [torch.load(tmp_path / f"rank{rank}.pth") for rank in (0, 1)]
     assert same(*ranks)
 
-    best = load(run / "best_model.pth")
+    best = read_checkpoint(run / "best_model.pth")
     assert best["model"].keys() == UNetAutoencoder("resnet18", False).state_dict().keys()  # no module. before them
     assert same(best["model"], ranks[0])
-    assert same(best["model"], load(run / "last.pth")["model"])
+    assert same(best["model"], read_checkpoint(run / "last.pth")["model"])
     assert float(history(run)[0]["val_iou"]) == pytest.approx(iou_by_hand(best, coco_root), abs=1e-6)
     model = UNetAutoencoder("resnet18", False)
     model.load_state_dict(best["model"])
@@ -354,7 +353,7 @@ def test_going_back_to_an_earlier_epoch_keeps_what_came_after_it(coco_root, tmp_
     (aside,) = run.glob("earlier_*")
     assert (aside / "best_model.pth").read_bytes() == best
     assert [path.name for path in sorted(aside.glob("epoch_*"))] == ["epoch_0002.pth", "epoch_0003.pth"]
-    assert load(run / "best_model.pth")["epoch"] == 2
+    assert read_checkpoint(run / "best_model.pth")["epoch"] == 2
     assert str(aside) in capsys.readouterr().out
 
 
@@ -384,7 +383,7 @@ def test_a_folder_is_claimed_before_its_checkpoint_is_read(coco_root, tmp_path, 
     newest_usable = checkpoints.newest_usable
 
     def while_claimed(folder):
-        with pytest.raises(checkpoints.CheckpointError, match="another run is writing"):
+        with pytest.raises(CheckpointError, match="another run is writing"):
             checkpoints.claim(folder)
         read.append(folder)
         return newest_usable(folder)

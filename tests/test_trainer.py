@@ -24,11 +24,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import trainer
-import utils
 from datasets import COCOPersonDataset, batches, make_loader
 from models import UNetAutoencoder
 from trainer import LIMITS, SAMPLE, Config, Run, parse
-from training import report
+from training import report, step
 from utils import LossCalculator, Processes
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
@@ -364,8 +363,8 @@ def test_a_step_takes_the_mean_over_its_photos_however_they_are_cut(accumulate, 
     loader = make_loader(COCOPersonDataset(coco_root, "train2017", 32), 4, 0, training=True)
     photos = torch.cat(list(batches(loader, 0))).double() / 255
     losses = 0.0
-    for step in photos.split(4 * accumulate):
-        one_by_one = [LossCalculator()(by_hand(photo[None, :3]), photo[None])[0] for photo in step]
+    for group in photos.split(4 * accumulate):
+        one_by_one = [LossCalculator()(by_hand(photo[None, :3]), photo[None])[0] for photo in group]
         losses += sum(loss.item() for loss in one_by_one)
         gradients = torch.autograd.grad(sum(one_by_one) / len(step), list(by_hand.parameters()))
         with torch.no_grad():
@@ -414,7 +413,7 @@ def test_a_run_in_parts_says_so_and_trains_and_validates(coco_root, tmp_path, mo
     monkeypatch.setattr(trainer, "UNetAutoencoder", Cramped)
     config = small(coco_root, tmp_path / "run", num_epochs=1, accumulate=2)
     run = trainer.start_run(config, ALONE, PHOTOS)
-    run.parts = utils.find_parts(run.model, 4, 32, ALONE.device, None)
+    run.parts = step.find_parts(run.model, 4, 32, ALONE.device, None)
     monkeypatch.setattr(trainer, "start_run", lambda *_: run)
     trainer.main(config)
     told = " ".join(capsys.readouterr().out.split())

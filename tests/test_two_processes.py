@@ -18,8 +18,8 @@ from test_runs import TIMES, history, same
 from test_trainer import Tiny, small
 
 import trainer
-from training.checkpoints import claim, load
-from utils import LossCalculator
+from training.checkpoints import claim
+from utils import LossCalculator, read_checkpoint
 
 
 def take_part(rank: int, environment: dict[str, str], folder: Path, settings, event: tuple) -> None:
@@ -111,7 +111,7 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step_and_nothing_is_lost(ro
     straight = train(tmp_path, small(root, tmp_path / "straight", **settings))
     stopped = train(tmp_path, small(root, tmp_path / "run", **settings), (1, 2, "signal"))
     assert [(rank["code"], rank["epoch"], rank["step"]) for rank in stopped] == [(143, 0, 2)] * 2
-    last = load(tmp_path / "run" / "last.pth")
+    last = read_checkpoint(tmp_path / "run" / "last.pth")
     assert (last["epoch"], last["step"]) == (0, 2)
     assert all(tally["bad_photos"] for tally in last["tallies"])
     assert same(train(tmp_path, small(root, tmp_path / "run", **settings)), straight)

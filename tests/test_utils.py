@@ -20,7 +20,10 @@ from torch.distributed.run import get_args_parser
 from torch.nn.parallel import DistributedDataParallel
 
 import utils
-from utils import LaunchError, LossCalculator, LossMeter, Processes, SegmentationMetrics, pick_device, spread_command
+from training import launching, step
+from training.launching import spread_command
+from training.step import LossMeter
+from utils import LaunchError, LossCalculator, Processes, SegmentationMetrics, pick_device
 
 CPU = torch.device("cpu")
 EACH = utils.EACH_ITS_GPU
@@ -207,7 +210,7 @@ def three_passes(rank: int) -> tuple[Tensor, list[int]]:
 
     model.register_comm_hook(None, share)
     for number, x in enumerate((1.0, 2.0, 4.0)):
-        with utils.gradients_shared(model, now=number == 2):
+        with step.gradients_shared(model, now=number == 2):
             model(torch.full((1, 1), x * 10**rank)).sum().backward()
     return model.module.weight.grad.clone(), shared
 
@@ -231,7 +234,7 @@ class Cramped(nn.Conv2d):
 
 def parts_in(room: int) -> int | str:
     try:
-        return utils.find_parts(Cramped(room), 4, 32, CPU, None)
+        return step.find_parts(Cramped(room), 4, 32, CPU, None)
     except LaunchError as error:
         return str(error)
 
@@ -288,30 +291,30 @@ def test_processes_agree_on_the_parts(two):
 def test_a_batch_is_halved_until_it_fits_and_the_model_is_left_alone(room, parts):
     model = Cramped(room)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    assert utils.find_parts(model, 10, 32, CPU, None) == parts
+    assert step.find_parts(model, 10, 32, CPU, None) == parts
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(weights.grad is None for weights in model.parameters())
-    largest = max(map(len, utils.split([torch.zeros(10, 1), torch.zeros(3, 1)], parts, 10)))
+    largest = max(map(len, step.split([torch.zeros(10, 1), torch.zeros(3, 1)], parts, 10)))
     assert largest <= room
 
 
 def test_where_not_one_photo_fits_the_user_is_told():
     assert "single photo of 32 pixels" in parts_in(0)
     with pytest.raises(RuntimeError, match="channels"):  # another mistake is none of memory
-        utils.find_parts(nn.Conv2d(5, 4, 1), 4, 32, CPU, None)
+        step.find_parts(nn.Conv2d(5, 4, 1), 4, 32, CPU, None)
 
 
 @pytest.mark.parametrize(("photos", "parts", "sizes"), [(8, 1, [8]), (8, 4, [2, 2, 2, 2]), (8, 3, [3, 3, 2]),
                                                         (5, 4, [2, 2, 1]), (2, 4, [2]), (8, 8, [1] * 8)])  # fmt: skip
 def test_parts_are_even_and_a_short_batch_has_fewer(photos, parts, sizes):
     batch = torch.arange(photos)
-    split = utils.split([batch, batch], parts, batch_size=8)
+    split = step.split([batch, batch], parts, batch_size=8)
     assert list(map(len, split)) == 2 * sizes
     assert torch.equal(torch.cat(split), torch.cat([batch, batch]))
 
 
 def test_groups_take_everything_once():
-    assert list(utils.groups(iter("abcde"), 2)) == [["a", "b"], ["c", "d"], ["e"]]
+    assert list(step.groups(iter("abcde"), 2)) == [["a", "b"], ["c", "d"], ["e"]]
 
 
 ARGV = ["code/trainer.py", "--nproc-per-node=1", "--seed", "8"]  # arguments of the script are not the launcher's
@@ -355,10 +358,10 @@ def test_on_several_machines_the_user_is_asked_for_the_number():
 SCRIPT = """
 import sys, torch, utils
 torch.cuda.device_count = lambda: 2
-utils.use_every_gpu(sys.argv)
-processes = utils.start_processes("cpu")
+launching.use_every_gpu(sys.argv)
+processes = launching.start_processes("cpu")
 print(f"{processes.rank} of {processes.world_size} {sys.argv[1:]}\\n", end="", flush=True)
-utils.end_processes()
+launching.end_processes()
 """
 
 
@@ -404,8 +407,9 @@ def taken(monkeypatch) -> list[int]:
 
 
 def test_without_a_launcher_the_world_is_one_process(taken):
-    assert utils.start_processes("cpu") == Processes(CPU, "", rank=0, local_rank=0, world_size=1, local_world_size=1)
-    assert utils.start_processes("cpu").is_main
+    alone = Processes(CPU, "", rank=0, local_rank=0, world_size=1, local_world_size=1)
+    assert launching.start_processes("cpu") == alone
+    assert launching.start_processes("cpu").is_main
     assert taken == []
     assert not dist.is_initialized()
 
@@ -413,14 +417,14 @@ def test_without_a_launcher_the_world_is_one_process(taken):
 @pytest.mark.parametrize(("setting", "index"), [(EACH, 1), ("cuda:0", 0), ("cuda", 1)])
 def test_the_gpu_is_taken_before_anything_is_loaded(taken, monkeypatch, setting, index):
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert utils.start_processes(setting).local_rank == 1
+    assert launching.start_processes(setting).local_rank == 1
     assert taken == [index]
 
 
 def test_several_processes_are_not_put_on_one_gpu(taken, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(LaunchError, match="cuda:0"):
-        utils.start_processes("cuda:0")
+        launching.start_processes("cuda:0")
 
 
 @pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])

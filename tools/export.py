@@ -32,14 +32,13 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it is in tools/ that Python looks
 
 from cutting.cutter import Cutter, load
-from cutting.photos import PhotoError, read_photo
-from datasets import COCOPersonDataset, letterbox, resize
-from loading.index import DataError
+from cutting.photos import read_photo
+from datasets import COCOPersonDataset, letterbox
+from loading.letterbox import resize
 from models import UNetAutoencoder
-from predict import PredictError, photos_in
-from training import checkpoints
-from training.settings import OneLineParser, UsageError
-from utils import SegmentationMetrics
+from predict import photos_in
+from training.settings import OneLineParser
+from utils import SegmentationMetrics, UserError, atomic_write, read_checkpoint
 
 if TYPE_CHECKING:
     import onnx
@@ -60,11 +59,8 @@ INT8_OPERATORS = ["Conv", "Relu", "Clip"]
 FLOAT_AT_START, FLOAT_AT_END = 3, 1
 
 
-class ExportError(ValueError):
+class ExportError(UserError):
     """A request that cannot be met, or a result that must not be used; the message is one line for the user."""
-
-
-USER_ERRORS = (UsageError, ExportError, PredictError, PhotoError, DataError, checkpoints.CheckpointError)
 
 
 # --- writing ----------------------------------------------------------------------------------------------
@@ -287,7 +283,7 @@ def spread(items: list | range, count: int = CHECKED_PHOTOS) -> list:
 def main(options: argparse.Namespace) -> None:
     require_packages()
     refuse_unwritable(options.output)
-    cutter, content = load(options.checkpoint, "cpu"), checkpoints.load(options.checkpoint)
+    cutter, content = load(options.checkpoint, "cpu"), read_checkpoint(options.checkpoint)
     dataset = open_split(options, options.split, cutter) if options.data_root else None
     if options.precision == "int8":
         open_split(options, options.calibration_split, cutter)  # early: the export takes its time
@@ -343,7 +339,7 @@ def measure_loss(reference: onnx.ModelProto, reduced: onnx.ModelProto, dataset: 
 def write(model: onnx.ModelProto, path: Path) -> None:
     data = model.SerializeToString()
     try:
-        with checkpoints.atomic_write(path) as file:
+        with atomic_write(path) as file:
             file.write(data)
     except OSError as error:
         raise ExportError(f"--output {path} cannot be written: {error.strerror}") from None
@@ -354,7 +350,7 @@ def run_command(argv: list[str]) -> int:
     """The whole program. Returns its exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
     try:
         main(parse(argv[1:]))
-    except USER_ERRORS as error:
+    except UserError as error:
         print(f"export.py: error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -2,69 +2,28 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import shutil
 import weakref
-import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 
+from loading.unreadable import SKIPPED
 from training.launching import launcher
+from utils import CheckpointError, atomic_write, flush_folder, read_checkpoint
 
 LOCK = ".lock"
 EPOCH_FILE = re.compile(r"epoch_(\d+)\.pth")
-BEST, LAST, PREVIOUS, SKIPPED = "best_model.pth", "last.pth", "previous.pth", "skipped.txt"
+BEST, LAST, PREVIOUS = "best_model.pth", "last.pth", "previous.pth"
 RUN_FILES = (BEST, LAST, PREVIOUS, SKIPPED, "history.csv", "preview.png")  # what a run leaves beside epoch_0001.pth ...
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be used; the message is one line for the user."""
-
-
-@contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that takes its place only when it is complete and on the disk."""
-    draft = path.with_name(f".{path.name}.part")
-    try:
-        draft.unlink(missing_ok=True)  # one that a killed run left may be a second name of a whole checkpoint
-        with open(draft, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
-    _flush_folder(path.parent)
-
-
-def _flush_folder(folder: Path) -> None:
-    if os.name == "posix":  # elsewhere a folder cannot be opened, and a rename needs no flushing
-        descriptor = os.open(folder, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-
-def make_writable(folder: Path) -> None:
-    """Makes a folder, with those above it, and sees early that something can be written there.
-
-    Raises:
-        OSError: it cannot; `strerror` says why.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-
-
 def save(content: dict, path: Path) -> None:
-    """Writes tensors, numbers, texts, lists and dictionaries of them: what `load` accepts.
+    """Writes tensors, numbers, texts, lists and dictionaries of them: what `read_checkpoint` accepts.
 
     Raises:
         CheckpointError: the disk is full or the folder cannot be written; what was there is untouched.
@@ -74,26 +33,6 @@ def save(content: dict, path: Path) -> None:
             torch.save(content, file)
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
         raise CheckpointError(f"{path} cannot be written: {str(error).splitlines()[0]}") from error
-
-
-def load(path: str | Path) -> dict:
-    """Reads a checkpoint to the CPU, as data only: nothing in it is executed.
-
-    Raises:
-        CheckpointError: no such file, damaged, or not one of ours.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip() is not None:  # torch.load itself takes flipped bits for weights
-                raise zipfile.BadZipFile
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"there is no checkpoint {path}") from None
-    except Exception as error:  # whatever a damaged or foreign file makes the readers raise
-        raise CheckpointError(f"the checkpoint {path} is damaged or no checkpoint ({type(error).__name__})") from None
-    if not isinstance(content, dict) or not {"model", "config", "epoch"} <= content.keys():
-        raise CheckpointError(f"{path} is not a checkpoint of this program: it holds no model, config and epoch")
-    return content
 
 
 def save_epoch(folder: Path, content: dict, keep: int) -> None:
@@ -128,7 +67,7 @@ def _link(path: Path, name: Path) -> None:
     except OSError:  # a file system without hard links
         shutil.copyfile(path, draft)
     os.replace(draft, name)
-    _flush_folder(name.parent)
+    flush_folder(name.parent)
 
 
 def epoch_files(folder: Path) -> list[Path]:
@@ -156,7 +95,7 @@ def _first_usable(paths: list[Path]) -> tuple[Path, dict] | None:
     for path in paths:
         if path.exists():
             try:
-                return path, load(path)
+                return path, read_checkpoint(path)
             except CheckpointError as error:
                 print(f"{error}: trying the one before it", flush=True)
     return None
@@ -228,7 +167,7 @@ def set_aside_damaged(folder: Path, epoch: int, source: Path) -> Path | None:
 
 def _is_usable(path: Path) -> bool:
     try:
-        load(path)
+        read_checkpoint(path)
     except CheckpointError:
         return False
     return True

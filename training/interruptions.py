@@ -6,15 +6,9 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterator
 from types import FrameType
 
-import torch
-from torch import Tensor, nn
-from torch.optim import Adam
-
-import utils
-from utils import Processes
+from utils import Processes, UserError, largest_of_each
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
 SAME_SIGNAL = 2.0  # seconds: Ctrl-C reaches every process, and torchrun passes it on once more
@@ -30,7 +24,7 @@ class Stopped(Exception):
         self.code = 128 + number
 
 
-class BrokenNumbersError(RuntimeError):
+class BrokenNumbersError(UserError):
     """The loss or the gradient was not finite for too many steps; the message is one line for the user."""
 
 
@@ -76,7 +70,7 @@ class Watch:
             BrokenNumbersError: on one of them too many steps in a row had no finite number.
         """
         due = self._processes.is_main and time.monotonic() >= self._next_save
-        number, due, broken = utils.largest_of_each([self._signal, due, broken_in_a_row])
+        number, due, broken = largest_of_each([self._signal, due, broken_in_a_row])
         if number:
             raise Stopped(number)
         if broken >= MOST_BROKEN:
@@ -92,68 +86,3 @@ class Watch:
         self._handlers = {}
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
-
-
-class FiniteSteps:
-    """Lets the optimiser skip a step whose loss or gradient is not finite, on all processes alike.
-
-    What is skipped is decided on the device. The counts are fetched from a GPU only when they are asked for.
-    BatchNorm's averages are those of before such a step as well. float16's own skips, by which its scale is found,
-    are no broken steps: there only the losses count.
-
-    Args:
-        model: whose steps these are, not wrapped for several processes.
-        device: that it lies on.
-        skipped, in_a_row: steps that were skipped before, in all and up to now without one that was not.
-    """
-
-    def __init__(self, model: nn.Module, device: torch.device, skipped: int = 0, in_a_row: int = 0):
-        self._counts = torch.tensor([skipped, in_a_row], device=device)
-        self.in_a_row = in_a_row  # when it was fetched last
-        self._averages = [b for name, b in model.named_buffers() if name.rpartition(".")[2].startswith("running_")]
-        self._before = [average.clone() for average in self._averages]
-
-    def remember(self) -> None:
-        """Before the forward pass."""
-        if self._averages:
-            torch._foreach_copy_(self._before, self._averages)
-
-    def step(self, optimizer: Adam, scaler: torch.amp.GradScaler, losses: Tensor, norm: Tensor) -> None:
-        """The optimiser's step, if the numbers are finite.
-
-        Args:
-            losses: of all batches and parts that the step is made of, float (parts,).
-            norm: of the gradient, a scalar.
-        """
-        finite = torch.isfinite(losses).all() & (torch.isfinite(norm) | scaler.is_enabled())
-        found = (~finite).float()
-        utils.largest_over_processes(found)  # each has a loss of its own
-        with self._skipped_where(found, optimizer):
-            scaler.step(optimizer)
-        scaler.update()
-        broken = found.bool()
-        for average, before in zip(self._averages, self._before, strict=True):
-            torch.where(broken, before, average, out=average)
-        self._counts += broken
-        self._counts[1] *= broken
-
-    @staticmethod
-    @contextlib.contextmanager
-    def _skipped_where(found: Tensor, optimizer: Adam) -> Iterator[None]:
-        """A fused optimiser does nothing where `found_inf` is 1, which a scaler sets just before the step."""
-
-        def add(optimizer: Adam, *_: object) -> None:
-            by_scaler = optimizer.found_inf
-            optimizer.found_inf = found if by_scaler is None else torch.maximum(found, by_scaler)
-
-        optimizer.grad_scale = optimizer.found_inf = None  # a scaler that is not enabled sets neither
-        hook = optimizer.register_step_pre_hook(add)
-        try:
-            yield
-        finally:
-            hook.remove()
-
-    def fetch(self) -> int:
-        """The steps that were skipped; waits for the device."""
-        skipped, self.in_a_row = self._counts.tolist()
-        return skipped

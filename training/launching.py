@@ -1,4 +1,4 @@
-"""What a run needs when torchrun --max-restarts starts its processes anew: who it is, and where they meet."""
+"""All of torchrun: who starts a run, spreading it over the GPUs, restarts, and where its processes meet."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ import contextlib
 import os
 import socket
 import subprocess
+import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from uuid import uuid4
 
+import torch
 import torch.distributed as dist
+
+from utils import EACH_ITS_GPU, LaunchError, Processes, pick_device
 
 LAUNCHER = "SILUETA_LAUNCHER"  # the launcher's name, for processes that are started by way of another one
 
@@ -65,3 +70,87 @@ def _tell(name: str, store: dist.Store, world_size: int) -> None:
         if time.monotonic() > end:
             raise dist.DistStoreError(f"{world_size} processes were started, and not all of them answer")
         time.sleep(0.02)
+
+
+LAUNCHER_VARIABLES = (
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"),
+    *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE"),
+)
+
+
+def spread_command(
+    environ: Mapping[str, str], parent_arguments: list[str], gpus: int, argv: list[str]
+) -> list[str] | None:
+    """The command by which a lone worker of a bare `torchrun trainer.py` replaces itself to use every GPU.
+
+    Args:
+        environ: the environment of this process.
+        parent_arguments: the command line of the launcher.
+        gpus: how many this process sees.
+        argv: the script and its arguments.
+
+    Returns:
+        None where nothing is to be done: not under torchrun, one GPU or none, or a number was asked for.
+
+    Raises:
+        LaunchError: the same on several machines, where a new launch would need a meeting place of its own.
+    """
+    alone = "TORCHELASTIC_RUN_ID" in environ and environ.get("LOCAL_WORLD_SIZE") == "1"
+    if not alone or gpus < 2 or _count_was_given(environ, parent_arguments, argv[0]):
+        return None
+    if environ.get("WORLD_SIZE") != "1":
+        raise LaunchError(
+            f"torchrun starts one process a machine unless told otherwise, and {gpus - 1} of the {gpus} GPUs here "
+            "would stay idle: add --nproc-per-node=gpu on each machine (or --nproc-per-node=1 if you mean it)"
+        )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
+    return [*launcher, *argv]
+
+
+def _count_was_given(environ: Mapping[str, str], parent_arguments: list[str], script: str) -> bool:
+    names = [os.path.basename(argument) for argument in parent_arguments]
+    script_at = names.index(os.path.basename(script)) if os.path.basename(script) in names else len(names)
+    options = [a.split("=")[0].replace("_", "-") for a in parent_arguments[:script_at] if a.startswith("--n")]
+    abbreviated = any("--nproc-per-node".startswith(option) for option in options if option != "--n")
+    return abbreviated or "PET_NPROC_PER_NODE" in environ
+
+
+def use_every_gpu(argv: list[str]) -> None:
+    """Replaces this process by a launch over all visible GPUs where a bare torchrun left it alone."""
+    try:
+        parent_arguments = Path(f"/proc/{os.getppid()}/cmdline").read_text(errors="replace").split("\0")
+    except OSError:  # no Linux: nobody to ask, and hardly several GPUs
+        return
+    command = spread_command(os.environ, parent_arguments, torch.cuda.device_count(), argv)
+    if command is not None:
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC") and k not in LAUNCHER_VARIABLES}
+        os.execve(command[0], command, kept | {LAUNCHER: launcher()})
+
+
+def start_processes(device_setting: str) -> Processes:
+    """Finds this process's device and joins the others, if there are any."""
+    place = {key: int(os.environ.get(key.upper(), default)) for key, default in
+             {"rank": 0, "local_rank": 0, "world_size": 1, "local_world_size": 1}.items()}  # fmt: skip
+    has_mps = torch.backends.mps.is_available()
+    name, note = pick_device(
+        device_setting, place["local_rank"], torch.cuda.device_count(), has_mps and place["local_world_size"] == 1
+    )
+    device = torch.device(name)
+    if place["local_world_size"] > 1 and device.type != "cpu" and device_setting not in (EACH_ITS_GPU, "cuda"):
+        raise LaunchError(f"--device {device_setting} would put {place['local_world_size']} processes on one device")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # before anything is loaded, or every process would touch GPU 0
+    if place["world_size"] > 1:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        try:
+            store = meeting_place(place["rank"], place["world_size"])
+        except dist.DistError as error:
+            raise LaunchError(f"the processes do not find one another: {error}") from None
+        ranks = {"rank": place["rank"], "world_size": place["world_size"]}
+        dist.init_process_group(backend, store=store, device_id=device if device.type == "cuda" else None, **ranks)
+    return Processes(device, note, **place)
+
+
+def end_processes() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from loading.index import describe_left_out
-from training.checkpoints import atomic_write, disk_needed
+from training.checkpoints import disk_needed
+from utils import atomic_write
 
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts

@@ -19,9 +19,10 @@ from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
 import utils
 from training import checkpoints, interruptions, report
-from training.interruptions import BrokenNumbersError, FiniteSteps, Stopped, Watch
+from training.interruptions import BrokenNumbersError, Stopped, Watch
 from training.settings import flag
-from utils import Processes, Tally
+from training.step import FiniteSteps, Tally
+from utils import CheckpointError, Processes, UserError, read_checkpoint
 
 if TYPE_CHECKING:
     from datasets import COCOPersonDataset
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from trainer import Config
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A setting that cannot be; the message is one line for the user."""
 
 
@@ -104,7 +105,7 @@ class Run:
             self._restore(content, config, processes)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             reason = str(error).splitlines()[0]
-            raise checkpoints.CheckpointError(f"the checkpoint does not fit this program's model: {reason}") from None
+            raise CheckpointError(f"the checkpoint does not fit this program's model: {reason}") from None
 
     def _restore(self, content: dict, config: Config, processes: Processes) -> None:
         for group in content["optimizer"]["param_groups"]:
@@ -180,12 +181,12 @@ def find_checkpoint(
     newest = config.resume in ("", NEWEST) or again  # not a given file for a second time
     path, checkpoint = (checkpoints.newest_usable(folder) if newest else None) or (None, None)
     if checkpoint is None and config.resume not in ("", NEWEST):
-        path, checkpoint = Path(config.resume), checkpoints.load(config.resume)
+        path, checkpoint = Path(config.resume), read_checkpoint(config.resume)
     if checkpoint is None:
         print(f"nothing to resume in {folder}: starting from the beginning", flush=True)
         return None, None
     if not {*Run.PARTS, *Run.NUMBERS, "step", "tallies"} <= checkpoint.keys():
-        raise checkpoints.CheckpointError(f"{path} holds a model only, no state of a training: resume from last.pth")
+        raise CheckpointError(f"{path} holds a model only, no state of a training: resume from last.pth")
     refuse_another_run(path, checkpoint, config, photos, data)
     place = f"after epoch {checkpoint['epoch']}" + (f", step {checkpoint['step']}" if checkpoint["step"] else "")
     print(f"going on from {path}, {place}{differences(checkpoint, config, world_size)}", flush=True)
@@ -255,7 +256,7 @@ def save_unfinished(run: Run, config: Config, processes: Processes) -> bool:
 def tried(save: Callable[[], None]) -> bool:
     try:
         save()
-    except (checkpoints.CheckpointError, OSError) as error:
+    except (CheckpointError, OSError) as error:
         print(f"{error}: the training goes on, and it will be tried again", flush=True)
         return False
     return True
@@ -294,7 +295,7 @@ def insist_on_saving(run: Run, config: Config) -> None:
         time.sleep(interruptions.RETRY_SECONDS)
         run.saved = save_epoch(run, config)
     if not run.saved:
-        raise checkpoints.CheckpointError(f"the last epoch cannot be written to {config.checkpoint_dir}")
+        raise CheckpointError(f"the last epoch cannot be written to {config.checkpoint_dir}")
 
 
 def claim_folder(config: Config) -> BinaryIO | None:

@@ -10,10 +10,12 @@ import inspect
 import re
 from typing import NoReturn, TypeVar
 
+from utils import UserError
+
 Settings = TypeVar("Settings")
 
 
-class UsageError(ValueError):
+class UsageError(UserError):
     """A command line that cannot be understood; the message is one line for the user."""
 
 

@@ -22,7 +22,7 @@ import datasets
 import trainer
 from datasets import COCOPersonDataset, batches, make_loader
 from loading import cache
-from training import checkpoints
+from utils import read_checkpoint
 
 TRAIN, VAL = "train2017", "val2017"
 
@@ -87,7 +87,7 @@ def test_a_training_says_where_its_samples_come_from_and_has_the_same_bits(coco_
     for cached, said in ((False, "from the photos"), (True, "letterboxed once")):
         trainer.main(small(coco_root, tmp_path / str(cached), num_epochs=1, num_workers=int(cached), cache=cached))
         assert said in capsys.readouterr().out
-        weights.append(checkpoints.load(tmp_path / str(cached) / "last.pth")["model"])
+        weights.append(read_checkpoint(tmp_path / str(cached) / "last.pth")["model"])
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 

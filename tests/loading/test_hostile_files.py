@@ -32,8 +32,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from datasets import COCOPersonDataset, claimed_size, read_photo
+from datasets import COCOPersonDataset
 from loading.index import DataError, open_index
+from loading.reading import claimed_size, read_photo
 
 TRAIN = "train2017"
 ASKED = int(os.environ.get("HOSTILE_FILES", 0))

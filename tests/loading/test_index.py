@@ -24,10 +24,10 @@ from conftest import (
     refusal,
 )
 
-from datasets import COCOPersonDataset, open_index
+from datasets import COCOPersonDataset
 from loading import index as person_index
 from loading import run_lengths
-from loading.index import PersonIndex
+from loading.index import PersonIndex, open_index
 from tools.bench.full_size import make_split
 
 TRAIN = "train2017"

@@ -24,7 +24,7 @@ from datasets import COCOPersonDataset, batches, make_loader
 from loading import unreadable
 from loading.unreadable import TolerantDataset, add_names, dead_worker
 from training import checkpoints
-from utils import LossCalculator
+from utils import LossCalculator, read_checkpoint
 
 ROOT = Path(trainer.__file__).parent
 TRAIN, VAL = "train2017", "val2017"
@@ -124,7 +124,7 @@ def test_a_whole_set_has_no_list_and_no_line(coco_root, tmp_path, capsys):
 def test_a_run_of_before_this_was_counted_goes_on(coco_root, tmp_path):
     run = tmp_path / "run"
     trainer.main(small(coco_root, run, num_epochs=1))
-    content = checkpoints.load(run / "last.pth")
+    content = read_checkpoint(run / "last.pth")
     for row in content["history"]:
         del row["train_bad_photos"], row["val_bad_photos"]
     checkpoints.save(content, run / "last.pth")

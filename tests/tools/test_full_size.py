@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
-from datasets import COCOPersonDataset, open_index
+from datasets import COCOPersonDataset
+from loading.index import open_index
 from tools.bench import full_size
 
 PHOTOS, ANNOTATIONS = 600, 4362  # 1 photo in 197 of train2017

@@ -13,17 +13,15 @@ from torch import nn
 
 from training import checkpoints
 from training.checkpoints import (
-    CheckpointError,
-    atomic_write,
     disk_needed,
     epoch_files,
-    load,
     newest_usable,
     save,
     save_epoch,
     save_last,
     set_aside,
 )
+from utils import CheckpointError, atomic_write, read_checkpoint
 
 
 def content(epoch: int = 1, **more) -> dict:
@@ -37,7 +35,7 @@ def names(folder: Path) -> list[str]:
 
 def refusal(path: Path) -> str:
     with pytest.raises(CheckpointError) as caught:
-        load(path)
+        read_checkpoint(path)
     message = str(caught.value)
     assert str(path) in message
     assert "\n" not in message
@@ -88,7 +86,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path):
     save(content(1), tmp_path / "last.pth")
     with pytest.raises(Exception, match="pickle"):
         save(content(2, broken=lambda: None), tmp_path / "last.pth")
-    assert load(tmp_path / "last.pth")["epoch"] == 1
+    assert read_checkpoint(tmp_path / "last.pth")["epoch"] == 1
     assert names(tmp_path) == ["last.pth"]
 
 
@@ -102,7 +100,7 @@ def test_round_trip_is_exact_and_data_only(tmp_path):
     optimizer.step()
     history = [{"epoch": 1, "val_iou": 0.1 + 0.2}]
     save(content(7, optimizer=optimizer.state_dict(), history=history, best_iou=1 / 3), tmp_path / "a.pth")
-    for back in (load(tmp_path / "a.pth"), torch.load(tmp_path / "a.pth", weights_only=True)):
+    for back in (read_checkpoint(tmp_path / "a.pth"), torch.load(tmp_path / "a.pth", weights_only=True)):
         assert torch.equal(back["model"]["weight"], content(7)["model"]["weight"])
         assert (back["epoch"], back["history"], back["best_iou"]) == (7, history, 1 / 3)
         assert back["config"] == content()["config"]
@@ -178,7 +176,7 @@ def test_the_newest_are_kept_and_last_is_the_newest(keep, left, tmp_path):
         newest = tmp_path / f"epoch_{epoch:04d}.pth"
         assert (tmp_path / "last.pth").read_bytes() == newest.read_bytes()
     assert names(tmp_path) == [*(f"epoch_{epoch:04d}.pth" for epoch in left), "last.pth"]
-    assert [load(path)["epoch"] for path in epoch_files(tmp_path)] == left[::-1]
+    assert [read_checkpoint(path)["epoch"] for path in epoch_files(tmp_path)] == left[::-1]
 
 
 def test_order_is_by_number_beyond_four_digits(tmp_path):
@@ -195,7 +193,7 @@ def test_last_is_a_copy_where_there_are_no_hard_links(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "link", no_links)
     for epoch in (1, 2):
         save_epoch(tmp_path, content(epoch), 1)
-    assert load(tmp_path / "last.pth")["epoch"] == 2
+    assert read_checkpoint(tmp_path / "last.pth")["epoch"] == 2
     assert names(tmp_path) == ["epoch_0002.pth", "last.pth", "previous.pth"]  # of a copy it is kept needlessly
 
 

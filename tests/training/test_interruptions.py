@@ -17,8 +17,9 @@ from torch import nn
 from torch.optim import Adam
 
 from training import interruptions
-from training.interruptions import BrokenNumbersError, FiniteSteps, Stopped, Watch
-from utils import LossCalculator, Processes, Tally, largest_of_each
+from training.interruptions import BrokenNumbersError, Stopped, Watch
+from training.step import FiniteSteps, Tally
+from utils import LossCalculator, Processes, largest_of_each
 
 ALONE = Processes(torch.device("cpu"))
 ROOT = Path(interruptions.__file__).parents[1]

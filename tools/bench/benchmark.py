@@ -12,9 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, it is in tools/ that Python looks
 
-from loading.index import DataError
 from tools.bench import data, edges, measuring, predict, start, step
-from training.checkpoints import CheckpointError
+from utils import UserError
 
 # Each takes the options, measures, and returns its tables as Markdown.
 SECTIONS = {
@@ -55,6 +54,6 @@ def main(options: argparse.Namespace) -> None:
 if __name__ == "__main__":
     try:
         main(parse(sys.argv[1:]))
-    except (CheckpointError, DataError, FileNotFoundError) as error:
+    except (UserError, FileNotFoundError) as error:
         print(f"benchmark.py: error: {error} (see --data-root, --split and --checkpoint)", file=sys.stderr)
         sys.exit(2)

@@ -23,8 +23,8 @@ from torchvision import tv_tensors
 from torchvision.io import decode_image
 from torchvision.transforms import v2
 
-import datasets
 from datasets import COCOPersonDataset, batches, make_loader
+from loading import workers
 from tools.bench.measuring import Way, alternate, table
 
 SIZE, BATCH, WORKERS = 384, 32, 2
@@ -36,7 +36,7 @@ def sample(options: argparse.Namespace) -> str:
     """One sample after the other, on one core; each way in a process of its own, as in a loader's worker."""
     theirs, ours = references(options), silueta(options)
     ways = [Way(name, in_a_process(one_by_one(dataset), one_thread)) for name, dataset in theirs.items()]
-    ways += [Way(name, in_a_process(one_by_one(dataset), datasets.start_worker)) for name, dataset in ours.items()]
+    ways += [Way(name, in_a_process(one_by_one(dataset), workers.start_worker)) for name, dataset in ours.items()]
     ways.append(Way("JPEG decode alone", in_a_process(decode_alone(theirs["tutorial"]), one_thread)))
     alternate(ways, options.rounds)
     return table(f"Samples of {SIZE} x {SIZE}, one core", "sample", ways[0], ways)

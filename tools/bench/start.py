@@ -28,14 +28,15 @@ report()
 """
 BUILD = """
 import shutil
-from datasets import open_index, usable_cores
+from loading.index import open_index
+from utils import usable_cores
 shutil.rmtree(f"{root}/.silueta", ignore_errors=True)
 start()
 index = open_index(root, split, usable_cores())
 report(photos=len(index), megabytes=index.path.stat().st_size / 1e6)
 """
 OPEN = """
-from datasets import open_index
+from loading.index import open_index
 start()
 open_index(root, split)
 report()

@@ -28,6 +28,7 @@ from datasets import COCOPersonDataset, make_loader
 from models import IMAGENET_MEAN, IMAGENET_STD
 from tools.bench.measuring import Way, alternate, table
 from trainer import Config
+from training import launching
 from utils import LossCalculator, Processes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -200,13 +201,13 @@ def images_per_second(encoder: str, count: int) -> float:
 
 def one_of_several(encoder: str) -> None:
     """What each of the processes does."""
-    processes = utils.start_processes("cpu")
+    processes = launching.start_processes("cpu")
     training = Training(encoder, 256, processes)
     training.epoch(3)
     figures = training.epoch(8)
     if processes.is_main:
         print(figures["images_per_second"])
-    utils.end_processes()
+    launching.end_processes()
 
 
 # --- growth: with the image, the workers, the data set ------------------------------------------------------

@@ -27,9 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from tools.bench.watched_training import Place, Training, processes_of
-from training.checkpoints import BEST, LAST, CheckpointError, load, newest_usable
+from training.checkpoints import BEST, LAST, newest_usable
 from training.report import clock
 from training.settings import OneLineParser, UsageError
+from utils import CheckpointError, read_checkpoint
 
 EPOCHS = 2
 COMMAND = (
@@ -167,7 +168,7 @@ def check_files(folder: Path, before: Place | None) -> None:
     """Nothing half-written, nothing moved aside, and no way back."""
     try:
         for path in folder.glob("*.pth"):
-            load(path)
+            read_checkpoint(path)
     except CheckpointError as error:
         raise BrokenPromiseError(str(error)) from None
     insist(not list(folder.glob("earlier_*")), "it moved its own files aside")
@@ -176,7 +177,7 @@ def check_files(folder: Path, before: Place | None) -> None:
 
 def same_bits(one: Path, other: Path) -> bool:
     """Whether two runs ended with the same weights, the same best model and the same figures, their times apart."""
-    last, best = ([load(folder / name) for folder in (one, other)] for name in (LAST, BEST))
+    last, best = ([read_checkpoint(folder / name) for folder in (one, other)] for name in (LAST, BEST))
     pairs = [(content[0]["model"], content[1]["model"]) for content in (last, best)]
     rows = [[{k: v for k, v in row.items() if k not in TIMES} for row in run["history"]] for run in last]
     return rows[0] == rows[1] and all(torch.equal(a[name], b[name]) for a, b in pairs for name in a)

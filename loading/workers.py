@@ -1,0 +1,45 @@
+"""What a loader worker begins with."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from threading import Thread
+
+import cv2
+
+
+def start_loader_worker(worker: int) -> None:
+    """A signal to all processes of a run is the training one's: it finishes its step, then ends the workers."""
+    start_worker(worker)
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # Linux: it says who sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(training: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != training:
+        pass
+    os._exit(0)
+
+
+def start_worker(_worker: int) -> None:
+    """What a process that makes samples and nothing else begins with."""
+    cv2.setNumThreads(0)  # each worker is a core's worth of work already
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process: the training one ends the workers
+    _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """Without it, glibc returns a photo's memory after each sample, and the kernel clears each page anew."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):  # musl has none
+        libc.mallopt(M_MMAP_THRESHOLD, 2**25)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**26)
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h, in bytes

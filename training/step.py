@@ -1,0 +1,228 @@
+"""The pieces of a step: its batches and their parts, the figures that it adds to, numbers that are not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam
+
+from utils import (
+    LaunchError,
+    LossCalculator,
+    Processes,
+    SegmentationMetrics,
+    empty_sums,
+    largest_of_each,
+    largest_over_processes,
+    sum_over_processes,
+)
+
+# --- the pieces of a step ---------------------------------------------------------------------------------
+
+
+def to_device(batch: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """uint8 (N, 4, S, S) to the input (N, 3, S, S) and the target (N, 4, S, S), float32 in [0, 1]."""
+    target = batch.to(device, non_blocking=True).float().div_(255)
+    return target[:, :3].contiguous(memory_format=torch.channels_last), target
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def groups(batches: Iterator[Tensor], size: int) -> Iterator[list[Tensor]]:
+    """So many batches at a time; the last group may be smaller."""
+    return iter(lambda: list(islice(batches, size)), [])
+
+
+def split(batches: list[Tensor], parts: int, batch_size: int) -> list[Tensor]:
+    """The same photos in smaller batches: a full one as evenly as can be into `parts`, a shorter one into fewer."""
+    batches = [batch for batch in batches if len(batch)]  # all photos of one may have been left out
+    return [part for batch in batches for part in batch.tensor_split(-(-len(batch) * parts // batch_size))]
+
+
+def gradients_shared(model: nn.Module, now: bool) -> AbstractContextManager:
+    """Several processes average their gradients in a step's last backward pass, not in those that only add to them."""
+    return nullcontext() if now or not hasattr(model, "no_sync") else model.no_sync()
+
+
+def find_parts(
+    model: nn.Module, batch_size: int, image_size: int, device: torch.device, dtype: torch.dtype | None
+) -> int:
+    """Into how many parts a batch must be split for the device's memory: the same number on all processes.
+
+    It is tried on black photos before the training, with the model not yet wrapped for several processes: those would
+    wait for one that fails half-way. The model is left as it was, BatchNorm's averages included.
+
+    Raises:
+        LaunchError: not even one photo fits; on all processes together.
+    """
+    before = [buffer.clone() for buffer in model.buffers()]
+    parts, most = 1, batch_size + 1  # the most stands for none that fits
+    while parts < most and not fits(model, -(-batch_size // parts), image_size, device, dtype):
+        torch.cuda.empty_cache()  # only now, when the failed pass has let go of its tensors
+        parts = most if parts == batch_size else min(2 * parts, batch_size)
+    for buffer, value in zip(model.buffers(), before, strict=True):
+        buffer.copy_(value)
+    torch.cuda.empty_cache()
+    (parts,) = largest_of_each([parts])
+    if parts == most:
+        raise LaunchError(f"the free memory of {device} does not hold the training of a single photo of {image_size} "
+                          "pixels: choose a smaller --image-size or --encoder, or another GPU")  # fmt: skip
+    return parts
+
+
+def fits(model: nn.Module, photos: int, image_size: int, device: torch.device, dtype: torch.dtype | None) -> bool:
+    """Whether a forward and a backward pass with so many photos have room beside the rest of a training."""
+    try:
+        # Adam's two moments, and the gradients of the parts before.
+        rest = [torch.empty_like(weights) for weights in model.parameters() for _ in range(3)]  # noqa: F841
+        images, target = to_device(torch.zeros(photos, 4, image_size, image_size, dtype=torch.uint8), device)
+        with autocast(device, dtype):
+            raw = model(images)
+        LossCalculator()(raw, target)[0].backward()
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        model.zero_grad(set_to_none=True)
+    return True
+
+
+# --- an epoch's figures -------------------------------------------------------------------------------------
+
+
+class LossMeter:
+    """The mean of the loss and its terms over images, added up on the device."""
+
+    NAMES = ("loss", *LossCalculator.TERMS)  # fixed, so that a process that got no image takes part as well
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        self.sums = empty_sums(len(self.NAMES) + 1, device)  # the losses, then the images
+
+    def update(self, loss: Tensor, terms: dict[str, Tensor], images: int) -> None:
+        """Counts a batch's means, scalars, as those of so many images."""
+        means = torch.stack([loss.detach(), *(terms[name] for name in LossCalculator.TERMS), torch.ones_like(loss)])
+        usable = torch.isfinite(means).all()  # a step that is skipped must not spoil the epoch's mean
+        self.sums += torch.where(usable, means.detach() * images, 0)
+
+    def synchronize(self) -> None:
+        """Adds up over all processes; call it once, before `compute`."""
+        sum_over_processes(self.sums)
+
+    def compute(self) -> dict[str, float]:
+        *sums, images = self.sums.tolist()
+        return {name: total / images if images else 0.0 for name, total in zip(self.NAMES, sums, strict=True)}
+
+
+class Tally:
+    """An epoch's figures so far: the loss and its terms, the metrics, the steps skipped, the photos not readable."""
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        self.losses, self.metrics, self.skipped = LossMeter(device), SegmentationMetrics(device), 0
+        self.bad_photos: list[int] = []  # that this process met
+
+    def update(self, loss: Tensor, terms: dict[str, Tensor], raw: Tensor, target: Tensor) -> None:
+        """Counts a batch's loss, and alpha of its logits `raw` against `target`, both (N, 4, H, W)."""
+        self.losses.update(loss, terms, len(target))
+        self.metrics.update(raw[:, 3] > 0, target[:, 3] > 0.5)  # a logit above 0: a probability above one half
+
+    def compute(self) -> dict[str, float]:
+        """The figures over all processes; adds up over them, so call it once, or of a copy."""
+        self.losses.synchronize()
+        self.metrics.synchronize()
+        terms = self.losses.compute()
+        losses = {"loss": terms.pop("loss"), **{f"{name}_loss": value for name, value in terms.items()}}
+        return losses | self.metrics.compute()
+
+    def copy(self) -> Tally:
+        return deepcopy(self)
+
+    def state(self) -> dict:
+        """This process's sums and what it met, for a checkpoint."""
+        sums = {"losses": self.losses.sums.cpu(), "metrics": self.metrics.sums.cpu()}
+        return {**sums, "skipped": self.skipped, "bad_photos": self.bad_photos}
+
+    @classmethod
+    def of(cls, states: list[dict], processes: Processes) -> Tally:
+        """The sums that a checkpoint holds: each process its own, or the main one all where their number changed."""
+        tally, same = cls(processes.device), len(states) == processes.world_size
+        chosen = states[processes.rank : processes.rank + 1] if same else states if processes.is_main else []
+        for state in chosen:
+            tally.losses.sums += state["losses"].to(processes.device)
+            tally.metrics.sums += state["metrics"].to(processes.device)
+            tally.bad_photos += state.get("bad_photos", [])  # an older checkpoint does not know them
+        tally.skipped = states[0]["skipped"]
+        return tally
+
+
+# --- numbers that break -----------------------------------------------------------------------------------
+
+
+class FiniteSteps:
+    """Lets the optimiser skip a step whose loss or gradient is not finite, on all processes alike.
+
+    What is skipped is decided on the device. The counts are fetched from a GPU only when they are asked for.
+    BatchNorm's averages are those of before such a step as well. float16's own skips, by which its scale is found,
+    are no broken steps: there only the losses count.
+
+    Args:
+        model: whose steps these are, not wrapped for several processes.
+        device: that it lies on.
+        skipped, in_a_row: steps that were skipped before, in all and up to now without one that was not.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, skipped: int = 0, in_a_row: int = 0):
+        self._counts = torch.tensor([skipped, in_a_row], device=device)
+        self.in_a_row = in_a_row  # when it was fetched last
+        self._averages = [b for name, b in model.named_buffers() if name.rpartition(".")[2].startswith("running_")]
+        self._before = [average.clone() for average in self._averages]
+
+    def remember(self) -> None:
+        """Before the forward pass."""
+        if self._averages:
+            torch._foreach_copy_(self._before, self._averages)
+
+    def step(self, optimizer: Adam, scaler: torch.amp.GradScaler, losses: Tensor, norm: Tensor) -> None:
+        """The optimiser's step, if the numbers are finite.
+
+        Args:
+            losses: of all batches and parts that the step is made of, float (parts,).
+            norm: of the gradient, a scalar.
+        """
+        finite = torch.isfinite(losses).all() & (torch.isfinite(norm) | scaler.is_enabled())
+        found = (~finite).float()
+        largest_over_processes(found)  # each has a loss of its own
+        with self._skipped_where(found, optimizer):
+            scaler.step(optimizer)
+        scaler.update()
+        broken = found.bool()
+        for average, before in zip(self._averages, self._before, strict=True):
+            torch.where(broken, before, average, out=average)
+        self._counts += broken
+        self._counts[1] *= broken
+
+    @staticmethod
+    @contextmanager
+    def _skipped_where(found: Tensor, optimizer: Adam) -> Iterator[None]:
+        """A fused optimiser does nothing where `found_inf` is 1, which a scaler sets just before the step."""
+
+        def add(optimizer: Adam, *_: object) -> None:
+            by_scaler = optimizer.found_inf
+            optimizer.found_inf = found if by_scaler is None else torch.maximum(found, by_scaler)
+
+        optimizer.grad_scale = optimizer.found_inf = None  # a scaler that is not enabled sets neither
+        hook = optimizer.register_step_pre_hook(add)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def fetch(self) -> int:
+        """The steps that were skipped; waits for the device."""
+        skipped, self.in_a_row = self._counts.tolist()
+        return skipped
