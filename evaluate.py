@@ -1,10 +1,15 @@
-"""What a checkpoint is worth: on every validation photo, at the network's size and at the photo's own.
+"""Measures what a checkpoint is worth: on every validation photo, at the network's size and at the photo's own.
+
+    python evaluate.py                      # checkpoints/best_model.pth, on the data that it was trained beside
+    python evaluate.py FILE --data-root data/coco --split val2017
+    torchrun evaluate.py FILE               # shared out over every visible GPU
 
 Leaves a folder beside the checkpoint: metrics.json, photos.csv (a row a photo), worst.png (the worst twelve).
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Iterator
@@ -21,8 +26,18 @@ import utils
 from cutting.cutter import Cutter, load
 from cutting.edges import alpha_of, to_opacity
 from datasets import COCOPersonDataset, DataError, letterbox
-from training import report
-from utils import CheckpointError, Processes, atomic_write, make_writable, usable_cores
+from training import launching, pictures
+from training.settings import OneLineParser
+from utils import (
+    CheckpointError,
+    Processes,
+    UserError,
+    atomic_write,
+    make_writable,
+    read_checkpoint,
+    usable_cores,
+    write_csv,
+)
 
 BOUNDARY_SHARE = 0.02  # of the image's diagonal: how far from the contour its boundary reaches (Cheng et al. 2021)
 WORST = 12  # photos of the contact sheet
@@ -31,8 +46,8 @@ SIZES = {"all": (0.0, 2.0), "under 1 %": (0.0, 0.01), "1 to 10 %": (0.01, 0.1), 
 METRICS = ("iou", "dice", "global_iou", "boundary_iou", "precision", "recall")
 
 
-def evaluate_checkpoint(checkpoint: str | Path, root: str | Path, split: str, processes: Processes) -> dict:
-    """Measures a checkpoint, every process its share of the photos; the main one prints a table and writes the files.
+def main(options: argparse.Namespace) -> dict:
+    """Measures, every process its share of the photos; the main one prints a table and writes the files.
 
     Returns:
         What metrics.json holds.
@@ -41,22 +56,18 @@ def evaluate_checkpoint(checkpoint: str | Path, root: str | Path, split: str, pr
         CheckpointError: it cannot be used, or nothing can be written beside it.
         DataError: the photos cannot be used.
     """
-    cutter = load(checkpoint, str(processes.device))
+    processes = launching.start_processes(options.device)
+    cutter = load(options.checkpoint, str(processes.device))
     with utils.one_process_first(processes):
-        dataset = COCOPersonDataset(root, split, cutter.image_size)
-    folder = Path(checkpoint).with_name(f"{Path(checkpoint).stem}_on_{Path(root).resolve().name}_{split}")
+        dataset = COCOPersonDataset(options.data_root, options.split, cutter.image_size)
+    name = f"{Path(options.checkpoint).stem}_on_{Path(options.data_root).resolve().name}_{options.split}"
+    folder = Path(options.checkpoint).with_name(name)
     if processes.is_main:
         with named_failure(folder):
             make_writable(folder)  # early: what was measured for an hour must find its place
-    cores = max(1, usable_cores() // processes.local_world_size)
-    share = range(processes.rank, len(dataset), processes.world_size)
-    found = utils.from_all(measure(cutter, dataset, share, cores))
-    left_out = sorted(reason for reason in found if isinstance(reason, str))
-    rows = sorted((row for row in found if isinstance(row, dict)), key=lambda row: row["index"])
-    if not rows:
-        raise DataError(f"no photo in {dataset.photos} can be read: {left_out[0]}")
-    facts = {"checkpoint": str(checkpoint), "data_root": str(root), "split": split, "image_size": cutter.image_size,
-             "left_out": len(left_out)}  # fmt: skip
+    rows, left_out = measure_share(cutter, dataset, processes)
+    facts = {"checkpoint": str(options.checkpoint), "data_root": str(options.data_root), "split": options.split,
+             "image_size": cutter.image_size, "left_out": len(left_out)}  # fmt: skip
     result = {**facts, **{level: by_size(rows, level) for level in LEVELS}}
     if processes.is_main:
         print(table(result), flush=True)
@@ -64,6 +75,7 @@ def evaluate_checkpoint(checkpoint: str | Path, root: str | Path, split: str, pr
             print(f"{len(left_out)} left out of {len(dataset)}:", *left_out, sep="\n  ", file=sys.stderr)
         write_files(result, rows, cutter, dataset, folder)
         print(f"written to {folder}: metrics.json, photos.csv, worst.png", flush=True)
+    launching.end_processes()
     return result
 
 
@@ -73,6 +85,18 @@ def named_failure(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error.strerror}") from None
+
+
+def measure_share(cutter: Cutter, dataset: COCOPersonDataset, processes: Processes) -> tuple[list[dict], list[str]]:
+    """Of all processes the rows, a photo each, and why the others could not be read."""
+    cores = max(1, usable_cores() // processes.local_world_size)
+    share = range(processes.rank, len(dataset), processes.world_size)
+    found = utils.from_all(measure(cutter, dataset, share, cores))
+    left_out = sorted(reason for reason in found if isinstance(reason, str))
+    rows = sorted((row for row in found if isinstance(row, dict)), key=lambda row: row["index"])
+    if not rows:
+        raise DataError(f"no photo in {dataset.photos} can be read: {left_out[0]}")
+    return rows, left_out
 
 
 # --- a photo ----------------------------------------------------------------------------------------------
@@ -174,7 +198,7 @@ def write_files(result: dict, rows: list[dict], cutter: Cutter, dataset: COCOPer
     with named_failure(folder):
         with atomic_write(folder / "metrics.json") as file:
             file.write(json.dumps(result, indent=2).encode())
-        report.write_history(rows, folder / "photos.csv")
+        write_csv(rows, folder / "photos.csv")
         save_worst(rows, cutter, dataset, folder / "worst.png")
 
 
@@ -185,4 +209,45 @@ def save_worst(rows: list[dict], cutter: Cutter, dataset: COCOPersonDataset, pat
     found, targets = cutter.probabilities([*samples[:, :3].permute(0, 2, 3, 1).numpy()]), samples.float() / 255
     predictions = torch.cat([targets[:, :3], torch.from_numpy(found)[:, None]], dim=1)
     labels = [f"{row['file_name']}  IoU {row['original_iou']:.3f}" for row in worst]
-    report.save_preview(targets, predictions, path, labels)
+    pictures.save_sheet(targets, predictions, path, labels)
+
+
+# --- the command line -------------------------------------------------------------------------------------
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The options; what is not said about the data is as the checkpoint was trained.
+
+    Raises:
+        UsageError, CheckpointError: an unknown flag; no such checkpoint.
+    """
+    parser = OneLineParser("evaluate.py", description="Measures what a checkpoint is worth.", allow_abbrev=False)
+    add = parser.add_argument
+    add("checkpoint", nargs="?", default="checkpoints/best_model.pth", help="the trained model (%(default)s)")
+    add("--data-root", "--data_root", help="folder that holds annotations/ and the photos (that of the training)")
+    add("--split", help="the photo folder's name (that of the training's validation)")
+    add("--device", default=utils.EACH_ITS_GPU, help="cpu, cuda:1, mps (every process its own GPU, or the CPU)")
+    options = parser.parse_args(argv)
+    trained_with = read_checkpoint(options.checkpoint)["config"]
+    options.data_root = options.data_root or trained_with.get("data_root", "data/coco")
+    options.split = options.split or trained_with.get("val_split", "val2017")
+    return options
+
+
+def run_command(argv: list[str]) -> int:
+    """The whole program. Returns its exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
+    try:
+        options = parse(argv[1:])
+        launching.use_every_gpu(argv, options.device)
+        main(options)
+    except (UserError, torch.OutOfMemoryError) as error:
+        print(f"evaluate.py: error: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped: nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(sys.argv))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import errno
+import io
 import os
 import re
 import zipfile
@@ -37,11 +39,9 @@ class LossCalculator(nn.Module):
         dice_weight: of one minus soft Dice of alpha (Milletari et al. 2016), which small persons count in as well.
     """
 
-    TERMS = ("colour", "bce", "dice")
-
     def __init__(self, colour_weight: float = 1.0, bce_weight: float = 1.0, dice_weight: float = 1.0):
         super().__init__()
-        self.weights = dict(zip(self.TERMS, (colour_weight, bce_weight, dice_weight), strict=True))
+        self.weights = {"colour": colour_weight, "bce": bce_weight, "dice": dice_weight}
 
     def forward(self, raw: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar to minimise, and its unweighted terms, detached: "colour", "bce", "dice".
@@ -348,3 +348,14 @@ def read_checkpoint(path: str | Path) -> dict:
     if not isinstance(content, dict) or not {"model", "config", "epoch"} <= content.keys():
         raise CheckpointError(f"{path} is not a checkpoint of this program: it holds no model, config and epoch")
     return content
+
+
+def write_csv(rows: list[dict], path: Path) -> None:
+    """A row a line, floats in six digits; a column for every name that any row has."""
+    text = io.StringIO()
+    names = dict.fromkeys(name for row in rows for name in row)
+    writer = csv.DictWriter(text, fieldnames=list(names), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    with atomic_write(path) as file:
+        file.write(text.getvalue().encode())

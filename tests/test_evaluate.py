@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import add_person, edit, save_random_model, sharpen
+from test_trainer import run_of, unwatched
 
 import evaluate as evaluation
 import predict
@@ -31,11 +32,11 @@ def checkpoint(tmp_path) -> Path:
 
 @pytest.fixture
 def evaluate(checkpoint, capsys):
-    """Runs --evaluate. Returns its exit code, metrics.json, photos.csv and what it printed."""
+    """Runs evaluate.py. Returns its exit code, metrics.json, photos.csv and what it printed."""
 
     def evaluate(root: Path, *options: str) -> tuple[int, dict, list[dict], str]:
-        options = ("--evaluate", str(checkpoint), "--data-root", str(root), "--device", "cpu", *options)
-        code = trainer.run_command(["trainer.py", *options])
+        options = (str(checkpoint), "--data-root", str(root), "--device", "cpu", *options)
+        code = evaluation.run_command(["evaluate.py", *options])
         folder = checkpoint.with_name(f"best_model_on_{root.name}_{VAL}")
         with open(folder / "photos.csv", newline="") as file:
             rows = list(csv.DictReader(file))
@@ -77,10 +78,8 @@ def test_the_networks_size_is_what_the_training_measures(coco_root, checkpoint, 
     _, result, _, _ = evaluate(coco_root)
     config = trainer.parse(["--data-root", str(coco_root), "--num-workers", "0", "--image-size", "64"])
     processes = trainer.Processes(torch.device("cpu"))
-    model = evaluation.load(checkpoint, "cpu").model
-    figures = trainer.validate(
-        model, trainer.open_data(config, processes)[1], trainer.LossCalculator(), processes, None
-    )
+    run = run_of(evaluation.load(checkpoint, "cpu").model)
+    figures = trainer.validate(run, trainer.open_data(config, processes)[1], unwatched(run))
     for name in ("iou", "dice", "global_iou", "precision", "recall"):
         assert result["network"]["all"][name] == pytest.approx(figures[name], abs=1e-6), name
 
@@ -118,13 +117,14 @@ def test_the_table_fits_a_terminal_and_the_worst_are_shown_first(coco_root, chec
 
 def test_a_mistake_gets_one_line(coco_root, checkpoint, tmp_path, capsys):
     for options, words in (
-        (["--evaluate", str(tmp_path / "no.pth")], "there is no checkpoint"),
-        (["--evaluate", str(coco_root / "annotations" / f"instances_{VAL}.json")], "damaged or no checkpoint"),
-        (["--evaluate", str(checkpoint), "--val-split", "other"], "no COCO data"),
-        (["--evaluate", ""], "argument --evaluate"),
-        (["--evaluate", str(checkpoint), "--resume"], "--resume"),
+        ([str(tmp_path / "no.pth")], "there is no checkpoint"),
+        ([str(coco_root / "annotations" / f"instances_{VAL}.json")], "damaged or no checkpoint"),
+        ([str(checkpoint), "--split", "other"], "no COCO data"),
+        ([""], "checkpoint"),
+        ([str(checkpoint), "--splitt", "other"], "did you mean --split?"),
+        ([str(checkpoint), "--device", "toaster"], "--device toaster"),
     ):
-        code = trainer.run_command(["trainer.py", "--data-root", str(coco_root), *options])
+        code = evaluation.run_command(["evaluate.py", "--data-root", str(coco_root), *options])
         errors = capsys.readouterr().err.splitlines()
         assert (code, len(errors)) == (2, 1)
         assert words in errors[0]
@@ -180,21 +180,39 @@ def test_a_folder_that_cannot_be_written_is_named_before_the_work(coco_root, che
     monkeypatch.setattr(evaluation, "measure", None)
     place = checkpoint.with_name(f"best_model_on_coco_{VAL}")
     place.write_text("in the way")
-    assert trainer.run_command(["trainer.py", "--evaluate", str(checkpoint), "--data-root", str(coco_root)]) == 2
+    assert evaluation.run_command(["evaluate.py", str(checkpoint), "--data-root", str(coco_root)]) == 2
     assert f"{place} cannot be written" in capsys.readouterr().err
 
 
 def test_a_photo_that_cannot_be_read_is_left_out_named_and_counted(coco_root, checkpoint, capsys):
-    options = ["--evaluate", str(checkpoint), "--data-root", str(coco_root), "--device", "cpu"]
+    options = [str(checkpoint), "--data-root", str(coco_root), "--device", "cpu"]
     result = checkpoint.with_name(f"best_model_on_coco_{VAL}") / "metrics.json"
     names = [path.name for path in sorted((coco_root / VAL).iterdir())][:5]
     for left_out in (names[2:3], names):
         for name in left_out:
             (coco_root / VAL / name).write_bytes(b"")
         capsys.readouterr()
-        code, error = trainer.run_command(["trainer.py", *options]), capsys.readouterr().err
+        code, error = evaluation.run_command(["evaluate.py", *options]), capsys.readouterr().err
         assert code == (2 if left_out == names else 0)
         assert error.count(str(coco_root / VAL / left_out[0])) == 1
         assert (error.count("\n") == 1) == (left_out == names)
         metrics = json.loads(result.read_text())
         assert (metrics["left_out"], metrics["original"]["all"]["photos"]) == (1, 4)
+
+
+def test_without_options_it_is_the_best_model_on_the_data_of_its_training(coco_root, checkpoint, monkeypatch):
+    config = {"encoder": "resnet18", "use_attention": True, "image_size": 64, "data_root": "coco", "val_split": VAL}
+    content = torch.load(checkpoint, weights_only=True) | {"config": config}
+    (coco_root.parent / "checkpoints").mkdir()
+    torch.save(content, coco_root.parent / "checkpoints" / "best_model.pth")
+    monkeypatch.chdir(coco_root.parent)
+    assert evaluation.run_command(["evaluate.py"]) == 0
+    assert (coco_root.parent / "checkpoints" / f"best_model_on_coco_{VAL}" / "metrics.json").exists()
+
+
+def test_the_trainer_says_what_to_type_instead(capsys):
+    for arguments in (["--evaluate", "a.pth"], ["--evaluate=a.pth"], ["--evaluate"]):
+        assert trainer.run_command(["trainer.py", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert "python evaluate.py" in error
+        assert error.count("\n") == 1

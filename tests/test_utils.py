@@ -163,15 +163,18 @@ def test_computing_changes_nothing_and_no_images_are_no_error():
 def test_counting_does_not_wait_for_the_device():
     with torch.device("meta"):  # where nothing has a value: to ask for one, as `.item()` or an `if` does, raises
         SegmentationMetrics("meta").update(torch.rand(2, 8, 8), torch.rand(2, 8, 8))
-        LossMeter("meta").update(*spent(1.0), images=2)
+        LossMeter(TERMS, "meta").update(*spent(1.0), images=2)
+
+
+TERMS = ("colour", "bce", "dice")
 
 
 def spent(loss: float) -> tuple[Tensor, dict[str, Tensor]]:
-    return torch.tensor(loss), {name: torch.tensor(loss + n) for n, name in enumerate(("colour", "bce", "dice"), 1)}
+    return torch.tensor(loss), {name: torch.tensor(loss + n) for n, name in enumerate(TERMS, 1)}
 
 
 def test_the_loss_is_a_mean_over_images_not_batches():
-    meter = LossMeter()
+    meter = LossMeter(TERMS)
     meter.update(*spent(2.0), images=1)
     meter.update(*spent(6.0), images=3)
     assert meter.compute() == {"loss": 5.0, "colour": 6.0, "bce": 7.0, "dice": 8.0}
@@ -184,19 +187,19 @@ def one_of_two(rank: int, folder: Path) -> None:
     with utils.one_process_first(Processes(CPU, rank=rank, local_rank=rank, world_size=2)):
         time.sleep(0.5 if rank == 0 else 0)  # the other one is quicker, unless it waits
         (folder / f"place{rank}").write_text(str(len(list(folder.glob("place*")))))
-    norm, metrics, meter, idle = nn.BatchNorm2d(3), SegmentationMetrics(), LossMeter(), LossMeter()
+    norm, metrics, meter, idle = nn.BatchNorm2d(3), SegmentationMetrics(), LossMeter(TERMS), LossMeter(TERMS)
     norm.running_mean.fill_(rank + 1)
     norm.num_batches_tracked.fill_(rank + 5)
     utils.share_buffers(norm)
     metrics.update(*(values[(slice(4), slice(4, 6))[rank]] for values in guesses()))
     meter.update(*spent([2.0, 5.0][rank]), images=[4, 2][rank])
     metrics.synchronize()
-    meter.synchronize()
+    utils.sum_over_processes(meter.sums)
     torch.save([norm.state_dict(), metrics.compute(), meter.compute(), utils.from_main(rank)], folder / f"{rank}.pt")
     torch.save([three_passes(rank), parts_in([4, 1][rank]), parts_in([0, 4][rank])], folder / f"steps{rank}.pt")
     if rank == 0:
         idle.update(*spent(3.0), images=1)  # one image for two processes
-    idle.synchronize()
+    utils.sum_over_processes(idle.sums)
     (folder / f"idle{rank}").write_text(str(idle.compute()["loss"]))
 
 
@@ -356,9 +359,10 @@ def test_on_several_machines_the_user_is_asked_for_the_number():
 
 
 SCRIPT = """
-import sys, torch, utils
+import sys, torch
+from training import launching
 torch.cuda.device_count = lambda: 2
-launching.use_every_gpu(sys.argv)
+launching.use_every_gpu(sys.argv, "cuda")
 processes = launching.start_processes("cpu")
 print(f"{processes.rank} of {processes.world_size} {sys.argv[1:]}\\n", end="", flush=True)
 launching.end_processes()

@@ -1,11 +1,14 @@
-"""What a run keeps on disk: written whole or not at all, read as data only, moved aside rather than overwritten."""
+"""The folder of a run: files written whole or not at all, moved aside rather than overwritten, claimed by one run."""
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import shutil
+import time
 import weakref
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
@@ -14,12 +17,135 @@ import torch
 
 from loading.unreadable import SKIPPED
 from training.launching import launcher
-from utils import CheckpointError, atomic_write, flush_folder, read_checkpoint
+from training.run import Run
+from utils import CheckpointError, atomic_write, flush_folder, read_checkpoint, write_csv
 
 LOCK = ".lock"
 EPOCH_FILE = re.compile(r"epoch_(\d+)\.pth")
-BEST, LAST, PREVIOUS = "best_model.pth", "last.pth", "previous.pth"
-RUN_FILES = (BEST, LAST, PREVIOUS, SKIPPED, "history.csv", "preview.png")  # what a run leaves beside epoch_0001.pth ...
+BEST, LAST, PREVIOUS, HISTORY, RUN = "best_model.pth", "last.pth", "previous.pth", "history.csv", "run.json"
+RUN_FILES = (BEST, LAST, PREVIOUS, SKIPPED, HISTORY, "preview.png", RUN)  # beside epoch_0001.pth ...
+RETRY_SECONDS = 60.0  # after which a checkpoint that could not be written is tried again
+
+
+class RunFolder:
+    """Where the main process of a run writes; all calls are for that process alone.
+
+    Within its `with` block, once `claim` or `take_over` has claimed it, no other run can write there.
+
+    Args:
+        path: the folder; it is made when the run's settings are accepted, not before.
+        keep: the newest epochs whose checkpoint is kept; 0 keeps all.
+    """
+
+    def __init__(self, path: str | Path, keep: int):
+        self.path, self._keep = Path(path), keep
+        self._claim: BinaryIO | None = None
+        self._best: dict | None = None  # the best model, until it is on the disk
+        self._saved = True  # whether the last epoch is
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        if self._claim:
+            self._claim.close()
+
+    def claim(self) -> None:
+        """Before a checkpoint in it is read: no other run may write a newer one in between.
+
+        A folder that no run has claimed yet stays as it is, so that a setting that is refused leaves no trace.
+
+        Raises:
+            CheckpointError: another run is writing there, or it cannot be written.
+        """
+        if (self.path / LOCK).exists():
+            self._claim = named_failure(self.path, lambda: claim(self.path))
+
+    def take_over(self, run: Run, went_back: bool) -> None:
+        """Makes it this run's: what another one left, or what lies after the place to go on from, is moved aside.
+
+        Args:
+            run: that is to write there.
+            went_back: whether it goes on from a file that was named, and not from the newest.
+
+        Raises:
+            CheckpointError: as `claim`.
+        """
+        aside = named_failure(self.path, lambda: self._take_over(run, went_back))
+        if aside:
+            print(f"an earlier run's files were moved to {aside}", flush=True)
+
+    def _take_over(self, run: Run, went_back: bool) -> Path | None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._claim = self._claim or claim(self.path)
+        aside = move_aside(self.path, in_the_way(self.path, run.source, run.epochs_done, went_back))
+        sign(self._claim)
+        return aside
+
+    # --- saving ---
+
+    def has_best(self) -> bool:
+        return self._best is not None or (self.path / BEST).exists()
+
+    def save_epoch(self, run: Run, best: dict | None) -> bool:
+        """Writes what a whole epoch leaves, and the best model if it is one. Returns whether that worked.
+
+        The checkpoint last: cut off before it, the run does the epoch again. A full disk ends no training.
+        """
+        self._best = best or self._best
+        self._saved = (
+            self._save_best()
+            and tried(lambda: write_csv(run.history, self.path / HISTORY))
+            and tried(lambda: save_epoch(self.path, run.checkpoint(), self._keep))
+        )
+        return self._saved
+
+    def save_unfinished(self, run: Run, tallies: list[dict]) -> bool:
+        """Writes last.pth in the middle of an epoch; the one before it stays as previous.pth."""
+        # Not without the best model: a checkpoint that knows its score would never let it be written.
+        return self._save_best() and tried(lambda: save_last(self.path, run.checkpoint(tallies)))
+
+    def _save_best(self) -> bool:
+        """What cannot be written now is kept in memory."""
+        if self._best is None or tried(lambda: save(self._best, self.path / BEST)):
+            self._best = None
+            return True
+        self._best = copy.deepcopy(self._best)  # the model goes on changing
+        return False
+
+    def insist(self, run: Run) -> None:
+        """At the end of the run there is no later checkpoint that would make up for one that could not be written.
+
+        Raises:
+            CheckpointError: an hour was not enough to make room.
+        """
+        for _ in range(int(3600 / RETRY_SECONDS)):
+            if self._saved:
+                return
+            time.sleep(RETRY_SECONDS)
+            self.save_epoch(run, None)
+        if not self._saved:
+            raise CheckpointError(f"the last epoch cannot be written to {self.path}")
+
+
+def tried(save: Callable[[], None]) -> bool:
+    """Whether a file could be written; if not, it is said, and the training goes on."""
+    try:
+        save()
+    except (CheckpointError, OSError) as error:
+        print(f"{error}: the training goes on, and it will be tried again", flush=True)
+        return False
+    return True
+
+
+def named_failure(folder: Path, work: Callable[[], object]) -> object:
+    try:
+        return work()
+    except OSError as error:
+        raise CheckpointError(f"--checkpoint-dir {folder} cannot be written: {error.strerror}") from None
+
+
+# --- files ------------------------------------------------------------------------------------------------
 
 
 def save(content: dict, path: Path) -> None:
@@ -39,26 +165,25 @@ def save_epoch(folder: Path, content: dict, keep: int) -> None:
     """Writes epoch_0001.pth and so on, points last.pth to it, removes all but the `keep` newest (0 keeps all)."""
     path = folder / f"epoch_{content['epoch']:04d}.pth"
     save(content, path)
-    _keep_last(folder)
-    _link(path, folder / LAST)
+    keep_last(folder)
+    link(path, folder / LAST)
     others = [file for file in epoch_files(folder) if file != path]  # numbers may be higher after going back
     for old in others[keep - 1 :] if keep else []:
         old.unlink()
 
 
 def save_last(folder: Path, content: dict) -> None:
-    """Writes last.pth in the middle of an epoch; the one before it stays as previous.pth."""
-    _keep_last(folder)
+    keep_last(folder)
     save(content, folder / LAST)
 
 
-def _keep_last(folder: Path) -> None:
+def keep_last(folder: Path) -> None:
     last = folder / LAST
     if last.exists() and last.stat().st_nlink == 1:  # one after a whole epoch has a name of its own
-        _link(last, folder / PREVIOUS)
+        link(last, folder / PREVIOUS)
 
 
-def _link(path: Path, name: Path) -> None:
+def link(path: Path, name: Path) -> None:
     """A second name for a file: no second copy on the disk, and replaced in one step."""
     draft = name.with_name(f".{name.name}.part")
     draft.unlink(missing_ok=True)
@@ -70,35 +195,39 @@ def _link(path: Path, name: Path) -> None:
     flush_folder(name.parent)
 
 
-def epoch_files(folder: Path) -> list[Path]:
-    """The checkpoints of single epochs, newest first."""
-    paths = [path for path in folder.glob("epoch_*.pth") if EPOCH_FILE.fullmatch(path.name)]
-    return sorted(paths, key=lambda path: int(EPOCH_FILE.fullmatch(path.name)[1]), reverse=True)
+def epoch_files(folder: Path, after: int = 0) -> list[Path]:
+    """The checkpoints of the epochs after one, newest first."""
+    numbers = {path: int(found[1]) for path in folder.glob("epoch_*.pth") if (found := EPOCH_FILE.fullmatch(path.name))}
+    return sorted((path for path in numbers if numbers[path] > after), key=numbers.get, reverse=True)
 
 
 def newest_usable(folder: Path) -> tuple[Path, dict] | None:
     """The newest checkpoint that can be read; what is damaged is named and passed over."""
-    last = _first_usable([folder / LAST])
+    last = first_usable([folder / LAST])
     if last:  # a run that was killed between two renames has an epoch's checkpoint that is newer
-        found = [last, _first_usable(epochs_after(folder, last[1]["epoch"]))]
+        found = [last, first_usable(epoch_files(folder, after=last[1]["epoch"]))]
     else:
-        found = [_first_usable([folder / PREVIOUS]), _first_usable(epoch_files(folder))]
+        found = [first_usable([folder / PREVIOUS]), first_usable(epoch_files(folder))]
     return max(filter(None, found), key=lambda found: (found[1]["epoch"], found[1].get("step", 0)), default=None)
 
 
-def epochs_after(folder: Path, epoch: int) -> list[Path]:
-    """Their checkpoints, newest first."""
-    return [path for path in epoch_files(folder) if int(EPOCH_FILE.fullmatch(path.name)[1]) > epoch]
-
-
-def _first_usable(paths: list[Path]) -> tuple[Path, dict] | None:
-    for path in paths:
-        if path.exists():
-            try:
-                return path, read_checkpoint(path)
-            except CheckpointError as error:
-                print(f"{error}: trying the one before it", flush=True)
+def first_usable(paths: list[Path]) -> tuple[Path, dict] | None:
+    for path in filter(Path.exists, paths):
+        try:
+            return path, read_checkpoint(path)
+        except CheckpointError as error:
+            print(f"{error}: trying the one before it", flush=True)
     return None
+
+
+def disk_needed(model_bytes: int, keep: int, num_epochs: int) -> int:
+    """Bytes that a run's checkpoints take at most: Adam keeps two moments beside each weight."""
+    # The new one is complete before an old one goes; two more are of the middle of an epoch.
+    kept = 2 + (min(keep + 1, num_epochs) if keep else num_epochs)
+    return 3 * model_bytes * kept + model_bytes
+
+
+# --- whose folder it is -----------------------------------------------------------------------------------
 
 
 def claim(folder: Path) -> BinaryIO:
@@ -120,7 +249,9 @@ def claim(folder: Path) -> BinaryIO:
         raise CheckpointError(f"another run is writing to {folder}: wait, or choose another --checkpoint-dir") from None
     except (ImportError, OSError):  # Windows, or a file system without locks
         print(f"{folder} cannot be locked: see to it that no second run writes there", flush=True)
-    _close_in_forked_processes(file)
+    if hasattr(os, "register_at_fork"):  # a killed run's loader workers live on for some seconds: not with the claim
+        claimed = weakref.ref(file)
+        os.register_at_fork(after_in_child=lambda: claimed() and claimed().close())
     return file
 
 
@@ -131,41 +262,32 @@ def sign(claim: BinaryIO) -> None:
     claim.flush()
 
 
-def _close_in_forked_processes(file: BinaryIO) -> None:
-    """A killed run's loader workers live for some seconds more: they must not keep its folder from the next run."""
-    if hasattr(os, "register_at_fork"):
-        claimed = weakref.ref(file)
-        os.register_at_fork(after_in_child=lambda: claimed() and claimed().close())
-
-
 def is_ours(folder: Path) -> bool:
     """Whether the run in this folder was started by the same launcher as this process."""
     lock = folder / LOCK
     return lock.is_file() and lock.read_bytes() == launcher().encode()
 
 
-def set_aside(folder: Path, after: int = 0) -> Path | None:
-    """Moves what another run left in a folder to a subfolder of its own.
+def in_the_way(folder: Path, source: Path | None, epoch: int, went_back: bool) -> list[Path]:
+    """The files of a run that this one would overwrite and does not go on from.
 
     Args:
         folder: that the run writes to.
-        after: the epoch that this run goes on from: what belongs to it or to one before stays.
-
-    Returns:
-        The subfolder; None where there was nothing to move.
+        source: the checkpoint that it goes on from, of this `epoch`; None for a new run.
+        went_back: whether that was named, and not found as the newest: what is newer is then whole, else damaged.
     """
-    newer = epochs_after(folder, after)
-    leftovers = newer + [path for name in RUN_FILES if (path := folder / name).exists()]
-    return _move_aside(folder, leftovers) if newer or not after else None
+    everything = [path for name in RUN_FILES if (path := folder / name).exists()]
+    if source is None or source.resolve().parent != folder.resolve():
+        found = epoch_files(folder) + everything
+        return found if found != [folder / RUN] else []  # a run that was killed before it had anything to lose
+    newer = epoch_files(folder, after=epoch)
+    if went_back:
+        return newer + everything if newer else []
+    others = [folder / LAST, folder / PREVIOUS]
+    return newer + [path for path in others if path in everything and path != source and not is_usable(path)]
 
 
-def set_aside_damaged(folder: Path, epoch: int, source: Path) -> Path | None:
-    """The same with what a run passed over that goes on from `source`, the newest usable checkpoint, of this epoch."""
-    others = [path for name in (LAST, PREVIOUS) if (path := folder / name).exists() and path != source]
-    return _move_aside(folder, epochs_after(folder, epoch) + [path for path in others if not _is_usable(path)])
-
-
-def _is_usable(path: Path) -> bool:
+def is_usable(path: Path) -> bool:
     try:
         read_checkpoint(path)
     except CheckpointError:
@@ -173,19 +295,13 @@ def _is_usable(path: Path) -> bool:
     return True
 
 
-def _move_aside(folder: Path, leftovers: list[Path]) -> Path | None:
-    if not leftovers:
+def move_aside(folder: Path, files: list[Path]) -> Path | None:
+    """Moves files to a subfolder of their own. Returns it; None where there was nothing to move."""
+    if not files:
         return None
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     aside = next(p for n in range(1000) if not (p := folder / f"earlier_{stamp}{f'_{n}' if n else ''}").exists())
     aside.mkdir()
-    for path in leftovers:
+    for path in files:
         path.rename(aside / path.name)
     return aside
-
-
-def disk_needed(model_bytes: int, keep: int, num_epochs: int) -> int:
-    """Bytes that a run's checkpoints take at most: Adam keeps two moments beside each weight."""
-    # The new one is complete before an old one goes; two more are of the middle of an epoch.
-    kept = 2 + (min(keep + 1, num_epochs) if keep else num_epochs)
-    return 3 * model_bytes * kept + model_bytes

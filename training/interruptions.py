@@ -8,12 +8,13 @@ import signal
 import time
 from types import FrameType
 
-from utils import Processes, UserError, largest_of_each
+from training.checkpoints import LAST, RETRY_SECONDS, RunFolder
+from training.run import Run
+from utils import UserError, largest_of_each
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
 SAME_SIGNAL = 2.0  # seconds: Ctrl-C reaches every process, and torchrun passes it on once more
 MOST_BROKEN = 10  # steps in a row without a finite number: the training does not recover from that
-RETRY_SECONDS = 60.0  # after which a checkpoint that could not be written is tried again
 
 
 class Stopped(Exception):
@@ -25,23 +26,24 @@ class Stopped(Exception):
 
 
 class BrokenNumbersError(UserError):
-    """The loss or the gradient was not finite for too many steps; the message is one line for the user."""
+    """The loss or the gradient was not finite for too many steps."""
 
 
 class Watch:
-    """Between two steps: whether to save, and whether to stop. The same answer on all processes.
+    """Between two steps: saves when it is time to, and ends the run when a signal came. On all processes alike.
 
     Within its `with` block the first signal only leaves a note, and a second one ends the process at once.
 
     Args:
-        processes: those that must agree.
+        run: that is watched.
+        folder: that it is saved in.
         checkpoint_minutes: from one checkpoint to the next; 0 is never.
     """
 
-    def __init__(self, processes: Processes, checkpoint_minutes: float):
-        self._processes, self._pause = processes, 60 * checkpoint_minutes or float("inf")
-        self._signal, self._noticed, self._next_save = 0, 0.0, time.monotonic() + self._pause
-        self._handlers: dict = {}
+    def __init__(self, run: Run, folder: RunFolder, checkpoint_minutes: float):
+        self._run, self._folder, self._pause = run, folder, 60 * checkpoint_minutes or float("inf")
+        self._signal, self._noticed, self._handlers = 0, 0.0, {}
+        self.restart_clock()
 
     def __enter__(self) -> Watch:
         self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
@@ -57,32 +59,48 @@ class Watch:
             os.kill(os.getpid(), number)
         elif not self._signal:
             self._signal, self._noticed = number, time.monotonic()
-            if self._processes.is_main:  # not by print, which may be what the signal has interrupted
+            if self._run.processes.is_main:  # not by print, which may be what the signal has interrupted
                 text = f"\n{signal.Signals(number).name}: saving after this step (once more: ends now)\n"
                 with contextlib.suppress(OSError):  # Ctrl-C ends the reader of a pipe as well
                     os.write(1, text.encode())
 
-    def ask(self, broken_in_a_row: int = 0) -> bool:
-        """Whether a checkpoint is due. To be called by all processes together, once a step.
+    def between_steps(self) -> None:
+        """To be called by all processes together, after each step.
 
         Raises:
-            Stopped: a signal reached one of them.
+            Stopped: a signal reached one of them; the run is saved.
             BrokenNumbersError: on one of them too many steps in a row had no finite number.
         """
-        due = self._processes.is_main and time.monotonic() >= self._next_save
-        number, due, broken = largest_of_each([self._signal, due, broken_in_a_row])
+        due = self._run.processes.is_main and time.monotonic() >= self._next_save
+        number, due, broken = largest_of_each([self._signal, due, self._run.broken()])
         if number:
-            raise Stopped(number)
+            self._stop(number)
         if broken >= MOST_BROKEN:
-            raise BrokenNumbersError(f"{broken} steps in a row had no finite loss or gradient")
-        return bool(due)
+            raise BrokenNumbersError(f"{broken} steps in a row had no finite loss or gradient; {self._last_good()}; "
+                                     "a lower --learning-rate may help")  # fmt: skip
+        if due:
+            self.restart_clock(self._save())
 
-    def saved(self, success: bool = True) -> None:
-        """Sets the clock anew: after a failure for a short while."""
-        self._next_save = time.monotonic() + (self._pause if success else min(self._pause, RETRY_SECONDS))
+    def restart_clock(self, saved: bool = True) -> None:
+        """After a checkpoint: the next one is due in a while, or soon where this one could not be written."""
+        self._next_save = time.monotonic() + (self._pause if saved else min(self._pause, RETRY_SECONDS))
 
-    def ignore_signals(self) -> None:
-        """For the last moments of a run that was stopped, when all is saved; until the process ends."""
+    def _save(self) -> bool:
+        tallies = self._run.unfinished()  # of all processes
+        return not self._run.processes.is_main or self._folder.save_unfinished(self._run, tallies)
+
+    def _stop(self, number: int) -> None:
+        stop, saved = Stopped(number), self._save()
+        largest_of_each([0])  # wait for all: torchrun, seeing one of them end, would end the one that saves
         self._handlers = {}
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
+        for one in SIGNALS:
+            signal.signal(one, signal.SIG_IGN)  # for the last moments of the run, when all is saved
+        if self._run.processes.is_main:
+            place = f"after epoch {self._run.epochs_done}, step {self._run.step}"
+            outcome = "--resume goes on from there" if saved else "--resume goes on from the checkpoint before"
+            print(f"stopped by {stop} {place}: {outcome}", flush=True)
+        raise stop
+
+    def _last_good(self) -> str:
+        path = self._folder.path / LAST
+        return f"{path} is the last good checkpoint" if path.exists() else "there is no checkpoint yet"

@@ -115,8 +115,15 @@ def _count_was_given(environ: Mapping[str, str], parent_arguments: list[str], sc
     return abbreviated or "PET_NPROC_PER_NODE" in environ
 
 
-def use_every_gpu(argv: list[str]) -> None:
-    """Replaces this process by a launch over all visible GPUs where a bare torchrun left it alone."""
+def use_every_gpu(argv: list[str], device: str) -> None:
+    """Replaces this process by a launch over all visible GPUs where a bare torchrun left it alone.
+
+    Args:
+        argv: the script and its arguments.
+        device: the setting; one that names a certain device wants no more of them.
+    """
+    if device not in (EACH_ITS_GPU, "cuda"):
+        return
     try:
         parent_arguments = Path(f"/proc/{os.getppid()}/cmdline").read_text(errors="replace").split("\0")
     except OSError:  # no Linux: nobody to ask, and hardly several GPUs

@@ -1,37 +1,35 @@
-"""What a run tells: the banner, the progress bar, a line an epoch, history.csv and preview.png."""
+"""What a run tells: the banner, the progress bar, a line an epoch, the rows of history.csv, run.json."""
 
 from __future__ import annotations
 
-import csv
-import dataclasses
-import io
+import json
 import math
+import platform
 import shutil
+import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import cv2
-import numpy as np
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from loading.index import describe_left_out
-from training.checkpoints import disk_needed
+from loading.unreadable import SKIPPED
+from training.checkpoints import BEST, disk_needed
+from training.run import Run
 from utils import atomic_write
 
-if TYPE_CHECKING:
-    from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
-
-    from trainer import Config, Run
-    from utils import Processes
-
 TABLE_HEAD = "  epoch | train loss   IoU  Dice | val loss   IoU  Dice |      lr    time wait"  # and a star
+PACKAGES = ("torch", "torchvision", "albumentations", "numpy", "cv2", "simplejpeg")  # that bits may depend on
+
+# --- at the start -----------------------------------------------------------------------------------------
 
 
 def banner(facts: dict[str, str]) -> str:
@@ -41,29 +39,28 @@ def banner(facts: dict[str, str]) -> str:
     return "\n".join(textwrap.fill(f"{name:>{margin - 2}}  {text}", **layout) for name, text in facts.items())
 
 
-def describe(run: Run, config: Config, processes: Processes, train_loader: DataLoader, val_loader: DataLoader) -> str:
-    """The start banner: the settings, the data found, the device, the processes, the model, the disk."""
-    train, val = train_loader.dataset.dataset, val_loader.dataset.dataset
-    folder = Path(config.checkpoint_dir)
-    parameters = sum(parameter.numel() for parameter in run.model.parameters())
-    disk = disk_needed(4 * parameters, config.keep_checkpoints, config.num_epochs)
-    kept = f"the {config.keep_checkpoints} newest epochs are kept" if config.keep_checkpoints else "all epochs are kept"
-    settings = " ".join(f"{name}={value}" for name, value in dataclasses.asdict(config).items())
+def describe(run: Run, changed: dict, folder: Path, train_loader: DataLoader, val_loader: DataLoader) -> str:
+    """The start banner: the settings that differ from their defaults, the data, the processes, the model, the disk."""
+    train, val, settings = train_loader.dataset.dataset, val_loader.dataset.dataset, run.settings
+    batch_size, accumulate, keep = settings["batch_size"], settings["accumulate"], settings["keep_checkpoints"]
+    parameters, processes = sum(parameter.numel() for parameter in run.model.parameters()), run.processes
+    disk = disk_needed(4 * parameters, keep, settings["num_epochs"])
     facts = {
-        "settings": settings,
-        "data": f"{len(train)} photos to train on, {len(val)} to validate, in {config.data_root}",
-        "samples": f"letterboxed once, in {train.cache.path.parent}" if config.cache else "from the photos every time",
+        "settings": " ".join(f"{name}={value}" for name, value in changed.items()) or "all as in the file",
+        "data": f"{len(train)} photos to train on, {len(val)} to validate, in {train.photos.parent}",
+        "samples": f"letterboxed once, in {train.cache.path.parent}" if train.cache else "from the photos every time",
         "left out": "; ".join(f"{part.photos.name}: {describe_left_out(part.index.left_out)}" for part in (train, val)
                               if part.index.left_out),
         "device": f"{processes.device}, {precision(run.amp_dtype)}, {processes.world_size} process"
                   f"{'es' if processes.world_size > 1 else ''}, {train_loader.num_workers} workers each",
-        "note": "; ".join(filter(None, [processes.note, unfinished_cycle(run.scheduler, config.num_epochs)])),
-        "batch": f"{config.batch_size * config.accumulate * processes.world_size} photos a step, "
-                 f"{math.ceil(len(train_loader) / config.accumulate)} steps an epoch",
-        "memory": f"{config.batch_size} photos at once do not fit in the free memory of {processes.device}: "
+        "note": "; ".join(filter(None, [processes.note, unfinished_cycle(run.scheduler, settings["num_epochs"])])),
+        "batch": f"{batch_size * accumulate * processes.world_size} photos a step, "
+                 f"{math.ceil(len(train_loader) / accumulate)} steps an epoch",
+        "memory": f"{batch_size} photos at once do not fit in the free memory of {processes.device}: "
                   f"each batch is computed in {run.parts} parts" if run.parts > 1 else "",
-        "model": f"{config.encoder}, {parameters / 1e6:.1f} million parameters",
-        "disk": f"up to {readable_size(disk)} of checkpoints in {folder} ({kept}), "
+        "model": f"{settings['encoder']}, {parameters / 1e6:.1f} million parameters",
+        "disk": f"up to {readable_size(disk)} of checkpoints in {folder} "
+                f"({f'the {keep} newest' if keep else 'all'} epochs are kept), "
                 f"{readable_size(shutil.disk_usage(folder).free)} free",
     }  # fmt: skip
     return banner({name: text for name, text in facts.items() if text}) + "\n" + TABLE_HEAD
@@ -85,6 +82,119 @@ def unfinished_cycle(scheduler: CosineAnnealingWarmRestarts, num_epochs: int) ->
     return f"{num_epochs} epochs end within a cosine cycle (cycles end after {ends})"
 
 
+def write_run(run: Run, path: Path) -> None:
+    """run.json: everything that says how a run was made: the command, all settings, versions, the git revision."""
+    project = Path(__file__).resolve().parents[1]
+    facts = {
+        "command": sys.argv, "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "resumed_from": str(run.source) if run.source else None, "processes": run.processes.world_size,
+        "device": str(run.device), "precision": precision(run.amp_dtype),
+        "git_revision": git("-C", str(project), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"),
+        "versions": {"python": platform.python_version()}
+                    | {name: sys.modules[name].__version__ for name in PACKAGES if name in sys.modules},
+        "settings": run.settings, "data": run.data,
+    }  # fmt: skip
+    with atomic_write(path) as file:
+        file.write(json.dumps(facts, indent=2).encode())
+
+
+def git(*arguments: str) -> str | None:
+    """What git says; None where it is not installed, or this is no clone."""
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+# --- during an epoch --------------------------------------------------------------------------------------
+
+
+class Progress:
+    """Hands out a loader's batches and shows, on the main process, how fast they go.
+
+    Args:
+        loader: its length is the bar's.
+        label: what the bar is of.
+        visible: whether to show anything: on the main process.
+        log_every: batches between two updates of the figures; each waits for the device once.
+        first: batches that were done before.
+    """
+
+    SILENT_SECONDS = 60  # between two lines where the output is a file, which a bar would fill
+
+    def __init__(self, loader: DataLoader, label: str, visible: bool, log_every: int = 1, first: int = 0):
+        is_terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=len(loader), initial=first, desc=label, disable=not (visible and is_terminal), leave=False,
+            dynamic_ncols=True,
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {remaining}{postfix}",
+        )  # fmt: skip
+        self._label, self._log_every, self._batches = label, log_every, len(loader)
+        self._visible, self._prints_lines = visible, not is_terminal
+        self._start = self._last_line = time.perf_counter()
+        self._waited, self._images, self._batch = 0.0, 0, first
+
+    def watch(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
+        """The batches, with the time counted for which the training waits for each."""
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            self._waited += time.perf_counter() - asked
+            if batch is None:
+                self._bar.close()
+                return
+            self._batch += 1
+            self._images += len(batch)
+            yield batch
+            self._bar.update()
+
+    def show(self, loss: Tensor, terms: dict[str, Tensor], learning_rate: float) -> None:
+        """Shows the figures every `log_every` batches: only then are they fetched from the device."""
+        if not self._visible or self._batch % self._log_every:
+            return
+        values = torch.stack([loss.detach(), *terms.values()]).tolist()
+        losses = " ".join(f"{name} {value:.3g}" for name, value in zip(("loss", *terms), values, strict=True))
+        _, rate, waiting = self.speed().values()
+        figures = f"{losses} lr {learning_rate:.1e} {rate:.3g} img/s wait {waiting:.0%}"
+        self._bar.set_postfix_str(figures, refresh=False)
+        if self._prints_lines and time.perf_counter() - self._last_line > self.SILENT_SECONDS:
+            self._last_line = time.perf_counter()
+            print(f"{self._label} step {self._batch}/{self._batches} {figures}", flush=True)
+
+    def speed(self, processes: int = 1) -> dict[str, float]:
+        """Seconds until now, images a second of so many processes, the share of the time spent waiting for data."""
+        seconds = max(time.perf_counter() - self._start, 1e-9)
+        rate = self._images / seconds * processes
+        return {"seconds": seconds, "images_per_second": rate, "data_wait": self._waited / seconds}
+
+
+# --- after an epoch ---------------------------------------------------------------------------------------
+
+FIRST_COLUMNS = ("loss", "iou", "dice")  # of the training, then of the validation
+RUN_COLUMNS = ("learning_rate", "seconds", "images_per_second", "data_wait", "skipped_steps")  # of the training alone
+
+
+def history_row(epoch: int, training: dict, validation: dict, bad_photos: dict[str, int]) -> dict[str, float]:
+    """A row of history.csv: whatever figures there are, those that are looked at most first."""
+    of_both = {"train": {k: v for k, v in training.items() if k not in RUN_COLUMNS}, "val": validation}
+    row = {"epoch": epoch, **{f"{part}_{name}": of_both[part][name] for part in of_both for name in FIRST_COLUMNS}}
+    row |= {name: training[name] for name in RUN_COLUMNS}
+    row |= {f"{part}_{name}": value for part, figures in of_both.items() for name, value in figures.items()}
+    return row | bad_photos
+
+
+def epoch_lines(row: dict, num_epochs: int, is_best: bool, folder: Path) -> str:
+    """What is said of an epoch: its line of the table, and what went wrong in it."""
+    lines = [table_line(row, num_epochs, is_best)]
+    said = {"train_bad_photos": "replaced", "val_bad_photos": "left out of the validation"}
+    if bad := [f"{row[name]} {what}" for name, what in said.items() if row[name]]:
+        lines.append(f"{'':7} | unreadable photos: {', '.join(bad)} ({folder / SKIPPED})")
+    if row["skipped_steps"]:
+        lines.append(f"{row['skipped_steps']} steps had no finite loss or gradient and were skipped")
+    return "\n".join(lines)
+
+
 def table_line(row: dict, num_epochs: int, is_best: bool) -> str:
     """An epoch's row of history.csv as a line under `TABLE_HEAD`; a star marks the best epoch so far."""
     counter = f"{row['epoch']}/{num_epochs}"
@@ -95,11 +205,10 @@ def table_line(row: dict, num_epochs: int, is_best: bool) -> str:
     )
 
 
-def bad_photos_line(row: dict, path: Path) -> str:
-    """What an epoch's row says about photos that could not be read, as a line under it; "" if there were none."""
-    said = {"train_bad_photos": "replaced", "val_bad_photos": "left out of the validation"}
-    counts = [f"{row[name]} {what}" for name, what in said.items() if row[name]]
-    return f"{'':7} | unreadable photos: {', '.join(counts)} ({path})" if counts else ""
+def best_line(run: Run, folder: Path) -> str:
+    """The last line of a run that is through."""
+    best = next((row["epoch"] for row in run.history if row["val_iou"] == run.best_iou), "?")
+    return f"best of {run.epochs_done} epochs: {best}, validation IoU {run.best_iou:.3f}, in {folder / BEST}"
 
 
 def short(loss: float) -> str:
@@ -123,144 +232,3 @@ def readable_size(size: float) -> str:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} TB"
-
-
-class Progress:
-    """Hands out a loader's batches and shows, on the main process, how fast they go.
-
-    Args:
-        loader: its length is the bar's.
-        label: what the bar is of.
-        visible: whether to show anything: on the main process.
-        log_every: steps between two updates of the figures; each waits for the device once.
-        first: batches that were done before.
-    """
-
-    SILENT_SECONDS = 60  # between two lines where the output is a file, which a bar would fill
-
-    def __init__(self, loader: DataLoader, label: str, visible: bool, log_every: int, first: int = 0):
-        is_terminal = sys.stderr.isatty()
-        self._bar = tqdm(
-            total=len(loader), initial=first, desc=label, disable=not (visible and is_terminal), leave=False,
-            dynamic_ncols=True,
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {remaining}{postfix}",
-        )  # fmt: skip
-        self._label, self._log_every, self._steps = label, log_every, len(loader)
-        self._visible, self._prints_lines = visible, not is_terminal
-        self._start = self._last_line = time.perf_counter()
-        self._waited, self._images, self._step = 0.0, 0, first
-
-    def watch(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
-        """The batches, with the time counted for which the training waits for each."""
-        while True:
-            asked = time.perf_counter()
-            batch = next(batches, None)
-            self._waited += time.perf_counter() - asked
-            if batch is None:
-                self._bar.close()
-                return
-            self._step += 1
-            self._images += len(batch)
-            yield batch
-            self._bar.update()
-
-    def show(self, loss: Tensor, learning_rate: float) -> None:
-        """Shows the figures every `log_every` steps: only then is the loss fetched from the device."""
-        if not self._visible or self._step % self._log_every:
-            return
-        speed = f"{self.images_per_second:.3g} img/s wait {self.data_wait:.0%}"
-        figures = f"loss {loss.item():.4f} lr {learning_rate:.1e} {speed}"
-        self._bar.set_postfix_str(figures, refresh=False)
-        if self._prints_lines and time.perf_counter() - self._last_line > self.SILENT_SECONDS:
-            self._last_line = time.perf_counter()
-            print(f"{self._label} step {self._step}/{self._steps} {figures}", flush=True)
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self._start
-
-    @property
-    def images_per_second(self) -> float:
-        """Of this process."""
-        return self._images / max(self.seconds, 1e-9)
-
-    @property
-    def data_wait(self) -> float:
-        """The share of the time that went by waiting for data, 0 to 1."""
-        return self._waited / max(self.seconds, 1e-9)
-
-
-def history_row(epoch: int, training: dict[str, float], validation: dict[str, float]) -> dict[str, float]:
-    names = ("loss", "iou", "dice")
-    row = {"epoch": epoch, **{f"train_{name}": training[name] for name in names}}
-    row |= {f"val_{name}": validation[name] for name in names}
-    of_training = ("learning_rate", "seconds", "images_per_second", "data_wait", "skipped_steps")
-    row |= {name: training[name] for name in of_training}
-    terms = ("colour_loss", "bce_loss", "dice_loss", "global_iou", "precision", "recall")
-    row |= {f"train_{name}": training[name] for name in terms}
-    return row | {f"val_{name}": validation[name] for name in terms}
-
-
-def write_history(rows: list[dict], path: Path) -> None:
-    """All epochs so far as CSV, a row an epoch."""
-    text = io.StringIO()
-    names = dict.fromkeys(name for row in rows for name in row)
-    writer = csv.DictWriter(text, fieldnames=list(names), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    with atomic_write(path) as file:
-        file.write(text.getvalue().encode())
-
-
-# --- pictures ---------------------------------------------------------------------------------------------
-
-CAPTIONS = ("photo", "truth", "prediction", "cutout")
-CAPTION_HEIGHT = 24  # pixels
-GAP = 4  # pixels between two pictures
-
-
-def save_preview(targets: Tensor, predictions: Tensor, path: Path, labels: Sequence[str] = ()) -> None:
-    """Writes a picture with a row a photo: the photo, its true mask, the predicted alpha, the cutout.
-
-    Args:
-        targets, predictions: float (N, 4, S, S) in [0, 1]: RGBA, predictions after the sigmoid.
-        path: of the PNG.
-        labels: a line of text under each row, or none.
-    """
-    targets, predictions = (_to_pixels(pictures) for pictures in (targets, predictions))
-    rows = [_row(target, prediction) for target, prediction in zip(targets, predictions, strict=True)]
-    width, step = rows[0].shape[1], targets.shape[1] + GAP
-    captions = _text({column * step: caption for column, caption in enumerate(CAPTIONS)}, width)
-    if labels:
-        rows = [part for row, label in zip(rows, labels, strict=True) for part in (row, _text({0: label}, width))]
-    sheet = np.vstack([captions, *rows])
-    with atomic_write(path) as file:
-        file.write(cv2.imencode(".png", cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))[1].tobytes())
-
-
-def _to_pixels(pictures: Tensor) -> np.ndarray:
-    return (pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-
-
-def _row(target: np.ndarray, prediction: np.ndarray) -> np.ndarray:
-    grey = [cv2.cvtColor(np.ascontiguousarray(rgba[..., 3]), cv2.COLOR_GRAY2RGB) for rgba in (target, prediction)]
-    cells = [np.ascontiguousarray(target[..., :3]), *grey, on_checkerboard(prediction)]
-    white = {"borderType": cv2.BORDER_CONSTANT, "value": (255, 255, 255)}
-    return np.hstack([cv2.copyMakeBorder(cell, 0, GAP, 0, GAP, **white) for cell in cells])
-
-
-def on_checkerboard(rgba: np.ndarray, side: int = 8) -> np.ndarray:
-    """Straight RGBA, uint8 (H, W, 4), over a grey checkerboard: uint8 RGB (H, W, 3)."""
-    rows, columns = np.indices(rgba.shape[:2]) // side
-    ground = np.where((rows + columns) % 2, 204, 255)[..., None]
-    alpha = rgba[..., 3:].astype(np.float32) / 255
-    return (rgba[..., :3] * alpha + ground * (1 - alpha)).round().astype(np.uint8)
-
-
-def _text(texts: dict[int, str], width: int) -> np.ndarray:
-    """A strip with a text at each of these columns."""
-    strip = np.full((CAPTION_HEIGHT, width, 3), 255, np.uint8)
-    for column, text in texts.items():
-        origin = (column + 4, CAPTION_HEIGHT - 7)
-        cv2.putText(strip, text, origin, cv2.FONT_HERSHEY_SIMPLEX, 0.5, (40, 40, 40), 1, cv2.LINE_AA)
-    return strip

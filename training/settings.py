@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import difflib
-import functools
 import inspect
-import re
+import io
+import os
+import textwrap
+import tokenize
 from typing import NoReturn, TypeVar
 
 from utils import UserError
 
 Settings = TypeVar("Settings")
+KINDS = {"bool": bool, "int": int, "float": float, "str": str}
 
 
 class UsageError(UserError):
-    """A command line that cannot be understood; the message is one line for the user."""
+    """A command line, or a default in the file, that cannot be understood."""
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -26,46 +30,53 @@ class OneLineParser(argparse.ArgumentParser):
         raise UsageError(message)
 
     def parse_args(self, args: list[str], namespace: argparse.Namespace | None = None) -> argparse.Namespace:
-        """As argparse does it, but an unknown flag is answered with the one that it resembles.
+        """As argparse does it, but an unknown flag is answered with the one that was meant.
 
         Raises:
             UsageError: an unknown flag, a value of a wrong type, or something that is missing.
         """
         known, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            flags = [option for option in self._option_string_actions if "_" not in option]  # that is tolerated
-            close = difflib.get_close_matches(dashed(unknown[0]).split("=")[0], flags, n=1)
-            hint = f"did you mean {close[0]}?" if close else "--help lists them all"
+            flags = [option for option in self._option_string_actions if option.startswith("--")]
+            meant = resembling(dashed(unknown[0]).split("=")[0], flags)
+            hint = f"did you mean {meant}?" if meant else "--help lists them all"
             raise UsageError(f"unknown argument {unknown[0]}: {hint}")
         return known
 
 
+def resembling(name: str, flags: list[str]) -> str:
+    """The flag of these initials (--lr), with this word in it (--epochs), or misspelt so; "" where none is."""
+    words = {flag: flag.strip("-").split("-") for flag in flags}
+    by_initials = [flag for flag in flags if "".join(word[:1] for word in words[flag]) == name.strip("-")]
+    by_word = [flag for flag in flags if name.strip("-") in words[flag]]
+    misspelt = difflib.get_close_matches(name, flags, n=1, cutoff=0.75)
+    return next((found[0] for found in (by_initials, by_word, misspelt) if len(found) == 1), "")
+
+
 def read_settings(
-    argv: list[str],
-    settings: type[Settings],
-    description: str,
-    presets: dict[str, dict],
-    special: dict[str, dict],
+    argv: list[str], settings: type[Settings], description: str, presets: dict[str, dict], special: dict[str, dict]
 ) -> Settings:
     """The settings: the defaults, a preset's over them, the flags over both.
 
     Args:
         argv: the arguments, without the program's name.
-        settings: a dataclass of bool, int, float and str fields, a line and a comment each.
+        settings: a dataclass of bool, int, float and str fields; `# --- title` above a field begins a group of --help.
         description: of the program, in its first line.
         presets: by the flag that turns each on, or whose field is True by default.
         special: more of argparse's options, by field.
 
     Raises:
-        UsageError: an unknown flag, or a value of a wrong type.
+        UsageError: an unknown flag, or a value of a wrong type, in `argv` or as a default.
     """
-    parser = OneLineParser(description=description.splitlines()[0], allow_abbrev=False)
-    for field in dataclasses.fields(settings):
-        options = flag_options(field, comments(settings)[field.name])
-        parser.add_argument(flag(field.name), **options, **special.get(field.name, {}))
+    first_line = (description or "").strip().partition("\n")[0]  # there is none under python -OO
+    parser = OneLineParser(usage="%(prog)s [--SETTING VALUE ...]", description=first_line, allow_abbrev=False)
+    defaults, groups = checked_defaults(settings), {}
+    for name, (title, comment) in described(settings).items():
+        group = groups.setdefault(title, parser.add_argument_group(title) if title not in groups else None)
+        group.add_argument(flag(name), **flag_options(defaults[name], comment), **special.get(name, {}))
     argv = [dashed(argument) for argument in argv]
     for name, preset in presets.items():
-        if name in argv or getattr(settings, name.strip("-")):
+        if name in argv or defaults[name.strip("-")]:
             parser.set_defaults(**preset)
     return settings(**vars(parser.parse_args(argv)))
 
@@ -82,15 +93,55 @@ def dashed(argument: str) -> str:
     return name.replace("_", "-") + equals + value
 
 
-@functools.cache
-def comments(settings: type) -> dict[str, str]:
-    """The comment beside each setting."""
-    return dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(settings), re.MULTILINE))
-
-
-def flag_options(field: dataclasses.Field, comment: str) -> dict:
+def flag_options(default: object, comment: str) -> dict:
     """argparse's options of a setting."""
-    options = {"default": field.default, "help": f"{comment.replace('%', '%%')} (%(default)s)"}
-    if field.type == "bool":
-        return options | {"action": argparse.BooleanOptionalAction}
-    return options | {"type": {"int": int, "float": float, "str": str}[field.type]}
+    kind = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {"type": type(default)}
+    return {"default": default, "help": f"{comment.replace('%', '%%')} (%(default)s)".strip(), **kind}
+
+
+# --- the file that a user edits ---------------------------------------------------------------------------
+
+
+def checked_defaults(settings: type) -> dict[str, object]:
+    """Each default in its field's type: people write 8.0 for an integer, 1 for a float, a Path for a text.
+
+    Raises:
+        UsageError: it is of another type, or a field has lost its own.
+    """
+    fields = {field.name: field for field in dataclasses.fields(settings)}
+    for name, value in vars(settings).items():
+        if name not in fields and not name.startswith("_") and isinstance(value, (*KINDS.values(), tuple)):
+            kind = type(value).__name__
+            raise UsageError(f"{settings.__name__}.{name} has lost its type: write `{name}: {kind} = {value!r}`")
+    return {name: in_its_type(f"{settings.__name__}.{name}", field) for name, field in fields.items()}
+
+
+def in_its_type(name: str, field: dataclasses.Field) -> object:
+    value, kind = field.default, KINDS.get(getattr(field.type, "__name__", field.type))
+    if kind is None:
+        raise UsageError(f"{name} is of the type {field.type}: settings are {', '.join(KINDS)}")
+    if kind is str and isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if isinstance(value, kind) and isinstance(value, bool) == (kind is bool):  # Python takes True for a 1
+        return value
+    if {kind, type(value)} == {int, float} and value == kind(value):
+        return kind(value)
+    raise UsageError(f"{name} is {value!r}, and it has to be of the type {kind.__name__}")
+
+
+def described(settings: type) -> dict[str, tuple[str, str]]:
+    """By field the title of its group and the comment beside it, "" where it has none."""
+    found = dict.fromkeys((field.name for field in dataclasses.fields(settings)), ("settings", ""))
+    try:
+        source = textwrap.dedent(inspect.getsource(settings))
+    except OSError:  # a program that was packed without its source
+        return found
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
+    titles = {row: text.strip("- ") for row, text in comments.items() if text.startswith("---")}
+    for node in ast.parse(source).body[0].body:
+        if isinstance(node, ast.AnnAssign):
+            beside = [comments[row] for row in range(node.lineno, node.end_lineno + 1) if row in comments]
+            above = [title for row, title in titles.items() if row < node.lineno]
+            found[node.target.id] = (above[-1] if above else "settings", beside[-1] if beside else "")
+    return found

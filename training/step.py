@@ -14,7 +14,6 @@ from torch.optim import Adam
 from utils import (
     LaunchError,
     LossCalculator,
-    Processes,
     SegmentationMetrics,
     empty_sums,
     largest_of_each,
@@ -22,7 +21,7 @@ from utils import (
     sum_over_processes,
 )
 
-# --- the pieces of a step ---------------------------------------------------------------------------------
+# --- batches and their parts ------------------------------------------------------------------------------
 
 
 def to_device(batch: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -93,77 +92,65 @@ def fits(model: nn.Module, photos: int, image_size: int, device: torch.device, d
     return True
 
 
-# --- an epoch's figures -------------------------------------------------------------------------------------
+# --- an epoch's figures -----------------------------------------------------------------------------------
 
 
 class LossMeter:
-    """The mean of the loss and its terms over images, added up on the device."""
+    """The mean of the loss and its terms over images, added up on the device.
 
-    NAMES = ("loss", *LossCalculator.TERMS)  # fixed, so that a process that got no image takes part as well
+    Args:
+        terms: their names, known before the first batch: a process that got no image takes part as well.
+    """
 
-    def __init__(self, device: torch.device | str = "cpu"):
-        self.sums = empty_sums(len(self.NAMES) + 1, device)  # the losses, then the images
+    def __init__(self, terms: list[str], device: torch.device | str = "cpu"):
+        self.names = ("loss", *terms)
+        self.sums = empty_sums(len(self.names) + 1, device)  # the losses, then the images
 
     def update(self, loss: Tensor, terms: dict[str, Tensor], images: int) -> None:
         """Counts a batch's means, scalars, as those of so many images."""
-        means = torch.stack([loss.detach(), *(terms[name] for name in LossCalculator.TERMS), torch.ones_like(loss)])
+        means = torch.stack([loss.detach(), *(terms[name] for name in self.names[1:]), torch.ones_like(loss)])
         usable = torch.isfinite(means).all()  # a step that is skipped must not spoil the epoch's mean
         self.sums += torch.where(usable, means.detach() * images, 0)
 
-    def synchronize(self) -> None:
-        """Adds up over all processes; call it once, before `compute`."""
-        sum_over_processes(self.sums)
-
     def compute(self) -> dict[str, float]:
         *sums, images = self.sums.tolist()
-        return {name: total / images if images else 0.0 for name, total in zip(self.NAMES, sums, strict=True)}
+        return {name: total / images if images else 0.0 for name, total in zip(self.names, sums, strict=True)}
 
 
 class Tally:
-    """An epoch's figures so far: the loss and its terms, the metrics, the steps skipped, the photos not readable."""
+    """An epoch's figures so far: the loss and its terms, the metrics."""
 
-    def __init__(self, device: torch.device | str = "cpu"):
-        self.losses, self.metrics, self.skipped = LossMeter(device), SegmentationMetrics(device), 0
-        self.bad_photos: list[int] = []  # that this process met
+    def __init__(self, criterion: LossCalculator, device: torch.device | str = "cpu"):
+        self.losses, self.metrics = LossMeter([*criterion.weights], device), SegmentationMetrics(device)
 
     def update(self, loss: Tensor, terms: dict[str, Tensor], raw: Tensor, target: Tensor) -> None:
         """Counts a batch's loss, and alpha of its logits `raw` against `target`, both (N, 4, H, W)."""
         self.losses.update(loss, terms, len(target))
-        self.metrics.update(raw[:, 3] > 0, target[:, 3] > 0.5)  # a logit above 0: a probability above one half
+        self.metrics.update(raw.detach()[:, 3] > 0, target[:, 3] > 0.5)  # a logit above 0: a probability above one half
 
     def compute(self) -> dict[str, float]:
-        """The figures over all processes; adds up over them, so call it once, or of a copy."""
-        self.losses.synchronize()
-        self.metrics.synchronize()
-        terms = self.losses.compute()
-        losses = {"loss": terms.pop("loss"), **{f"{name}_loss": value for name, value in terms.items()}}
-        return losses | self.metrics.compute()
+        """The figures over all processes: "loss", "colour_loss" and so on, and those of `SegmentationMetrics`."""
+        whole = deepcopy(self)  # this one stays this process's own
+        sum_over_processes(whole.losses.sums)
+        whole.metrics.synchronize()
+        terms = whole.losses.compute()
+        losses = {name if name == "loss" else f"{name}_loss": value for name, value in terms.items()}
+        return losses | whole.metrics.compute()
 
-    def copy(self) -> Tally:
-        return deepcopy(self)
+    def state(self) -> dict[str, Tensor]:
+        """This process's sums, for a checkpoint."""
+        return {"losses": self.losses.sums.cpu(), "metrics": self.metrics.sums.cpu()}
 
-    def state(self) -> dict:
-        """This process's sums and what it met, for a checkpoint."""
-        sums = {"losses": self.losses.sums.cpu(), "metrics": self.metrics.sums.cpu()}
-        return {**sums, "skipped": self.skipped, "bad_photos": self.bad_photos}
-
-    @classmethod
-    def of(cls, states: list[dict], processes: Processes) -> Tally:
-        """The sums that a checkpoint holds: each process its own, or the main one all where their number changed."""
-        tally, same = cls(processes.device), len(states) == processes.world_size
-        chosen = states[processes.rank : processes.rank + 1] if same else states if processes.is_main else []
-        for state in chosen:
-            tally.losses.sums += state["losses"].to(processes.device)
-            tally.metrics.sums += state["metrics"].to(processes.device)
-            tally.bad_photos += state.get("bad_photos", [])  # an older checkpoint does not know them
-        tally.skipped = states[0]["skipped"]
-        return tally
+    def add(self, state: dict[str, Tensor]) -> None:
+        """Adds what a checkpoint holds."""
+        self.losses.sums += state["losses"].to(self.losses.sums.device)
+        self.metrics.sums += state["metrics"].to(self.metrics.sums.device)
 
 
 # --- numbers that break -----------------------------------------------------------------------------------
 
 
-class FiniteSteps:
+class FiniteGuard:
     """Lets the optimiser skip a step whose loss or gradient is not finite, on all processes alike.
 
     What is skipped is decided on the device. The counts are fetched from a GPU only when they are asked for.
@@ -177,24 +164,24 @@ class FiniteSteps:
     """
 
     def __init__(self, model: nn.Module, device: torch.device, skipped: int = 0, in_a_row: int = 0):
-        self._counts = torch.tensor([skipped, in_a_row], device=device)
-        self.in_a_row = in_a_row  # when it was fetched last
+        self._counts, self._losses = torch.tensor([skipped, in_a_row], device=device), []
+        self.skipped, self.in_a_row = skipped, in_a_row  # when they were fetched last
         self._averages = [b for name, b in model.named_buffers() if name.rpartition(".")[2].startswith("running_")]
         self._before = [average.clone() for average in self._averages]
 
-    def remember(self) -> None:
+    def begin_step(self) -> None:
         """Before the forward pass."""
+        self._losses = []
         if self._averages:
             torch._foreach_copy_(self._before, self._averages)
 
-    def step(self, optimizer: Adam, scaler: torch.amp.GradScaler, losses: Tensor, norm: Tensor) -> None:
-        """The optimiser's step, if the numbers are finite.
+    def watch(self, loss: Tensor) -> None:
+        """Of each batch and part that the step is made of."""
+        self._losses.append(loss.detach())
 
-        Args:
-            losses: of all batches and parts that the step is made of, float (parts,).
-            norm: of the gradient, a scalar.
-        """
-        finite = torch.isfinite(losses).all() & (torch.isfinite(norm) | scaler.is_enabled())
+    def step(self, optimizer: Adam, scaler: torch.amp.GradScaler, norm: Tensor) -> None:
+        """The optimiser's step, if the losses and the gradient's `norm` are finite."""
+        finite = torch.isfinite(torch.stack(self._losses)).all() & (torch.isfinite(norm) | scaler.is_enabled())
         found = (~finite).float()
         largest_over_processes(found)  # each has a loss of its own
         with self._skipped_where(found, optimizer):
@@ -222,7 +209,6 @@ class FiniteSteps:
         finally:
             hook.remove()
 
-    def fetch(self) -> int:
-        """The steps that were skipped; waits for the device."""
-        skipped, self.in_a_row = self._counts.tolist()
-        return skipped
+    def fetch(self) -> None:
+        """Brings the counts up to date; waits for the device."""
+        self.skipped, self.in_a_row = self._counts.tolist()

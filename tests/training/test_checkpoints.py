@@ -15,11 +15,12 @@ from training import checkpoints
 from training.checkpoints import (
     disk_needed,
     epoch_files,
+    in_the_way,
+    move_aside,
     newest_usable,
     save,
     save_epoch,
     save_last,
-    set_aside,
 )
 from utils import CheckpointError, atomic_write, read_checkpoint
 
@@ -249,7 +250,12 @@ class Noon(datetime):
         return cls(2026, 1, 2, 12, 0, 0)
 
 
-def test_set_aside_moves_all_of_a_run_and_nothing_else(tmp_path):
+def set_aside(folder: Path) -> Path | None:
+    """What a new run does with an earlier one's files."""
+    return move_aside(folder, in_the_way(folder, None, 0, False))
+
+
+def test_all_of_a_run_is_moved_aside_and_nothing_else(tmp_path):
     assert set_aside(tmp_path) is None
     assert names(tmp_path) == []
     for name in LEFT + OTHERS:
@@ -262,7 +268,7 @@ def test_set_aside_moves_all_of_a_run_and_nothing_else(tmp_path):
     assert set_aside(tmp_path) is None
 
 
-def test_set_aside_twice_in_a_second_overwrites_nothing(tmp_path, monkeypatch):
+def test_moving_aside_twice_in_a_second_overwrites_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "datetime", Noon)
     asides = []
     for run in ("first", "second", "third"):

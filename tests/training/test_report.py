@@ -6,14 +6,12 @@ import csv
 import io
 import sys
 
-import cv2
-import numpy as np
 import pytest
 import torch
 
-import trainer
 from training import report
-from training.report import TABLE_HEAD, Progress, clock, on_checkerboard, readable_size, save_preview, table_line
+from training.report import TABLE_HEAD, Progress, clock, readable_size, table_line
+from utils import write_csv
 
 CONTRACT = [
     *("epoch", "train_loss", "train_iou", "train_dice", "val_loss", "val_iou", "val_dice"),
@@ -34,8 +32,8 @@ def test_history_reads_back_equal(tmp_path):
         {"epoch": 1, "val_iou": 0.5, "learning_rate": 1e-4, "seconds": 12.25},
         {"epoch": 2, "val_iou": 1 / 3, "learning_rate": 1.23456e-17, "seconds": 1e7},
     ]
-    report.write_history(rows[:1], tmp_path / "history.csv")
-    report.write_history(rows, tmp_path / "history.csv")
+    write_csv(rows[:1], tmp_path / "history.csv")
+    write_csv(rows, tmp_path / "history.csv")
     back = read_csv(tmp_path / "history.csv")
     assert [row["epoch"] for row in back] == ["1", "2"]
     for row, written in zip(back, rows, strict=True):
@@ -48,11 +46,12 @@ def test_history_has_the_columns_others_rely_on(tmp_path):
     training = {name: 0.5 + place / 64 for place, name in enumerate(metrics)}
     speed = {"learning_rate": 0.001, "seconds": 7.5, "images_per_second": 9.5, "data_wait": 0.25, "skipped_steps": 0}
     validation = {name: value / 8 for name, value in training.items()}
-    report.write_history([trainer.history_row(3, training | speed, validation)], tmp_path / "history.csv")
+    bad = {"train_bad_photos": 1, "val_bad_photos": 0}
+    write_csv([report.history_row(3, training | speed, validation, bad)], tmp_path / "history.csv")
     row = read_csv(tmp_path / "history.csv")[0]
     assert list(row)[: len(CONTRACT)] == CONTRACT
     expected = {"epoch": 3, **speed, **{f"train_{name}": training[name] for name in metrics}}
-    expected |= {f"val_{name}": validation[name] for name in metrics}
+    expected |= {f"val_{name}": validation[name] for name in metrics} | bad
     assert {name: float(value) for name, value in row.items()} == pytest.approx(expected, rel=1e-5)
 
 
@@ -140,47 +139,48 @@ def test_speed_and_waiting_are_told_by_the_clock(time):
         time.now += 1.0
         seen += len(batch)
     assert seen == 40
-    assert progress.seconds == 20
-    assert progress.images_per_second == 2
-    assert progress.data_wait == 0.75
+    assert progress.speed() == {"seconds": 20, "images_per_second": 2, "data_wait": 0.75}
+    assert progress.speed(processes=3)["images_per_second"] == 6
 
 
-class FakeLoss:
-    fetched = 0
-
-    def item(self) -> float:
-        self.fetched += 1
-        return 0.5
+TERMS = {"colour": torch.tensor(0.25), "bce": torch.tensor(0.125)}
+LOSS = torch.tensor(0.5)
 
 
-def test_the_loss_is_fetched_every_log_every_steps_only(time):
-    progress, loss = Progress([None] * 9, "epoch", True, 3), FakeLoss()
-    fetched = []
+@pytest.fixture
+def fetched(monkeypatch) -> list:
+    """What Python asks tensors for: on a GPU it would wait for each."""
+    asked, real = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: asked.append(1) or real(tensor))
+    return asked
+
+
+def test_the_loss_is_fetched_every_log_every_steps_only(time, fetched):
+    progress, counts = Progress([None] * 9, "epoch", True, 3), []
     for _ in progress.watch(slow_batches(time, 9, 0.1)):
-        progress.show(loss, 1e-4)
-        fetched.append(loss.fetched)
-    assert fetched[-1] == 3
-    assert np.bincount(fetched)[1:-1].tolist() == [3, 3]  # evenly
+        progress.show(LOSS, TERMS, 1e-4)
+        counts.append(len(fetched))
+    assert counts == [0, 0, 1, 1, 1, 2, 2, 2, 3]
 
 
-def test_the_loss_is_not_fetched_where_nothing_is_shown(time):
-    progress, loss = Progress([None] * 9, "epoch", False, 3), FakeLoss()
+def test_the_loss_is_not_fetched_where_nothing_is_shown(time, fetched):
+    progress = Progress([None] * 9, "epoch", False, 3)
     for _ in progress.watch(slow_batches(time, 9, 0.1)):
-        progress.show(loss, 1e-4)
-    assert loss.fetched == 0
+        progress.show(LOSS, TERMS, 1e-4)
+    assert fetched == []
 
 
 def lines_of_five_minutes(time, visible: bool, capsys) -> list[str]:
     progress = Progress([None] * 30, "epoch 2/9", visible, 1)
     for _ in progress.watch(slow_batches(time, 30, 10.0)):
-        progress.show(FakeLoss(), 1e-4)
+        progress.show(LOSS, TERMS, 1e-4)
     return capsys.readouterr().out.splitlines()
 
 
 def test_into_a_file_goes_a_line_a_minute_at_most(time, capsys):
     lines = lines_of_five_minutes(time, True, capsys)
     assert 3 <= len(lines) <= 5
-    assert all("epoch 2/9" in line and "/30 " in line and "loss 0.5" in line for line in lines)
+    assert all("epoch 2/9" in line and "/30 " in line and "loss 0.5 colour 0.25 bce 0.125" in line for line in lines)
 
 
 def test_other_processes_are_silent(time, capsys):
@@ -191,7 +191,7 @@ def test_other_processes_are_silent(time, capsys):
 def test_a_line_counts_the_step_it_tells_of(time, capsys):
     progress = Progress([None] * 2, "epoch", True, 1)
     for _ in progress.watch(slow_batches(time, 2, 70.0, images=70)):
-        progress.show(FakeLoss(), 1e-4)
+        progress.show(LOSS, TERMS, 1e-4)
     first, second = capsys.readouterr().out.splitlines()
     assert "step 1/2" in first
     assert "1 img/s" in first
@@ -207,74 +207,7 @@ def test_a_terminal_gets_a_bar_and_no_lines(visible, time, capsys, monkeypatch):
     assert ("epoch 2/9" in terminal.getvalue()) == visible
 
 
-# --- pictures ---------------------------------------------------------------------------------------------
-
-SIDE, GAP, HEAD = 32, 4, 24  # pixels
-
-
-def preview(tmp_path, targets: torch.Tensor, predictions: torch.Tensor) -> np.ndarray:
-    save_preview(targets, predictions, tmp_path / "preview.png")
-    return cv2.imread(str(tmp_path / "preview.png"), cv2.IMREAD_UNCHANGED)[..., ::-1]
-
-
-def cell(sheet: np.ndarray, line: int, column: str) -> np.ndarray:
-    left = ["photo", "truth", "prediction", "cutout"].index(column) * (SIDE + GAP)
-    top = HEAD + line * (SIDE + GAP)
-    return sheet[top : top + SIDE, left : left + SIDE]
-
-
-def rgba(alpha, colour=(1.0, 0.0, 0.0)) -> torch.Tensor:
-    picture = torch.tensor([*colour, 0.0]).view(4, 1, 1).repeat(1, SIDE, SIDE)
-    picture[3] = torch.as_tensor(alpha)
-    return picture
-
-
-def test_preview_shows_photo_and_mask_as_they_are(tmp_path):
-    mask = torch.zeros(SIDE, SIDE)
-    mask[5:20, 8:11] = 1
-    targets = torch.stack([rgba(mask), rgba(1.0, (0.0, 0.2, 1.0))])
-    sheet = preview(tmp_path, targets, targets.flip(0))
-    assert sheet.shape == (HEAD + 2 * (SIDE + GAP), 4 * (SIDE + GAP), 3)
-    assert (cell(sheet, 0, "photo") == (255, 0, 0)).all()
-    assert (cell(sheet, 1, "photo") == (0, 51, 255)).all()
-    assert np.array_equal(cell(sheet, 0, "truth"), np.repeat(mask.numpy()[..., None] * 255, 3, axis=2))
-    assert (cell(sheet, 1, "truth") == 255).all()
-    assert (cell(sheet, 0, "prediction") == 255).all()
-
-
-@pytest.mark.parametrize(("alpha", "grey"), [(0.0, {0}), (0.3, {76, 77}), (0.6, {153}), (1.0, {255})])
-def test_the_predicted_alpha_is_not_stretched(alpha, grey, tmp_path):
-    dark = (0.1, 0.0, 0.0)  # so that nothing but the alpha is bright
-    shown = cell(preview(tmp_path, rgba(1.0)[None], rgba(alpha, dark)[None]), 0, "prediction")
-    assert set(shown.ravel().tolist()) <= grey
-
-
-def test_the_predicted_alpha_is_not_thresholded(tmp_path):
-    ramp = torch.linspace(0, 1, SIDE).expand(SIDE, SIDE)
-    shown = cell(preview(tmp_path, rgba(1.0)[None], rgba(ramp)[None]), 0, "prediction")
-    assert np.abs(shown[0, :, 0] - np.linspace(0, 255, SIDE)).max() <= 0.51
-
-
-def test_the_cutout_lies_on_a_checkerboard(tmp_path):
-    picture = np.zeros((16, 16, 4), np.uint8)
-    picture[..., :3] = (200, 100, 0)
-    # By hand, on white (255) and on grey (204): 128 / 255 of the colour and 127 / 255 of the ground.
-    by_hand = {
-        0: ((255, 255, 255), (204, 204, 204)),
-        255: ((200, 100, 0), (200, 100, 0)),
-        128: ((227, 177, 127), (202, 152, 102)),
-    }
-    for alpha, (on_white, on_grey) in by_hand.items():
-        picture[..., 3] = alpha
-        shown = on_checkerboard(picture)
-        assert (shown[:8, :8] == on_white).all()
-        assert (shown[8:, 8:] == on_white).all()
-        assert (shown[:8, 8:] == on_grey).all()
-        assert (shown[8:, :8] == on_grey).all()
-    cutout = cell(preview(tmp_path, rgba(1.0)[None], rgba(0.0)[None]), 0, "cutout")
-    assert set(cutout.ravel().tolist()) == {204, 255}
-    own = cell(preview(tmp_path, rgba(1.0, (0.0, 0.0, 1.0))[None], rgba(1.0)[None]), 0, "cutout")
-    assert (own == (255, 0, 0)).all()  # the prediction's colours
+# --- the banner -----------------------------------------------------------------------------------------
 
 
 def test_the_banner_lines_up_its_facts():
