@@ -121,7 +121,7 @@ def smp_unet(encoder: str) -> nn.Module:
     try:
         import segmentation_models_pytorch as smp
     except ModuleNotFoundError:
-        raise SystemExit("this section needs more: pip install -r requirements-bench.txt") from None
+        raise SystemExit("this section needs more: pip install -r requirements-dev.txt") from None
     return smp.Unet(encoder, encoder_weights=None, decoder_attention_type="scse", classes=4)
 
 
