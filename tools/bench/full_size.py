@@ -1,6 +1,7 @@
 """Makes a COCO-format split of any size, by default of train2017's, to measure with: shapes at random, grey photos.
 
-python tools/bench/full_size.py /tmp/coco --split train2017
+    python tools/bench/full_size.py /tmp/full_size                            # 0.6 GB, in a new or an empty folder
+    python tools/bench/full_size.py /tmp/small --photos 1000 --annotations 7000
 """
 
 from __future__ import annotations
@@ -12,9 +13,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, it is in tools/bench/ that Python looks
+
 import cv2
 import numpy as np
 from tqdm import tqdm
+
+from training.settings import OneLineParser, UsageError
+from utils import UserError, make_writable
 
 # What COCO's instances_train2017.json holds.
 PHOTOS, ANNOTATIONS, PERSONS, PHOTOS_WITH_PERSONS = 118_287, 860_001, 262_465, 64_115
@@ -32,7 +38,11 @@ def make_split(root: Path, split: str, photos: int = PHOTOS, annotations: int = 
 
     Persons and other things come in COCO's proportions. The photos are grey, and most are further names (hard
     links) of a few files. Drawn from `seed`: the same every time.
+
+    Raises:
+        UserError: `root` holds anything, which is then left as it is, or cannot be written.
     """
+    _refuse_what_is_there(root)
     names = [f"{number:012d}.jpg" for number in range(1, photos + 1)]
     sizes = [SIZES[number % len(SIZES)] for number in range(photos)]
     _write_photos(root / split, names, sizes)
@@ -47,6 +57,15 @@ def make_split(root: Path, split: str, photos: int = PHOTOS, annotations: int = 
         _write_list(file, bar)
         file.write(', "categories": [{"id": 1, "name": "person"}, {"id": 18, "name": "dog"}]}')
     return path
+
+
+def _refuse_what_is_there(root: Path) -> None:
+    try:
+        if root.exists() and any(root.iterdir()):
+            raise UserError(f"{root} is not empty: name a folder that is, or that does not exist")
+        make_writable(root)
+    except OSError as error:
+        raise UserError(f"{root} cannot be written: {error.strerror}") from None
 
 
 def _write_list(file, records: Iterator[dict]) -> None:
@@ -115,16 +134,30 @@ def _crowd(size: tuple[int, int], rng: np.random.Generator) -> dict:
     return {"counts": runs.tolist(), "size": [size[1], size[0]]}
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("full_size.py", description=__doc__.splitlines()[0])
-    parser.add_argument("root", type=Path, help="folder to make the split in")
-    parser.add_argument("--split", default="train2017", help="%(default)s")
-    parser.add_argument("--photos", type=int, default=PHOTOS, help="%(default)s")
-    parser.add_argument("--annotations", type=int, default=ANNOTATIONS, help="%(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="%(default)s")
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = OneLineParser("full_size.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("root", type=Path, help="new or empty folder to make the split in")
+    parser.add_argument("--split", default="train2017", help="the photo folder's name (%(default)s)")
+    parser.add_argument("--photos", type=int, default=PHOTOS, help="how many (%(default)s)")
+    parser.add_argument("--annotations", type=int, default=ANNOTATIONS, help="how many (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="another one draws others (%(default)s)")
     options = parser.parse_args(argv)
-    make_split(options.root, options.split, options.photos, options.annotations, options.seed)
+    if min(options.photos, options.annotations) < 1 or options.seed < 0:
+        raise UsageError("--photos and --annotations are at least 1, --seed at least 0")
+    if options.split in ("", ".", "..", "annotations") or Path(options.split).name != options.split:
+        raise UsageError(f"--split {options.split!r} is no name of a photo folder")
+    return options
+
+
+def run_command(argv: list[str]) -> int:
+    """The whole program. Returns its exit code: 0, or 2 for a user's mistake."""
+    try:
+        print(f"made {make_split(**vars(parse(argv[1:])))}")
+    except UserError as error:
+        print(f"full_size.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(sys.argv))
