@@ -24,7 +24,6 @@ from torchvision.io import decode_image
 from torchvision.transforms import v2
 
 from datasets import COCOPersonDataset, batches, make_loader
-from loading import workers
 from tools.bench.measuring import Way, alternate, table
 
 SIZE, BATCH, WORKERS = 384, 32, 2
@@ -34,9 +33,11 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def sample(options: argparse.Namespace) -> str:
     """One sample after the other, on one core; each way in a process of its own, as in a loader's worker."""
-    theirs, ours = references(options), silueta(options)
+    ours, theirs = silueta(options), references(options)
     ways = [Way(name, in_a_process(one_by_one(dataset), one_thread)) for name, dataset in theirs.items()]
-    ways += [Way(name, in_a_process(one_by_one(dataset), workers.start_worker)) for name, dataset in ours.items()]
+    for name, dataset in ours.items():
+        start = make_loader(dataset, 1, num_workers=1, training=True).worker_init_fn
+        ways.append(Way(name, in_a_process(one_by_one(dataset), start)))
     ways.append(Way("JPEG decode alone", in_a_process(decode_alone(theirs["tutorial"]), one_thread)))
     alternate(ways, options.rounds)
     return table(f"Samples of {SIZE} x {SIZE}, one core", "sample", ways[0], ways)
@@ -69,7 +70,8 @@ def _do() -> int:
 def loader(options: argparse.Namespace) -> str:
     """Through the DataLoader into the training process."""
     cv2.setNumThreads(-1)  # as it is where nobody sets it
-    ways = [Way(name, batch_by_batch(dataset)) for name, dataset in (references(options) | silueta(options)).items()]
+    ours, theirs = silueta(options), references(options)
+    ways = [Way(name, batch_by_batch(dataset)) for name, dataset in (theirs | ours).items()]
     alternate(ways, options.rounds)
     title = f"Batches of {BATCH} at {SIZE} x {SIZE} from {WORKERS} workers, in the training process"
     return table(title, "sample", ways[0], ways)

@@ -14,6 +14,7 @@ from PIL import Image
 import predict
 from cutting.cutter import Cutter, load
 from tools.bench.measuring import Way, alternate, table
+from utils import UserError
 
 
 def photos(options: argparse.Namespace) -> str:
@@ -21,6 +22,8 @@ def photos(options: argparse.Namespace) -> str:
     cv2.setNumThreads(1)  # as predict.py itself does
     cutter = load(options.checkpoint, "cpu")
     files = sorted(Path(options.data_root, options.split).glob("*.jpg"))
+    if not files:
+        raise UserError(f"there is no *.jpg in {Path(options.data_root, options.split)}: see --data-root and --split")
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         rembg = Way("rembg's way", lambda: one_at_a_time(cutter, files, Path(folder, "theirs"), threads))

@@ -25,11 +25,11 @@ from torch.utils.data import DataLoader, Dataset
 import trainer
 import utils
 from datasets import COCOPersonDataset, make_loader
-from models import IMAGENET_MEAN, IMAGENET_STD
+from models import IMAGENET_MEAN, IMAGENET_STD, read_weights
 from tools.bench.measuring import Way, alternate, table
 from trainer import Config
 from training import launching
-from utils import LossCalculator, Processes
+from utils import LossCalculator, Processes, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 ENCODERS, SIZES, BATCH = ("resnet34", "mobilenet_v2"), (256, 384), 8
@@ -121,7 +121,7 @@ def smp_unet(encoder: str) -> nn.Module:
     try:
         import segmentation_models_pytorch as smp
     except ModuleNotFoundError:
-        raise SystemExit("this section needs more: pip install -r requirements-dev.txt") from None
+        raise UserError("segmentation_models_pytorch is missing: pip install -r requirements-dev.txt") from None
     return smp.Unet(encoder, encoder_weights=None, decoder_attention_type="scse", classes=4)
 
 
@@ -292,7 +292,7 @@ class SmpUNet(nn.Module):
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
         if pretrained:
-            state = torch.load(weights_file, weights_only=True)
+            state = read_weights(weights_file)
             wanted = self.network.encoder.state_dict().keys()
             self.network.encoder.load_state_dict({key: state[key] for key in wanted})
 
