@@ -29,6 +29,8 @@ from models import IMAGENET_MEAN, IMAGENET_STD, read_weights
 from tools.bench.measuring import Way, alternate, table
 from trainer import Config
 from training import launching
+from training.checkpoints import RunFolder
+from training.interruptions import Watch
 from utils import LossCalculator, Processes, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,13 +68,13 @@ class Training:
         sizes = {"image_size": size, "batch_size": BATCH, "num_workers": 0}
         self.config = Config(encoder=encoder, pretrained=False, device="cpu", **sizes, **settings)
         torch.manual_seed(0)
-        self.run = trainer.start_run(self.config, self.processes, photos=0)
-        self.criterion = LossCalculator()
+        self.run = trainer.start_run(self.config, self.processes)
+        self.watch = Watch(self.run, RunFolder("unused", 0), 0)
 
     def epoch(self, steps: int) -> dict[str, float]:
         loader = DataLoader(Noise(steps * BATCH, self.config.image_size), BATCH)
-        figures = trainer.train_one_epoch(self.run, loader, self.criterion, 0, self.config, self.processes)
-        self.run.end_epoch()
+        figures = trainer.train_one_epoch(self.run, loader, 0, self.config, self.watch)
+        self.run.end_epoch({})
         return figures
 
     def step(self) -> int:
@@ -155,7 +157,7 @@ def waiting(options: argparse.Namespace) -> str:
 def watched(training: Training, seconds: dict[str, float]) -> Iterator[None]:
     """Counts in `seconds` what the parts of a step take while the block runs."""
     calls = {
-        "forward": (training.run.model, "forward"), "loss": (training.criterion, "forward"),
+        "forward": (training.run.model, "forward"), "loss": (training.run.criterion, "forward"),
         "backward": (Tensor, "backward"), "clipping": (nn.utils, "clip_grad_norm_"),
         "optimiser": (training.run.optimizer, "step"),
     }  # fmt: skip
