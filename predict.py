@@ -5,11 +5,7 @@
     python predict.py holidays --output white --background white      # composed onto a colour, or onto a photo
     python predict.py holidays --output masks --mask --threshold 0.5  # the masks alone, with a hard edge
 
-From Python:
-
-    from predict import load
-    cut = load("checkpoints/best_model.pth")
-    rgba = cut("photo.jpg")  # uint8 (H, W, 4); a PIL image or an array (H, W, 3) will do as well
+From Python: `from predict import load`, then `load("checkpoints/best_model.pth")("photo.jpg")`: uint8 RGBA (H, W, 4).
 
 Memory: a photo at work takes up to 14 bytes a pixel (one of 50 megapixels 700 MB), and `PIXELS_AT_WORK` limits how many
 there are: less than 2 GB beside the model, whatever the number of photos. A larger photo is worked on alone.
@@ -19,14 +15,17 @@ from __future__ import annotations
 
 import argparse
 import errno
+import importlib.util
 import os
 import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -34,23 +33,47 @@ import torch
 from PIL import Image, ImageColor
 from tqdm import tqdm
 
-import utils
-from cutting.cutter import Cutter, load
-from cutting.edges import alpha_of, foreground, to_opacity
-from cutting.photos import Photo, PhotoError, compose, encode_png, photo_formats, read_photo, reason
-from loading.letterbox import letterbox
-from training.settings import OneLineParser
-from utils import UserError, atomic_write, make_writable, usable_cores
+HERE = Path(__file__).resolve().parent
+NEEDED = ("cutting", "loading", "models", "training", "utils")  # where the names of what is imported below begin
+
+
+@contextmanager
+def our_modules() -> Iterator[None]:
+    """Within, `import utils` finds this folder's even in a program that has its own; behind, the program finds its own.
+
+    Where no other module of these names is loaded or comes first on the path, nothing changes.
+    """
+    taken = {name for name in NEEDED if not is_ours(name)}
+    theirs = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in taken}
+    sys.path.insert(0, str(HERE))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(HERE))
+        for name in [name for name in sys.modules if name.partition(".")[0] in taken]:
+            del sys.modules[name]
+        sys.modules.update(theirs)
+
+
+def is_ours(name: str) -> bool:
+    """Whether an import would give this folder's module, be it loaded already or not."""
+    found = sys.modules.get(name) or importlib.util.find_spec(name)
+    origin = getattr(found, "__file__", None) or getattr(found, "origin", None) or ""
+    return Path(origin).resolve() in (HERE / f"{name}.py", HERE / name / "__init__.py")
+
+
+with our_modules():
+    import utils
+    from cutting.cutter import Cutter, load
+    from cutting.edges import alpha_of, foreground, to_opacity
+    from cutting.photos import Photo, PhotoError, compose, encode_png, open_photo, photo_formats, reason
+    from loading.letterbox import letterbox
+    from training.settings import OneLineParser
+    from utils import UserError, atomic_write, make_writable, usable_cores
 
 PIXELS_AT_WORK = 2**27  # of all photos that are read, cut or written at one moment
 BATCH_PIXELS = 2**25  # of the photos of one batch
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)  # after which no other file can be written either
-
-class PredictError(UserError):
-    """A request that cannot be met; the message is one line for the user."""
-
-
-# --- what is written --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -61,10 +84,15 @@ class Style:
     background: tuple[int, ...] | np.ndarray | None = None  # a colour, or a photo uint8 (H, W, 3), to compose onto
     threshold: float | None = None  # a hard edge at this probability
 
-    def encode(self, photo: Photo, opacity: np.ndarray) -> list[bytes | memoryview]:
-        """The pieces of a PNG file: mode L for a mask, RGB on a background, RGBA for a cutout."""
+    def draw(self, probabilities: np.ndarray, photo: Photo, square: np.ndarray, metadata: dict) -> list:
+        """The pieces of a PNG file: mode L for a mask, RGB on a background, RGBA for a cutout. It uses up `photo`.
+
+        `probabilities` are the network's, `square` and `metadata` what `letterbox` returned for the photo.
+        """
+        opacity = to_opacity(alpha_of(probabilities, square, metadata, photo.rgb), photo.alpha, self.threshold)
         if self.mask:
             return encode_png(opacity)
+        photo.rgb = foreground(photo.rgb, opacity, square, metadata, photo.alpha)  # frees the old colours
         if self.background is not None:
             return encode_png(compose(photo.rgb, opacity, self.background), photo.icc)
         bgra = cv2.cvtColor(photo.rgb, cv2.COLOR_RGB2BGRA)
@@ -72,17 +100,7 @@ class Style:
         return encode_png(bgra, photo.icc)
 
 
-def write(pieces: list[bytes | memoryview], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        file.writelines(pieces)
-
-
-# --- which photos, and where to ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     photo: Path
     output: Path
 
@@ -91,21 +109,20 @@ def plan(arguments: list[str], output: Path) -> list[Job]:
     """What is to be done, decided by the photos' names alone, so that a second run decides alike.
 
     Raises:
-        PredictError: no such path, no photo in a folder, two outputs of one name, an output among the photos.
+        UserError: no such path, no photo in a folder, two outputs of one name, an output among the photos.
     """
-    folders = [Path(argument) for argument in arguments if os.path.isdir(argument)]
     names: dict[Path, Path] = {}  # in the output folder, by photo
     for argument in map(Path, arguments):
-        if argument in folders:
-            found = {photo: photo.relative_to(argument) for photo in photos_in(argument, output)}
+        if os.path.isdir(argument):
+            names |= {photo: photo.relative_to(argument) for photo in photos_in(argument, output)}
         elif os.path.isfile(argument):
-            found = {argument: Path(argument.name)}
+            names[argument] = Path(argument.name)
         else:
-            raise PredictError(f"there is no photo or folder {argument}")
-        names |= found
+            raise UserError(f"there is no photo or folder {argument}")
     jobs = [Job(photo, output / name) for photo, name in with_png(names).items()]
     refuse_collisions(jobs)
-    refuse_mixing(folders, jobs, output)
+    for folder in filter(os.path.isdir, arguments):
+        refuse_mixing(folder, jobs, output)
     return jobs
 
 
@@ -113,7 +130,7 @@ def photos_in(folder: Path, output: Path) -> list[Path]:
     """The photos in a folder and its subfolders, but for hidden ones and those in the output folder.
 
     Raises:
-        PredictError: there is none.
+        UserError: there is none.
     """
     formats, output = photo_formats(), os.path.realpath(output)
     extensions = {extension for extension, name in Image.registered_extensions().items() if name in formats}
@@ -124,7 +141,7 @@ def photos_in(folder: Path, output: Path) -> list[Path]:
     # A subfolder that cannot be opened goes on the list as well: reading it fails, and is named and counted.
     found += [Path(error.filename) for error in closed]
     if not found or folder in found:
-        raise PredictError(f"there is no photo in {folder}" if not found else f"{folder} cannot be opened")
+        raise UserError(f"there is no photo in {folder}" if not found else f"{folder} cannot be opened")
     return found
 
 
@@ -137,31 +154,21 @@ def with_png(names: dict[Path, Path]) -> dict[Path, Path]:
 
 
 def refuse_collisions(jobs: list[Job]) -> None:
+    """Two photos must not become one file, and none be overwritten, over links or on disks without capitals neither."""
     first: dict[Path, Path] = {}
-    photos = {identity(job.photo) for job in jobs} - {None}
+    photos = {os.path.realpath(job.photo).casefold() for job in jobs}
     for job in jobs:
         if first.setdefault(job.output, job.photo) != job.photo:
-            raise PredictError(f"{first[job.output]} and {job.photo} would both become {job.output}: do them apart")
-        if identity(job.output) in photos:
-            raise PredictError(f"{job.output} would overwrite the photo of that name: choose another --output")
+            raise UserError(f"{first[job.output]} and {job.photo} would both become {job.output}: do them apart")
+        if os.path.realpath(job.output).casefold() in photos:
+            raise UserError(f"{job.output} would overwrite the photo of that name: choose another --output")
 
 
-def identity(path: Path) -> tuple[int, int] | None:
-    """The same for every path to one file, over links as well; None where there is none."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
-
-
-def refuse_mixing(folders: list[Path], jobs: list[Job], output: Path) -> None:
+def refuse_mixing(folder: str, jobs: list[Job], output: Path) -> None:
     """Outputs that lie among the photos of a folder would be taken for photos by the next run."""
-    output = Path(os.path.realpath(output))
-    for folder in [Path(os.path.realpath(folder)) for folder in folders]:
-        among = (folder in Path(os.path.realpath(job.output)).parents for job in jobs)
-        if folder not in output.parents and any(among):
-            raise PredictError(f"--output {output} would mix the results with the photos of {folder}: choose another")
+    inside, output = Path(os.path.realpath(folder)), Path(os.path.realpath(output))
+    if inside not in output.parents and any(inside in Path(os.path.realpath(job.output)).parents for job in jobs):
+        raise UserError(f"--output {output} would mix the results with the photos of {folder}: choose another")
 
 
 # --- the run ----------------------------------------------------------------------------------------------
@@ -170,9 +177,8 @@ def refuse_mixing(folders: list[Path], jobs: list[Job], output: Path) -> None:
 def cut_all(cutter: Cutter, jobs: list[Job], style: Style, batch_size: int) -> int:
     """Does all jobs, several at a time, and names on stderr what could not be done. Returns how many.
 
-    Each thread takes its photos from file to file: while one waits for the GPU or the disk, others decode and
-    encode. On a CPU each thread runs the network by itself, a photo at a time, which is as fast as a batch
-    and spares the cores waiting for each other.
+    Each thread takes its photos from file to file: while one waits for the GPU or the disk, others decode and encode.
+    On a CPU a thread runs the network by itself, a photo at a time: as fast as a batch, and no core waits for another.
     """
     on_cpu, cores = cutter.device.type == "cpu", usable_cores()
     threads = min(cores if on_cpu else cores + 1, len(jobs))
@@ -181,7 +187,7 @@ def cut_all(cutter: Cutter, jobs: list[Job], style: Style, batch_size: int) -> i
     failed, at_work = 0, {}
     try:
         with tqdm(total=len(jobs), unit="photo", disable=not sys.stderr.isatty()) as progress:
-            for batch, pixels in batches(jobs, 1 if on_cpu else batch_size):
+            for batch, pixels in grouped(jobs, 1 if on_cpu else batch_size):
                 while at_work and (len(at_work) > threads or sum(at_work.values()) + pixels > PIXELS_AT_WORK):
                     failed += collect(at_work, progress)
                 at_work[pool.submit(cut_batch, cutter, batch, style)] = pixels
@@ -192,25 +198,20 @@ def cut_all(cutter: Cutter, jobs: list[Job], style: Style, batch_size: int) -> i
     return failed
 
 
-def batches(jobs: list[Job], size: int) -> Iterator[tuple[list[Job], int]]:
-    """The jobs by `size`, fewer where the photos are large, and how many pixels these are."""
-    batch, pixels = [], 0
-    for job in jobs:
-        more = count_pixels(job.photo)
-        if batch and (len(batch) == size or pixels + more > BATCH_PIXELS):
-            yield batch, pixels
-            batch, pixels = [], 0
-        batch.append(job)
-        pixels += more
-    yield batch, pixels
+def grouped(jobs: list[Job], size: int) -> Iterator[tuple[list[Job], int]]:
+    """The jobs by `size`, but one by one where the photos are large; and how many pixels these are."""
+    for batch in (jobs[start : start + size] for start in range(0, len(jobs), size)):
+        pixels = [count_pixels(job.photo) for job in batch]
+        if sum(pixels) <= BATCH_PIXELS:
+            yield batch, sum(pixels)
+        else:
+            yield from zip(([job] for job in batch), pixels, strict=True)
 
 
 def count_pixels(path: Path) -> int:
-    try:
-        with Image.open(path, formats=photo_formats()) as image:
-            return image.width * image.height
-    except Exception:  # whoever reads the photo will say what is wrong
-        return 0
+    with suppress(Exception), Image.open(path, formats=photo_formats()) as image:
+        return image.width * image.height
+    return 0  # whoever reads the photo will say what is wrong
 
 
 def collect(at_work: dict[Future, int], progress: tqdm) -> int:
@@ -227,40 +228,37 @@ def collect(at_work: dict[Future, int], progress: tqdm) -> int:
 
 
 def cut_batch(cutter: Cutter, jobs: list[Job], style: Style) -> tuple[int, list[str]]:
-    """Reads, cuts and writes a few photos. Returns how many were tried, and a line for each that failed."""
+    """Reads, cuts and writes a few photos. Returns how many were tried, and a line for each that failed.
+
+    Raises:
+        UserError: nothing more can be written to this disk.
+    """
     failures, ready = [], []
     for job in jobs:
         try:
-            photo = read_photo(job.photo)
+            photo = open_photo(job.photo)
             ready.append((job, photo, *letterbox(photo.rgb, cutter.image_size)))
         except PhotoError as error:
             failures.append(str(error))
     for probabilities in cutter.probabilities([square for _, _, square, _ in ready]) if ready else ():
         job, *letterboxed = ready.pop(0)  # off the list, so that its memory is free as soon as it is written
         try:
-            write(cutout(probabilities, *letterboxed, style), job.output)
+            pieces = style.draw(probabilities, *letterboxed)
+            job.output.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(job.output) as file:
+                file.writelines(pieces)
         except (OSError, ValueError, MemoryError, cv2.error) as error:
             if getattr(error, "errno", None) in DISK_ERRORS:
-                raise PredictError(f"{job.output} cannot be written: {error.strerror}") from None
+                raise UserError(f"{job.output} cannot be written: {error.strerror}") from None
             failures.append(f"{job.output} cannot be written: {reason(error)}")
     return len(jobs), failures
-
-
-def cutout(
-    probabilities: np.ndarray, photo: Photo, square: np.ndarray, metadata: dict, style: Style
-) -> list[bytes | memoryview]:
-    """What is written for a photo."""
-    opacity = to_opacity(alpha_of(probabilities, square, metadata, photo.rgb), photo.alpha, style.threshold)
-    if not style.mask:
-        photo.rgb = foreground(photo.rgb, opacity, square, metadata, photo.alpha)
-    return style.encode(photo, opacity)
 
 
 # --- the command line -------------------------------------------------------------------------------------
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = OneLineParser("predict.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = OneLineParser("predict.py", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("photos", nargs="+", metavar="PHOTO_OR_FOLDER", help="folders with all their subfolders")
     add("--checkpoint", default="checkpoints/best_model.pth", help="the trained model (%(default)s)")
@@ -274,27 +272,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--batch-size", "--batch_size", type=int, default=8, help="photos at a time on a GPU (%(default)s)")
     options = parser.parse_args(argv)
     if options.threshold is not None and not 0 <= options.threshold <= 1:
-        raise PredictError(f"--threshold {options.threshold} is out of range: from 0 to 1")
+        raise UserError(f"--threshold {options.threshold} is out of range: from 0 to 1")
     if options.batch_size < 1:
-        raise PredictError(f"--batch-size {options.batch_size} is out of range: 1 at least")
+        raise UserError(f"--batch-size {options.batch_size} is out of range: 1 at least")
     return options
 
 
 def read_background(text: str | None) -> tuple[int, ...] | np.ndarray | None:
     """The photo of that name, or else a colour (red, green, blue)."""
     if text is None or os.path.isfile(text):
-        return None if text is None else read_photo(text).rgb
+        return None if text is None else open_photo(text).rgb
     try:
         return ImageColor.getcolor(text, "RGB")
     except ValueError:
-        raise PredictError(f"--background {text} is no colour and no photo") from None
-
-
-def prepare_folder(folder: Path) -> None:
-    try:
-        make_writable(folder)
-    except OSError as error:
-        raise PredictError(f"--output {folder} cannot be written: {error.strerror}") from None
+        raise UserError(f"--background {text} is no colour and no photo") from None
 
 
 def main(options: argparse.Namespace) -> int:
@@ -305,7 +296,10 @@ def main(options: argparse.Namespace) -> int:
     style = Style(options.mask, read_background(options.background), options.threshold)
     if todo:
         cutter = load(options.checkpoint, options.device)
-        prepare_folder(output)
+        try:
+            make_writable(output)
+        except OSError as error:
+            raise UserError(f"--output {output} cannot be written: {error.strerror}") from None
         failed = cut_all(cutter, todo, style, options.batch_size)
     kept = len(jobs) - len(todo)
     notes = f", {kept} were there already (--overwrite makes them again)" if kept else ""

@@ -12,7 +12,7 @@ from PIL import Image
 
 import utils
 from cutting.edges import alpha_of, foreground, to_opacity
-from cutting.photos import as_photo
+from cutting.photos import open_photo
 from loading.letterbox import letterbox, to_rgba
 from models import SMALLEST_INPUT, UNetAutoencoder
 from utils import CheckpointError, read_checkpoint
@@ -64,7 +64,7 @@ class Cutter:
         Raises:
             PhotoError: the photo cannot be read.
         """
-        photo = as_photo(photo)
+        photo = open_photo(photo)
         square, metadata = letterbox(photo.rgb, self.image_size)
         alpha = alpha_of(self.probabilities([square])[0], square, metadata, photo.rgb)
         opacity = to_opacity(alpha, photo.alpha)

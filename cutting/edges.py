@@ -20,9 +20,6 @@ HAZE = 0.05  # probabilities this near to 0 or 1 are taken for it
 COLOUR_RADII = (6, 2)  # pixels of the square: from how far the colours of both sides of an edge are taken
 
 
-# --- alpha ------------------------------------------------------------------------------------------------
-
-
 def alpha_of(probabilities: np.ndarray, square: np.ndarray, metadata: dict, rgb: np.ndarray) -> np.ndarray:
     """From the network's square to the photo's alpha: the one place where that happens.
 
@@ -39,22 +36,22 @@ def alpha_of(probabilities: np.ndarray, square: np.ndarray, metadata: dict, rgb:
     """
     if metadata["scale"] >= 1:
         return restore(probabilities, metadata)
-    factors, constant, edges = linear_model(
-        unpadded(square, metadata["padding"]), unpadded(probabilities, metadata["padding"])
-    )
+    factors, constant, edges = linear_model(*(unpadded(part, metadata["padding"]) for part in (square, probabilities)))
     alpha = resize(constant, rgb.shape[1::-1])
-    for rows, columns, local in enlarged_at(enlarged_mask(edges, alpha.shape), factors, alpha.shape):
+    reached = enlarged_mask(cv2.dilate(edges, np.ones((3, 3), np.uint8)), alpha.shape)  # by an interpolation from edges
+    for rows, columns, local in enlarged_at(reached, factors, alpha.shape):
         alpha[rows, columns] += np.einsum("nc,nc->n", local, rgb[rows, columns])
     return np.clip(alpha, 0, 1, out=alpha)
 
 
 def linear_model(guide: np.ndarray, alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of alpha by colour around each pixel: float32 factors (h, w, 3) of the colours in 0 to 255, constant (h, w).
-
-    The third is where the factors are not zero, uint8 (h, w).
+    """Alpha (h, w) by the guide's colours around each pixel, which is uint8 (h, w, 3).
 
     The guided filter of He et al. 2013 for a colour guide, its equations 19 to 21. One thing is added: what the
     colours cannot explain, such as an edge between equal ones, stays as the network drew it.
+
+    Returns:
+        Factors of the colours, float32 (h, w, 3); the constant, float32 (h, w); where factors may differ from 0, uint8.
     """
     colours = guide.astype(np.float32) / 255
     mean, mean_alpha = mean_around(colours), mean_around(alpha)
@@ -62,7 +59,7 @@ def linear_model(guide: np.ndarray, alpha: np.ndarray) -> tuple[np.ndarray, np.n
     variance = mean_around(alpha * alpha) - mean_alpha**2
     edges = variance > FLAT  # elsewhere alpha's mean says it all
     factors = np.zeros_like(colours)
-    factors[edges] = np.linalg.solve(spread(colours, mean, edges), covariance[edges][..., None])[..., 0]
+    factors[edges] = np.linalg.solve(covariances(colours, mean, edges), covariance[edges][..., None])[..., 0]
     constant = mean_around(mean_alpha - dot(factors, mean))
     explained = np.clip(dot(factors, covariance) / np.maximum(variance, FLAT), 0, 1)
     factors = mean_around(factors)
@@ -75,13 +72,11 @@ def dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.einsum("hwc,hwc->hw", a, b)
 
 
-def spread(colours: np.ndarray, mean: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """The covariance of the colours around each chosen pixel: (n, 3, 3), never singular."""
-    matrices = np.empty((np.count_nonzero(chosen), 3, 3), np.float32)
-    for i, j in ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2)):
-        covariance = mean_around(colours[..., i] * colours[..., j]) - mean[..., i] * mean[..., j]
-        matrices[:, i, j] = matrices[:, j, i] = covariance[chosen]
-    return matrices + GUIDE_EPSILON * np.eye(3, dtype=np.float32)
+def covariances(colours: np.ndarray, mean: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """Of the colours around each chosen pixel: float32 (n, 3, 3), never singular."""
+    products = np.einsum("hwi,hwj->hwij", colours, colours).reshape(*colours.shape[:2], 9)
+    means = np.einsum("ni,nj->nij", mean[chosen], mean[chosen])
+    return mean_around(products)[chosen].reshape(-1, 3, 3) - means + GUIDE_EPSILON * np.eye(3, dtype=np.float32)
 
 
 def mean_around(values: np.ndarray, radius: int = GUIDE_RADIUS) -> np.ndarray:
@@ -89,8 +84,7 @@ def mean_around(values: np.ndarray, radius: int = GUIDE_RADIUS) -> np.ndarray:
 
 
 def enlarged_mask(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """The pixels of a photo of (height, width) that an interpolation from these of the square reaches, uint8 (H, W)."""
-    return cv2.resize(cv2.dilate(mask, np.ones((3, 3), np.uint8)), shape[::-1], interpolation=cv2.INTER_NEAREST)
+    return cv2.resize(mask, shape[::-1], interpolation=cv2.INTER_NEAREST)
 
 
 def enlarged_at(mask: np.ndarray, picture: np.ndarray, shape: tuple[int, int]) -> Iterator[tuple]:
@@ -126,9 +120,6 @@ def to_opacity(alpha: np.ndarray, photo_alpha: np.ndarray | None, threshold: flo
     return opacity if photo_alpha is None else np.minimum(opacity, photo_alpha)
 
 
-# --- colours ----------------------------------------------------------------------------------------------
-
-
 def foreground(
     rgb: np.ndarray, opacity: np.ndarray, square: np.ndarray, metadata: dict, photo_alpha: np.ndarray | None = None
 ) -> np.ndarray:
@@ -144,17 +135,14 @@ def foreground(
     """
     content = unpadded(square, metadata["padding"])
     coarse = resize(opacity, content.shape[1::-1])
-    mixed = cv2.inRange(opacity, 1, 254) & cv2.resize(
-        between_sides(coarse), opacity.shape[::-1], interpolation=cv2.INTER_NEAREST
-    )
+    mixed = cv2.inRange(opacity, 1, 254) & enlarged_mask(between_sides(coarse), opacity.shape)
     if photo_alpha is not None:
         mixed[photo_alpha < 255] = 0
     if not mixed.any():
         return rgb
-    persons, background = colours_of_both_sides(content, coarse)
-    pure = rgb.copy()
-    at_persons, at_background = (enlarged_at(mixed, colours, opacity.shape) for colours in (persons, background))
-    for (rows, columns, inside), (_, _, outside) in zip(at_persons, at_background, strict=True):
+    pure, sides = rgb.copy(), colours_of_both_sides(content, coarse)
+    enlarged = (enlarged_at(mixed, colours, opacity.shape) for colours in sides)
+    for (rows, columns, inside), (_, _, outside) in zip(*enlarged, strict=True):
         pure[rows, columns] = unmix(rgb[rows, columns], opacity[rows, columns], inside, outside)
     return pure
 

@@ -13,8 +13,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pycocotools import mask as coco_mask
 
+from cutting.cutter import Cutter, load
 from loading.index import DataError
 from models import UNetAutoencoder
 from training import checkpoints
@@ -166,3 +168,39 @@ def fresh_python(code: str, *args: object) -> list[str]:
     environment = {k: v for k, v in os.environ.items() if k != "NO_ALBUMENTATIONS_UPDATE"}
     command, folder = [sys.executable, "-c", code, *map(str, args)], Path(__file__).resolve().parents[1]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True).stdout.splitlines()
+
+
+# --- cutting ----------------------------------------------------------------------------------------------
+
+PICTURE = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+PICTURE = cv2.resize(PICTURE, (70, 50), interpolation=cv2.INTER_CUBIC)
+
+
+def save_picture(path: Path, picture: np.ndarray = PICTURE, **options: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture).save(path, **options)
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    return save_random_model(tmp_path_factory.mktemp("model") / "best_model.pth", change=sharpen)
+
+
+@pytest.fixture(scope="session")
+def cut(small_checkpoint) -> Cutter:
+    return load(small_checkpoint, "cpu")
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    """Replaces the network by a function of (N, H, W) to alpha (N, H, W); by default all of it is a person."""
+
+    def stub(alpha: Callable = torch.ones_like) -> None:
+        def predicted(self: UNetAutoencoder, images: torch.Tensor) -> torch.Tensor:
+            return torch.cat([images, alpha(images[:, 0])[:, None]], dim=1)
+
+        monkeypatch.setattr(UNetAutoencoder, "predict", predicted)
+
+    return stub

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it is in tools/ that Python looks
 
 from cutting.cutter import Cutter, load
-from cutting.photos import read_photo
+from cutting.photos import open_photo
 from datasets import COCOPersonDataset, letterbox
 from loading.letterbox import resize
 from models import UNetAutoencoder
@@ -268,7 +268,7 @@ def choose_photos(options: argparse.Namespace, dataset: COCOPersonDataset | None
     """A few photos, uint8 RGB (H, W, 3), to check on, and what they are."""
     if options.check:
         files = photos_in(options.check, options.output)
-        return [read_photo(file).rgb for file in spread(files)], f"photos of {options.check}"
+        return [open_photo(file).rgb for file in spread(files)], f"photos of {options.check}"
     if dataset is not None:
         return [dataset.original(i)[..., :3] for i in spread(range(len(dataset)))], f"photos of {options.split}"
     noise = np.random.default_rng(0).integers(0, 256, (CHECKED_PHOTOS, 6, 9, 3), dtype=np.uint8)

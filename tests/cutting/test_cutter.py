@@ -1,0 +1,104 @@
+"""A model and a photo: what becomes of known alphas, of every way to give a photo, of checkpoints of other kinds."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from conftest import PICTURE, save_picture
+from PIL import Image
+
+from cutting.cutter import load
+from cutting.photos import PhotoError
+from loading.letterbox import letterbox
+from training import checkpoints
+from utils import CheckpointError, read_checkpoint
+
+
+def constant(value: float):
+    return lambda red: torch.full_like(red, value)
+
+
+def test_nobody_stays_empty_and_faint_stays_faint(cut, stub):
+    for probability, alpha in ((0.0, 0), (0.05, 0), (0.2, 43), (0.5, 128), (0.95, 255), (1.0, 255)):  # 0.15 / 0.9 is 43
+        stub(constant(probability))
+        rgba = cut(PICTURE)
+        assert (rgba[..., 3] == alpha).all()
+        np.testing.assert_array_equal(rgba[..., :3], PICTURE)  # where nothing is opaque as well
+
+
+def test_padding_is_cropped_and_the_rest_enlarged(cut, stub):
+    """A 128 x 64 photo lies in rows 16 to 48 of the square; its left quarter is a person."""
+
+    def alpha(red):
+        square = torch.ones_like(red)  # in the padding too, where it must not be seen
+        square[:, 16:48, 16:] = 0
+        return square
+
+    stub(alpha)
+    found = cut(np.zeros((64, 128, 3), np.uint8))[..., 3]
+    by_hand = np.full(128, 0)
+    # linear, pixel centres at a quarter and three quarters, of which a margin of 0.05 is taken
+    by_hand[:31], by_hand[31], by_hand[32] = 255, 0.7 / 0.9 * 255, 0.2 / 0.9 * 255
+    np.testing.assert_allclose(found, np.broadcast_to(by_hand, (64, 128)), atol=3)
+
+
+def test_never_more_opaque_than_the_photo(tmp_path, cut, stub):
+    stub(constant(0.5))
+    rgba = np.dstack([PICTURE, np.tile(np.linspace(0, 255, 70).astype(np.uint8), (50, 1))])
+    for photo in (save_picture(tmp_path / "a.png", rgba), rgba):
+        np.testing.assert_array_equal(cut(photo)[..., 3], np.minimum(rgba[..., 3], 128))
+
+
+def test_load_takes_paths_images_and_arrays_and_changes_none(tmp_path, small_checkpoint):
+    cut = load(str(small_checkpoint), device="cpu")
+    path = save_picture(tmp_path / "a.png")
+    expected = cut(PICTURE.copy())
+    assert expected.dtype == np.uint8
+    assert expected.shape == (50, 70, 4)
+    image, with_alpha = Image.open(path), np.dstack([PICTURE, np.full_like(PICTURE[..., 0], 255)])
+    for photo in (path, str(path), image, with_alpha, PICTURE[:, ::-1][:, ::-1]):
+        np.testing.assert_array_equal(cut(photo), expected)
+    np.testing.assert_array_equal(np.asarray(image), PICTURE)
+    for wrong in (PICTURE / 255, PICTURE[..., 0], PICTURE[:0]):
+        with pytest.raises(PhotoError, match="expected a uint8 array"):
+            cut(wrong)
+    (tmp_path / "cut.png").write_bytes(path.read_bytes()[:-900])
+    with pytest.raises(PhotoError, match="the photo cannot be read"):
+        cut(Image.open(tmp_path / "cut.png"))
+
+
+def test_network_sees_the_letterboxed_photo(cut, stub):
+    seen = []
+    stub(lambda red: seen.append(red) or torch.zeros_like(red))
+    cut(PICTURE)
+    assert torch.equal(seen[0], torch.from_numpy(letterbox(PICTURE, 64)[0][None, ..., 0]).float() / 255)
+
+
+def test_several_threads_may_cut_with_one_model(cut):
+    photos = [np.roll(PICTURE, 7 * n, axis=1)[: 20 + n] for n in range(12)]
+    expected = [cut(photo) for photo in photos]
+    with ThreadPoolExecutor(4, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for found, alone in zip(pool.map(cut, photos), expected, strict=True):
+            np.testing.assert_array_equal(found, alone)
+
+
+@pytest.mark.parametrize("change", [
+    {"model": {}}, {"model": 5}, {"config": {}}, {"config": None}, {"config": {"encoder": "vgg", "use_attention": 1}},
+    {"config": {"encoder": "resnet18", "use_attention": False, "image_size": 64}},
+    {"config": {"encoder": "mobilenet_v2", "use_attention": True, "image_size": 64}},
+    {"config": {"encoder": "resnet18", "use_attention": True, "image_size": 0}},
+    {"config": {"encoder": "resnet18", "use_attention": True, "image_size": "large"}},
+])  # fmt: skip
+def test_checkpoint_of_another_kind_is_refused(tmp_path, small_checkpoint, change):
+    checkpoints.save(read_checkpoint(small_checkpoint) | change, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match=r"\A.*other.pth holds no model that can be used here.{1,200}\Z"):
+        load(tmp_path / "other.pth", "cpu")
+
+
+def test_weights_alone_are_no_checkpoint(tmp_path):
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "weights.pth")
+    with pytest.raises(CheckpointError, match="not a checkpoint of this program"):
+        load(tmp_path / "weights.pth", "cpu")
