@@ -15,6 +15,7 @@ are worth less than float32 to a degree that --data-root measures.
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import logging
 import sys
@@ -33,8 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 
 from cutting.cutter import Cutter, load
 from cutting.photos import open_photo
-from datasets import COCOPersonDataset, letterbox
-from loading.letterbox import resize
+from datasets import COCOPersonDataset
+from loading.letterbox import letterbox, resize
 from models import UNetAutoencoder
 from predict import photos_in
 from training.settings import OneLineParser
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     import onnx
     import onnxruntime
 
-PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # of requirements-export.txt; imported where they are needed
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # of requirements-dev.txt; imported where they are needed
 PRECISIONS = ("float32", "float16", "int8")
 OPSET = 18  # of the exporter itself: a higher one is converted to, which not every version of it could
 TOLERANCE = 1e-4  # of float32 in ONNX against PyTorch: the largest difference of a value in [0, 1]
@@ -57,10 +58,6 @@ INT8_OPERATORS = ["Conv", "Relu", "Clip"]
 # The first convolutions see few channels of the widest range: in int8 they alone cost mobilenet_v2 0.01 of IoU, for
 # no time. The last one is the head, whose logits are the result.
 FLOAT_AT_START, FLOAT_AT_END = 3, 1
-
-
-class ExportError(UserError):
-    """A request that cannot be met, or a result that must not be used; the message is one line for the user."""
 
 
 # --- writing ----------------------------------------------------------------------------------------------
@@ -105,21 +102,17 @@ def name_axes(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def to_float16(model: onnx.ModelProto) -> onnx.ModelProto:
     """Weights and activations in float16, input and output still in float32."""
-    import onnx
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the float32 number")  # weights too small for float16 become 0
-        return convert_float_to_float16(copy, keep_io_types=True)
+        return convert_float_to_float16(copy.deepcopy(model), keep_io_types=True)
 
 
 def to_int8(model: onnx.ModelProto, images: Iterator[np.ndarray]) -> onnx.ModelProto:
-    """Static quantisation (QDQ): weights in int8 a channel, activations in uint8 by the ranges seen on real photos.
+    """Static quantisation (QDQ): weights in int8 a channel, activations in uint8 by their ranges on the images.
 
-    Args:
-        images: float32 (N, 3, H, W) in [0, 1].
+    These are float32 (N, 3, H, W) in [0, 1]: better genuine photos than noise.
     """
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
@@ -130,7 +123,7 @@ def to_int8(model: onnx.ModelProto, images: Iterator[np.ndarray]) -> onnx.ModelP
 
     convolutions = [node.name for node in model.graph.node if node.op_type == "Conv"]
     in_float = convolutions[:FLOAT_AT_START] + convolutions[-FLOAT_AT_END:]
-    logging.getLogger().addFilter(is_no_advice)
+    logging.getLogger().addFilter(lambda record: "pre-processing" not in record.getMessage())  # is done already
     with tempfile.TemporaryDirectory() as folder:
         given, quantised = Path(folder, "float32.onnx"), Path(folder, "int8.onnx")
         onnx.save(model, given)
@@ -141,12 +134,7 @@ def to_int8(model: onnx.ModelProto, images: Iterator[np.ndarray]) -> onnx.ModelP
         return onnx.load(quantised)
 
 
-def is_no_advice(record: logging.LogRecord) -> bool:
-    """onnxruntime recommends folding and fusing first, which the exporter has done."""
-    return "pre-processing" not in record.getMessage()
-
-
-def describe(model: onnx.ModelProto, content: dict, precision: str) -> None:
+def add_facts(model: onnx.ModelProto, content: dict, precision: str) -> None:
     """Adds what a consumer must know to the file's metadata, in place. `content` is the checkpoint."""
     import onnx
 
@@ -168,16 +156,12 @@ def describe(model: onnx.ModelProto, content: dict, precision: str) -> None:
 # --- checking ---------------------------------------------------------------------------------------------
 
 
-def start(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
+def open_session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only: it warns of every shape that is not fixed
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-
-def run(session: onnxruntime.InferenceSession, images: np.ndarray) -> np.ndarray:
-    return session.run(["rgba"], {"images": images})[0]
 
 
 def check_batches(photos: list[np.ndarray], size: int) -> Iterator[np.ndarray]:
@@ -191,49 +175,33 @@ def check_batches(photos: list[np.ndarray], size: int) -> Iterator[np.ndarray]:
 
 
 def to_batch(photos: list[np.ndarray]) -> np.ndarray:
-    """uint8 RGB photos (H, W, 3) of one size to float32 (N, 3, H, W) in [0, 1]."""
-    return np.ascontiguousarray(np.stack(photos).transpose(0, 3, 1, 2), np.float32) / np.float32(255)
-
-
-def to_input(sample: Tensor) -> np.ndarray:
-    """A sample of a data set, uint8 (4, S, S), to float32 (1, 3, S, S) in [0, 1]."""
-    return sample[None, :3].numpy().astype(np.float32) / np.float32(255)
+    """uint8 RGB or RGBA photos (H, W, C) of one size to the model's input, float32 (N, 3, H, W) in [0, 1]."""
+    return np.ascontiguousarray(np.stack(photos)[..., :3].transpose(0, 3, 1, 2), np.float32) / np.float32(255)
 
 
 @torch.inference_mode()
-def differences(exported: onnx.ModelProto, model: UNetAutoencoder, photos: list[np.ndarray], size: int) -> np.ndarray:
+def disagreements(exported: onnx.ModelProto, model: UNetAutoencoder, photos: list[np.ndarray], size: int) -> np.ndarray:
     """Largest absolute difference between ONNX and PyTorch, and the mean one of alpha, a row for each of
     `check_batches`: (batches, 2)."""
-    session, found = start(exported), []
+    session, found = open_session(exported), []
     for images in check_batches(photos, size):
-        ours, theirs = model.predict(torch.from_numpy(images)).numpy(), run(session, images)
+        ours, (theirs,) = model.predict(torch.from_numpy(images)).numpy(), session.run(None, {"images": images})
         if theirs.shape != ours.shape:
-            raise ExportError(f"the exported model gives {theirs.shape} where PyTorch gives {ours.shape}")
+            raise UserError(f"the exported model gives {theirs.shape} where PyTorch gives {ours.shape}")
         gap = np.abs(ours - theirs)
         found.append((gap.max(), gap[:, 3].mean()))
     return np.array(found)
 
 
-def refuse_disagreement(found: np.ndarray, precision: str) -> None:
-    """
-    Raises:
-        ExportError: the exported model disagrees with PyTorch; a NaN does as well.
-    """
-    largest, mean = found.max(axis=0)
-    value, limit = (largest, TOLERANCE) if precision == "float32" else (mean, MEAN_TOLERANCE)
-    if not value <= limit:
-        raise ExportError(f"{precision} disagrees with PyTorch by {value:.2g}, more than {limit}: nothing was written")
-
-
-def compare(reference: onnx.ModelProto, reduced: onnx.ModelProto, dataset: COCOPersonDataset) -> list[dict[str, float]]:
+def measure_both(reference: onnx.ModelProto, reduced: onnx.ModelProto, dataset: COCOPersonDataset) -> list[dict]:
     """The mean IoU over a dataset's photos, and the median milliseconds that one takes, of each of the two models."""
-    sessions = [start(model) for model in (reference, reduced)]
+    sessions = [open_session(model) for model in (reference, reduced)]
     metrics, seconds = [SegmentationMetrics(), SegmentationMetrics()], ([], [])
     for sample in (dataset[index] for index in range(len(dataset))):
-        images, mask = to_input(sample), sample[None, 3] > 127
+        images, mask = to_batch([sample.permute(1, 2, 0).numpy()]), sample[None, 3] > 127
         for session, metric, times in zip(sessions, metrics, seconds, strict=True):  # in turn: both meet the same load
             begin = time.perf_counter()
-            alpha = run(session, images)[:, 3]
+            alpha = session.run(None, {"images": images})[0][:, 3]
             times.append(time.perf_counter() - begin)
             metric.update(torch.from_numpy(alpha) > 0.5, mask)
     return [{"iou": m.compute()["iou"], "ms": 1e3 * np.median(t)} for m, t in zip(metrics, seconds, strict=True)]
@@ -243,7 +211,7 @@ def compare(reference: onnx.ModelProto, reduced: onnx.ModelProto, dataset: COCOP
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = OneLineParser("export.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = OneLineParser("export.py", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("checkpoint", type=Path, help="the trained model, e.g. checkpoints/best_model.pth")
     add("--output", type=Path, default=Path("model.onnx"), help="the file to write (%(default)s)")
@@ -254,95 +222,93 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--calibration-split", "--calibration_split", default="train2017", help="photos for int8 (%(default)s)")
     options = parser.parse_args(argv)
     if options.precision == "int8" and not options.data_root:
-        raise ExportError("--precision int8 needs --data-root: its ranges and its loss are measured on photos")
+        raise UserError("--precision int8 needs --data-root: its ranges and its loss are measured on photos")
     return options
-
-
-def require_packages() -> None:
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ExportError(f"{', '.join(missing)} must be installed first: pip install -r requirements-export.txt")
 
 
 def choose_photos(options: argparse.Namespace, dataset: COCOPersonDataset | None) -> tuple[list[np.ndarray], str]:
     """A few photos, uint8 RGB (H, W, 3), to check on, and what they are."""
     if options.check:
         files = photos_in(options.check, options.output)
-        return [open_photo(file).rgb for file in spread(files)], f"photos of {options.check}"
+        return [open_photo(file).rgb for file in evenly(files)], f"photos of {options.check}"
     if dataset is not None:
-        return [dataset.original(i)[..., :3] for i in spread(range(len(dataset)))], f"photos of {options.split}"
+        return [dataset.original(i)[..., :3] for i in evenly(range(len(dataset)))], f"photos of {options.split}"
     noise = np.random.default_rng(0).integers(0, 256, (CHECKED_PHOTOS, 6, 9, 3), dtype=np.uint8)
     return [resize(picture, (640, 427)) for picture in noise], "pictures of noise (give photos with --check FOLDER)"
 
 
-def spread(items: list | range, count: int = CHECKED_PHOTOS) -> list:
+def evenly(items: list | range, count: int = CHECKED_PHOTOS) -> list:
     """A few of many, at even distances."""
     return [items[i] for i in np.linspace(0, len(items) - 1, min(count, len(items)), dtype=int)]
 
 
 def main(options: argparse.Namespace) -> None:
-    require_packages()
+    if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
+        raise UserError(f"{', '.join(missing)} must be installed first: pip install -r requirements-dev.txt")
     refuse_unwritable(options.output)
     cutter, content = load(options.checkpoint, "cpu"), read_checkpoint(options.checkpoint)
     dataset = open_split(options, options.split, cutter) if options.data_root else None
-    if options.precision == "int8":
-        open_split(options, options.calibration_split, cutter)  # early: the export takes its time
+    # Opened early: the export takes its time.
+    calibration = open_split(options, options.calibration_split, cutter) if options.precision == "int8" else None
     photos, kind = choose_photos(options, dataset)
     exported = to_onnx(cutter.model)
-    check(exported, "float32", cutter, photos, kind)
+    check_export(exported, "float32", cutter, photos, kind)
     if options.precision != "float32":
-        reference, exported = exported, reduce(exported, options, cutter)
-        check(exported, options.precision, cutter, photos, kind)
+        reference, exported = exported, reduce(exported, calibration)
+        check_export(exported, options.precision, cutter, photos, kind)
         if dataset is not None:
             measure_loss(reference, exported, dataset, options.precision)
-    describe(exported, content, options.precision)
-    write(exported, options.output)
+    add_facts(exported, content, options.precision)
+    write_onnx(exported, options.output)
 
 
 def refuse_unwritable(path: Path) -> None:
     """Early, because the export takes its time."""
     if path.is_dir():
-        raise ExportError(f"--output {path} is a folder: name a file in it")
+        raise UserError(f"--output {path} is a folder: name a file in it")
     if not path.parent.is_dir():
-        raise ExportError(f"--output {path} cannot be written: there is no folder {path.parent}")
+        raise UserError(f"--output {path} cannot be written: there is no folder {path.parent}")
 
 
 def open_split(options: argparse.Namespace, split: str, cutter: Cutter) -> COCOPersonDataset:
     return COCOPersonDataset(options.data_root, split, cutter.image_size)
 
 
-def reduce(exported: onnx.ModelProto, options: argparse.Namespace, cutter: Cutter) -> onnx.ModelProto:
-    if options.precision == "float16":
+def reduce(exported: onnx.ModelProto, calibration: COCOPersonDataset | None) -> onnx.ModelProto:
+    """To int8 by photos of a data set; to float16 without one."""
+    if calibration is None:
         return to_float16(exported)
-    dataset = open_split(options, options.calibration_split, cutter)
-    chosen = spread(range(len(dataset)), CALIBRATION_PHOTOS)
-    return to_int8(exported, (to_input(dataset[i]) for i in chosen))
+    chosen = evenly(range(len(calibration)), CALIBRATION_PHOTOS)
+    return to_int8(exported, (to_batch([calibration[i].permute(1, 2, 0).numpy()]) for i in chosen))
 
 
-def check(exported: onnx.ModelProto, precision: str, cutter: Cutter, photos: list[np.ndarray], kind: str) -> None:
-    found = differences(exported, cutter.model, photos, cutter.image_size)
+def check_export(exported: onnx.ModelProto, precision: str, cutter: Cutter, photos: list, kind: str) -> None:
+    """Says how far the exported model is from PyTorch; a UserError where that is too far, and for a NaN."""
+    found = disagreements(exported, cutter.model, photos, cutter.image_size)
     largest, mean = found.max(axis=0)
     print(f"{precision} against PyTorch: largest difference {largest:.2g}, alpha's mean {mean:.2g}, "
           f"in {len(found)} batches of several sizes, {len(photos)} {kind}", flush=True)  # fmt: skip
-    refuse_disagreement(found, precision)
+    value, limit = (largest, TOLERANCE) if precision == "float32" else (mean, MEAN_TOLERANCE)
+    if not value <= limit:
+        raise UserError(f"{precision} disagrees with PyTorch by {value:.2g}, more than {limit}: nothing was written")
 
 
 def measure_loss(reference: onnx.ModelProto, reduced: onnx.ModelProto, dataset: COCOPersonDataset, name: str) -> None:
-    whole, less = compare(reference, reduced, dataset)
+    whole, less = measure_both(reference, reduced, dataset)
     loss = whole["iou"] - less["iou"]
     print(f"mean IoU on {len(dataset)} photos: float32 {whole['iou']:.4f}, {name} {less['iou']:.4f}, loss {loss:+.4f}; "
           f"ms a photo: float32 {whole['ms']:.1f}, {name} {less['ms']:.1f}", flush=True)  # fmt: skip
     if loss > LARGEST_LOSS:
-        raise ExportError(f"{name} loses {loss:.3f} of IoU, more than {LARGEST_LOSS}: nothing was written")
+        raise UserError(f"{name} loses {loss:.3f} of IoU, more than {LARGEST_LOSS}: nothing was written")
 
 
-def write(model: onnx.ModelProto, path: Path) -> None:
+def write_onnx(model: onnx.ModelProto, path: Path) -> None:
     data = model.SerializeToString()
     try:
         with atomic_write(path) as file:
             file.write(data)
     except OSError as error:
-        raise ExportError(f"--output {path} cannot be written: {error.strerror}") from None
+        raise UserError(f"--output {path} cannot be written: {error.strerror}") from None
     print(f"{path}: {len(data) / 2**20:.1f} MB, opset {OPSET}", flush=True)
 
 

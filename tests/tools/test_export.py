@@ -16,6 +16,7 @@ from datasets import COCOPersonDataset
 from models import UNetAutoencoder
 from tools import export
 from training import checkpoints
+from utils import UserError
 
 
 @pytest.fixture(scope="module")
@@ -116,9 +117,10 @@ def test_disagreement_leaves_no_file(command, exported, tmp_path, monkeypatch):
     assert (tmp_path / "model.onnx").read_bytes() == b"the one before"
 
 
-def test_nan_is_a_disagreement():
-    with pytest.raises(export.ExportError):
-        export.refuse_disagreement(np.array([[0, 0], [np.nan, np.nan]]), "float32")
+def test_nan_is_a_disagreement(checkpoint, monkeypatch):
+    monkeypatch.setattr(export, "disagreements", lambda *_: np.array([[0, 0], [np.nan, np.nan]]))
+    with pytest.raises(UserError, match="float32 disagrees with PyTorch by nan"):
+        export.check_export(None, "float32", load(checkpoint, "cpu"), [], "photos")
 
 
 # --- reduced precision ------------------------------------------------------------------------------------
@@ -169,9 +171,9 @@ def test_first_convolutions_and_head_stay_float(exported):
 
 def test_too_large_a_loss_leaves_no_file(command, coco_root, tmp_path, monkeypatch):
     figures = [{"iou": 0.80, "ms": 1.0}, {"iou": 0.75, "ms": 1.0}]
-    monkeypatch.setattr(export, "compare", lambda *_: figures)
+    monkeypatch.setattr(export, "measure_both", lambda *_: figures)
     monkeypatch.setattr(export, "to_float16", lambda model: model)
-    monkeypatch.setattr(export, "check", lambda *_: None)
+    monkeypatch.setattr(export, "check_export", lambda *_: None)
     code, _, errors = command("--precision", "float16", "--data-root", coco_root, "--output", tmp_path / "half.onnx")
     assert code == 2
     assert "loses 0.050 of IoU" in errors[0]
@@ -211,7 +213,7 @@ def test_missing_packages_are_named_with_the_command_that_brings_them(command, m
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name))
     code, _, errors = command()
     assert code == 2
-    assert errors == ["export.py: error: onnxscript must be installed first: pip install -r requirements-export.txt"]
+    assert errors == ["export.py: error: onnxscript must be installed first: pip install -r requirements-dev.txt"]
 
 
 def test_full_disk_gets_one_line(command, exported, tmp_path, monkeypatch):
@@ -219,7 +221,7 @@ def test_full_disk_gets_one_line(command, exported, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoints.os, "fsync", full)
-    monkeypatch.setattr(export, "check", lambda *_: None)
+    monkeypatch.setattr(export, "check_export", lambda *_: None)
     code, _, errors = command()
     assert (code, len(errors)) == (2, 1)
     assert "No space left" in errors[0]
