@@ -25,7 +25,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -43,7 +42,7 @@ def our_modules() -> Iterator[None]:
 
     Where no other module of these names is loaded or comes first on the path, nothing changes.
     """
-    taken = {name for name in NEEDED if not is_ours(name)}
+    taken = {name for name in NEEDED if not is_from_here(name)}
     theirs = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in taken}
     sys.path.insert(0, str(HERE))
     try:
@@ -55,7 +54,7 @@ def our_modules() -> Iterator[None]:
         sys.modules.update(theirs)
 
 
-def is_ours(name: str) -> bool:
+def is_from_here(name: str) -> bool:
     """Whether an import would give this folder's module, be it loaded already or not."""
     found = sys.modules.get(name) or importlib.util.find_spec(name)
     origin = getattr(found, "__file__", None) or getattr(found, "origin", None) or ""
@@ -73,6 +72,7 @@ with our_modules():
 
 PIXELS_AT_WORK = 2**27  # of all photos that are read, cut or written at one moment
 BATCH_PIXELS = 2**25  # of the photos of one batch
+Job = tuple[Path, Path]  # a photo and what is made of it
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)  # after which no other file can be written either
 
 
@@ -100,11 +100,6 @@ class Style:
         return encode_png(bgra, photo.icc)
 
 
-class Job(NamedTuple):
-    photo: Path
-    output: Path
-
-
 def plan(arguments: list[str], output: Path) -> list[Job]:
     """What is to be done, decided by the photos' names alone, so that a second run decides alike.
 
@@ -119,7 +114,7 @@ def plan(arguments: list[str], output: Path) -> list[Job]:
             names[argument] = Path(argument.name)
         else:
             raise UserError(f"there is no photo or folder {argument}")
-    jobs = [Job(photo, output / name) for photo, name in with_png(names).items()]
+    jobs = [(photo, output / name) for photo, name in with_png(names).items()]
     refuse_collisions(jobs)
     for folder in filter(os.path.isdir, arguments):
         refuse_mixing(folder, jobs, output)
@@ -156,18 +151,18 @@ def with_png(names: dict[Path, Path]) -> dict[Path, Path]:
 def refuse_collisions(jobs: list[Job]) -> None:
     """Two photos must not become one file, and none be overwritten, over links or on disks without capitals neither."""
     first: dict[Path, Path] = {}
-    photos = {os.path.realpath(job.photo).casefold() for job in jobs}
-    for job in jobs:
-        if first.setdefault(job.output, job.photo) != job.photo:
-            raise UserError(f"{first[job.output]} and {job.photo} would both become {job.output}: do them apart")
-        if os.path.realpath(job.output).casefold() in photos:
-            raise UserError(f"{job.output} would overwrite the photo of that name: choose another --output")
+    photos = {os.path.realpath(photo).casefold() for photo, _ in jobs}
+    for photo, output in jobs:
+        if first.setdefault(output, photo) != photo:
+            raise UserError(f"{first[output]} and {photo} would both become {output}: do them apart")
+        if os.path.realpath(output).casefold() in photos:
+            raise UserError(f"{output} would overwrite the photo of that name: choose another --output")
 
 
 def refuse_mixing(folder: str, jobs: list[Job], output: Path) -> None:
     """Outputs that lie among the photos of a folder would be taken for photos by the next run."""
     inside, output = Path(os.path.realpath(folder)), Path(os.path.realpath(output))
-    if inside not in output.parents and any(inside in Path(os.path.realpath(job.output)).parents for job in jobs):
+    if inside not in output.parents and any(inside in Path(os.path.realpath(made)).parents for _, made in jobs):
         raise UserError(f"--output {output} would mix the results with the photos of {folder}: choose another")
 
 
@@ -201,7 +196,7 @@ def cut_all(cutter: Cutter, jobs: list[Job], style: Style, batch_size: int) -> i
 def grouped(jobs: list[Job], size: int) -> Iterator[tuple[list[Job], int]]:
     """The jobs by `size`, but one by one where the photos are large; and how many pixels these are."""
     for batch in (jobs[start : start + size] for start in range(0, len(jobs), size)):
-        pixels = [count_pixels(job.photo) for job in batch]
+        pixels = [count_pixels(photo) for photo, _ in batch]
         if sum(pixels) <= BATCH_PIXELS:
             yield batch, sum(pixels)
         else:
@@ -234,23 +229,23 @@ def cut_batch(cutter: Cutter, jobs: list[Job], style: Style) -> tuple[int, list[
         UserError: nothing more can be written to this disk.
     """
     failures, ready = [], []
-    for job in jobs:
+    for path, output in jobs:
         try:
-            photo = open_photo(job.photo)
-            ready.append((job, photo, *letterbox(photo.rgb, cutter.image_size)))
+            photo = open_photo(path)
+            ready.append((output, photo, *letterbox(photo.rgb, cutter.image_size)))
         except PhotoError as error:
             failures.append(str(error))
     for probabilities in cutter.probabilities([square for _, _, square, _ in ready]) if ready else ():
-        job, *letterboxed = ready.pop(0)  # off the list, so that its memory is free as soon as it is written
+        output, *letterboxed = ready.pop(0)  # off the list, so that its memory is free as soon as it is written
         try:
             pieces = style.draw(probabilities, *letterboxed)
-            job.output.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(job.output) as file:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(output) as file:
                 file.writelines(pieces)
         except (OSError, ValueError, MemoryError, cv2.error) as error:
             if getattr(error, "errno", None) in DISK_ERRORS:
-                raise UserError(f"{job.output} cannot be written: {error.strerror}") from None
-            failures.append(f"{job.output} cannot be written: {reason(error)}")
+                raise UserError(f"{output} cannot be written: {error.strerror}") from None
+            failures.append(f"{output} cannot be written: {reason(error)}")
     return len(jobs), failures
 
 
@@ -292,7 +287,7 @@ def main(options: argparse.Namespace) -> int:
     """Returns how many photos could not be done."""
     output, failed = Path(options.output), 0
     jobs = plan(options.photos, output)
-    todo = [job for job in jobs if options.overwrite or not os.path.exists(job.output)]
+    todo = [(photo, made) for photo, made in jobs if options.overwrite or not os.path.exists(made)]
     style = Style(options.mask, read_background(options.background), options.threshold)
     if todo:
         cutter = load(options.checkpoint, options.device)

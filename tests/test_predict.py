@@ -85,7 +85,7 @@ def test_single_call_folder_and_batch_agree(tmp_path, cut, run):
     pictures = {f"{n}.png": np.roll(PICTURE, 9 * n, axis=1)[: 20 + 5 * n] for n in range(5)}
     photos = [save_picture(tmp_path / "in" / name, picture) for name, picture in pictures.items()]
     assert run(tmp_path / "in", "--output", tmp_path / "folder")[0] == 0
-    jobs = [predict.Job(photo, tmp_path / "batch" / photo.name) for photo in photos]
+    jobs = [(photo, tmp_path / "batch" / photo.name) for photo in photos]
     assert predict.cut_batch(cut, jobs, predict.Style()) == (5, [])
     for photo in photos:
         alone = cut(photo)
@@ -249,7 +249,7 @@ def test_writing_that_fails(tmp_path, run, stub, monkeypatch):
 
 
 def test_work_is_bounded_by_pixels(tmp_path, cut, monkeypatch):
-    jobs = [predict.Job(save_picture(tmp_path / f"{n}.png"), tmp_path / f"out{n}.png") for n in range(7)]
+    jobs = [(save_picture(tmp_path / f"{n}.png"), tmp_path / f"out{n}.png") for n in range(7)]
     monkeypatch.setattr(predict, "BATCH_PIXELS", 3 * 3500)
     assert [(len(batch), pixels) for batch, pixels in predict.grouped(jobs, 2)] == [(2, 7000)] * 3 + [(1, 3500)]
     assert [len(batch) for batch, _ in predict.grouped(jobs, 4)] == [1] * 4 + [3]
