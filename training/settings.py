@@ -37,7 +37,7 @@ class OneLineParser(argparse.ArgumentParser):
         """
         known, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            flags = [option for option in self._option_string_actions if option.startswith("--")]
+            flags = [option for option in self._option_string_actions if "_" not in option]  # that is tolerated
             meant = resembling(dashed(unknown[0]).split("=")[0], flags)
             hint = f"did you mean {meant}?" if meant else "--help lists them all"
             raise UsageError(f"unknown argument {unknown[0]}: {hint}")

@@ -1,4 +1,4 @@
-"""torchrun --max-restarts: a run whose rank died goes on by itself."""
+"""All of torchrun: who starts a run, spreading over the GPUs, restarts of a run whose rank died."""
 
 from __future__ import annotations
 
@@ -13,12 +13,17 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from conftest import write_split
 from test_resume import TWO, assert_the_same, left_over, popen
 from test_trainer import small
+from torch.distributed.run import get_args_parser
 
+import utils
 from training import checkpoints, launching
+from training.launching import spread_command
+from utils import EACH_ITS_GPU, LaunchError, Processes
 
 SETTINGS = {**TWO, "batch_size": 2, "num_workers": 1, "checkpoint_minutes": 1e-9}
 SECONDS = 400  # on a busy machine; PyTorch waits half an hour for a group that does not come together
@@ -124,3 +129,101 @@ def test_another_launchers_run_is_not_ours(claimed, monkeypatch):
     with checkpoints.claim(claimed) as claim:
         checkpoints.sign(claim)
     assert checkpoints.is_ours(claimed)
+
+
+# --- spreading over the GPUs --------------------------------------------------------------------------------
+
+ARGV = ["code/trainer.py", "--nproc-per-node=1", "--seed", "8"]  # arguments of the script are not the launcher's
+BARE = {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "1", "WORLD_SIZE": "1"}
+
+
+def spread(*options: str, gpus: int = 4, **environ: str) -> list[str] | None:
+    return spread_command(BARE | environ, ["python", "bin/torchrun", *options, *ARGV, ""], gpus, ARGV)
+
+
+@pytest.mark.parametrize("options", ["", "--standalone", "--nnodes=1", "--nnodes 1", "--no-python", "--node-rank=0"])
+def test_a_bare_torchrun_is_launched_again_for_every_gpu(options):
+    command = spread(*options.split(), gpus=3)
+    assert command[:3] == [sys.executable, "-m", "torch.distributed.run"]
+    launch = get_args_parser().parse_args(command[3:])  # as torchrun itself reads it
+    assert (launch.standalone, launch.nproc_per_node) == (True, "3")
+    assert [launch.training_script, *launch.training_script_args] == ARGV
+
+
+@pytest.mark.parametrize("number", [" 1", "=1"])
+@pytest.mark.parametrize("name", ["--nproc-per-node", "--nproc_per_node", "--nproc-per", "--standalone --nproc_p"])
+def test_a_number_that_was_asked_for_is_kept(name, number):
+    options = (name + number).split()
+    assert get_args_parser().parse_args([*options, *ARGV]).nproc_per_node == "1"
+    assert spread(*options) is None
+
+
+def test_nothing_is_launched_again_without_need():
+    assert spread(PET_NPROC_PER_NODE="1") is None
+    assert [spread(gpus=gpus) is None for gpus in (0, 1, 2)] == [True, True, False]
+    assert spread(LOCAL_WORLD_SIZE="4", WORLD_SIZE="4") is None
+    assert spread_command({"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}, ["srun", *ARGV], 4, ARGV) is None
+
+
+def test_on_several_machines_the_user_is_asked_for_the_number():
+    with pytest.raises(LaunchError, match="--nproc-per-node=gpu"):
+        spread("--nnodes=2", WORLD_SIZE="2")
+    assert spread("--nnodes=2", "--nproc-per-node=1", WORLD_SIZE="2") is None
+
+
+SCRIPT = """
+import sys, torch
+from training import launching
+torch.cuda.device_count = lambda: 2
+launching.use_every_gpu(sys.argv, "cuda")
+processes = launching.start_processes("cpu")
+print(f"{processes.rank} of {processes.world_size} {sys.argv[1:]}\\n", end="", flush=True)
+launching.end_processes()
+"""
+
+
+@pytest.mark.parametrize(("options", "count"), [([], 2), (["--nproc_per_node=1"], 1)])
+def test_torchrun_really_starts_as_many_processes(tmp_path, options, count):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    environ = {key: value for key, value in os.environ.items() if not key.startswith(("PET_", "TORCHELASTIC"))}
+    environ |= {"PYTHONPATH": str(Path(utils.__file__).parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", *options, "script.py", "--seed", "1"]
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120, check=False)
+    lines = [line for line in done.stdout.splitlines() if "--seed" in line]  # older versions of gloo talk in between
+    assert sorted(lines) == [f"{rank} of {count} ['--seed', '1']" for rank in range(count)]
+    assert done.returncode == 0
+
+
+# --- this process's place ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def taken(monkeypatch) -> list[int]:
+    """No launcher, two GPUs that are not there; the list of those that were taken."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    indices = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: indices.append(device.index))
+    return indices
+
+
+def test_without_a_launcher_the_world_is_one_process(taken):
+    alone = Processes(torch.device("cpu"), "", rank=0, local_rank=0, world_size=1, local_world_size=1)
+    assert launching.start_processes("cpu") == alone
+    assert launching.start_processes("cpu").is_main
+    assert taken == []
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(("setting", "index"), [(EACH_ITS_GPU, 1), ("cuda:0", 0), ("cuda", 1)])
+def test_the_gpu_is_taken_before_anything_is_loaded(taken, monkeypatch, setting, index):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert launching.start_processes(setting).local_rank == 1
+    assert taken == [index]
+
+
+def test_several_processes_are_not_put_on_one_gpu(taken, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(LaunchError, match="cuda:0"):
+        launching.start_processes("cuda:0")
