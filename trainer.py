@@ -224,7 +224,7 @@ def find_start(
         return resuming.find_checkpoint(folder.path, settings, processes.world_size, len(train), data)
 
     # The main process's disk decides: on several machines the others may have no checkpoint, or another one.
-    return train, data, utils.from_main(utils.on_main(find, processes))
+    return train, data, utils.on_main(find, processes)
 
 
 def start_run(

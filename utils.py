@@ -206,13 +206,16 @@ def largest_of_each(numbers: list[int]) -> list[int]:
 
 
 def on_main(work: Callable[[], Any], processes: Processes) -> Any:
-    """What the main process alone does; None on the others. If it fails, they end as well, without a word."""
+    """What the main process alone does; all get its result. If it fails, the others end as well, without a word."""
+    result = failure = None
     try:
         result = work() if processes.is_main else None
-    except Exception:
-        from_main("failed")  # the others would wait for ever
-        raise
-    if from_main("done") == "failed":
+    except Exception as error:  # the others would wait for ever
+        failure = error
+    worked, result = from_main((failure is None, result))
+    if failure:
+        raise failure
+    if not worked:
         raise SystemExit(2)
     return result
 
