@@ -208,7 +208,7 @@ def table_line(row: dict, num_epochs: int, is_best: bool) -> str:
 def best_line(run: Run, folder: Path) -> str:
     """The last line of a run that is through."""
     best = next((row["epoch"] for row in run.history if row["val_iou"] == run.best_iou), "?")
-    return f"best of {run.epochs_done} epochs: {best}, validation IoU {run.best_iou:.3f}, in {folder / BEST}"
+    return f"the best epoch was {best} of {run.epochs_done}: validation IoU {run.best_iou:.3f}, in {folder / BEST}"
 
 
 def short(loss: float) -> str:
