@@ -52,7 +52,7 @@ class COCOPersonDataset(Dataset):
         cache: bool = False,
     ):
         self.photos = Path(root) / split
-        self.index = open_index(root, split, usable_cores())
+        self.index = open_index(root, split)
         self.image_size = image_size
         self.store_metadata = store_metadata
         self.seed = seed

@@ -10,6 +10,7 @@ import sys
 import zipfile
 import zlib
 from collections import Counter
+from concurrent.futures.process import BrokenProcessPool
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated
@@ -19,9 +20,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from loading import run_lengths
-from loading.masks import draw_mask
-from utils import UserError
+from loading.run_lengths import Drawing, Mask, draw_all, draw_mask
+from utils import UserError, usable_cores
 
 INDEX_VERSION = 3  # of the index file's content; another version is built anew
 LARGE_FILE, MOST_PROCESSES = 2**24, 4  # bytes from which processes share the drawing; more would wait for the parsing
@@ -102,7 +102,7 @@ class PersonIndex:
     def alpha(self, index: int) -> np.ndarray:
         """The union of all persons as uint8 (height, width), 0 or 255."""
         width, height = self.size(index)
-        return draw_mask(self._slice("masks", index), width, height)
+        return draw_mask(self._slice("masks", index), height, width)
 
     def checksum(self) -> str:
         """Of all photos' ids, names, sizes and masks in their order, wherever they lie: 8 hexadecimal digits."""
@@ -116,8 +116,8 @@ class PersonIndex:
         return self._arrays[name][start:end]
 
 
-def open_index(root: str | Path, split: str, cores: int = 1) -> PersonIndex:
-    """Opens the person index of a split, and builds it first, on that many cores, where it is missing or out of date.
+def open_index(root: str | Path, split: str) -> PersonIndex:
+    """Opens the person index of a split, and builds it first where it is missing or out of date.
 
     Raises:
         DataError: no COCO under `root`, or an annotation file that is not COCO's.
@@ -131,7 +131,7 @@ def open_index(root: str | Path, split: str, cores: int = 1) -> PersonIndex:
             return index
     print(f"Reading {annotations} (once: the person index is kept on disk)", flush=True)
     try:
-        content = _build(annotations, root / split, cores)
+        content = _build(annotations, root / split)
     except OSError as error:
         raise DataError(f"{error.filename} cannot be read: {error.strerror}") from None
     for place in places:
@@ -206,7 +206,7 @@ def _write_atomically(content: dict, path: Path) -> bool:
     return True
 
 
-def _build(annotations: Path, photos: Path, cores: int) -> dict:
+def _build(annotations: Path, photos: Path) -> dict:
     stat = annotations.stat()  # before the reading: a change during it must show
     coco = _parse(annotations)
     left_out: Counter[str] = Counter()
@@ -218,19 +218,13 @@ def _build(annotations: Path, photos: Path, cores: int) -> dict:
     fingerprint = _fingerprint(stat, photos, folders)  # and so before the listing
     present = {folder: _files_in(photos / folder, photos) for folder in folders}
     segmentations = {i: raw for i, raw in segmentations.items() if _is_present(records[i], present, left_out)}
-    rows = _draw_all(records, segmentations, _processes(stat.st_size, cores), annotations, left_out)
-    del segmentations  # and with them the annotation file
+    rows = _draw(records, segmentations, annotations, left_out)
     if not rows:
         raise DataError(
             f"no photo with a person: {annotations} names {named} photos of persons, "
             f"none of which can be used in {photos}" + (f" ({describe_left_out(left_out)})" if left_out else "")
         )
     return {"fingerprint": fingerprint, "left_out": dict(left_out), "arrays": _flat_arrays(rows)}
-
-
-def _processes(size: int, cores: int) -> int:
-    """How many processes draw the masks of an annotation file of so many bytes."""
-    return min(cores, MOST_PROCESSES) if size >= LARGE_FILE and cores > 1 else 0
 
 
 def _parse(annotations: Path) -> _CocoFile:
@@ -257,17 +251,17 @@ def _photos_by_id(coco: _CocoFile, left_out: Counter[str]) -> dict[int, _Photo]:
 
 def _segmentations_by_photo(
     coco: _CocoFile, photos: dict[int, _Photo], annotations: Path, left_out: Counter[str]
-) -> dict[int, list[msgspec.Raw]]:
+) -> dict[int, list[bytes]]:
     """The annotations of persons, grouped by the photo they lie on."""
     persons = {category.id for category in coco.categories if category.name == "person"}
     if not persons:
         raise DataError(f"{annotations} has no category named 'person' among its {len(coco.categories)}")
-    grouped: dict[int, list[msgspec.Raw]] = {}
+    grouped: dict[int, list[bytes]] = {}
     for annotation in coco.annotations:
         if annotation.category_id not in persons:
             continue
         if annotation.image_id in photos:
-            grouped.setdefault(annotation.image_id, []).append(annotation.segmentation)
+            grouped.setdefault(annotation.image_id, []).append(bytes(annotation.segmentation))
         else:
             left_out["annotations of an unknown photo"] += 1
     return grouped
@@ -315,34 +309,31 @@ def _is_present(photo: _Photo, present: dict[str, dict[str, bool] | None], left_
     return bool(inside)
 
 
-def _draw_all(
-    records: dict[int, _Photo],
-    segmentations: dict[int, list[msgspec.Raw]],
-    processes: int,
-    annotations: Path,
-    left_out: Counter[str],
-) -> list[tuple[_Photo, run_lengths.Mask]]:
+def _draw(
+    records: dict[int, _Photo], segmentations: dict[int, list[bytes]], annotations: Path, left_out: Counter[str]
+) -> list[tuple[_Photo, Mask]]:
     """Each photo with its merged mask, without those where nothing can be drawn."""
-    photos = [records[image_id] for image_id in segmentations]
-    drawings = (
-        run_lengths.Drawing(photo.height, photo.width, [bytes(raw) for raw in segmentations[photo.id]])
-        for photo in photos
-    )
-    progress = tqdm(photos, "Drawing the masks", unit="photo", delay=1, leave=False, disable=not sys.stderr.isatty())
-    rows = []
+    photos, rows = [records[image_id] for image_id in segmentations], []
+    drawings = [Drawing(segmentations[photo.id], photo.height, photo.width) for photo in photos]
+    bar = tqdm(photos, "Drawing the masks", unit="photo", delay=1, leave=False, disable=not sys.stderr.isatty())
     try:
-        with contextlib.closing(run_lengths.draw_all(drawings, processes)) as masks:
-            for photo, mask in zip(progress, masks, strict=True):
-                left_out["annotations that cannot be drawn"] += mask.undrawable
-                if mask.counts:
-                    rows.append((photo, mask))
-    except RuntimeError as error:
+        for photo, mask in zip(bar, draw_all(drawings, _processes(annotations)), strict=True):
+            left_out["annotations that cannot be drawn"] += mask.undrawable
+            if mask.counts:
+                rows.append((photo, mask))
+    except BrokenProcessPool as error:
         raise DataError(f"{annotations} cannot be indexed: {error}") from None
     left_out += Counter()  # drops the reasons that never occurred
     return rows
 
 
-def _flat_arrays(rows: list[tuple[_Photo, run_lengths.Mask]]) -> dict[str, torch.Tensor]:
+def _processes(annotations: Path) -> int:
+    """How many draw the masks; on one core there is nothing to share."""
+    cores = usable_cores()
+    return min(cores, MOST_PROCESSES) if cores > 1 and annotations.stat().st_size >= LARGE_FILE else 0
+
+
+def _flat_arrays(rows: list[tuple[_Photo, Mask]]) -> dict[str, torch.Tensor]:
     names, names_offsets = _joined([photo.file_name.encode() for photo, _ in rows])
     masks, masks_offsets = _joined([mask.counts for _, mask in rows])
     return {

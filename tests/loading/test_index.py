@@ -9,6 +9,7 @@ import random
 import re
 import shutil
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import cv2
@@ -26,7 +27,6 @@ from conftest import (
 
 from datasets import COCOPersonDataset
 from loading import index as person_index
-from loading import run_lengths
 from loading.index import PersonIndex, open_index
 from tools.bench.full_size import make_split
 
@@ -162,18 +162,16 @@ def test_a_cache_folder_that_cannot_be_had_matters_only_where_it_is_needed(coco_
 
 def test_a_large_file_is_drawn_by_several_processes_with_the_same_result(coco_root, monkeypatch, capfd):
     edit(coco_root, lambda content: [add_person(content, [[n, 1, 9, 1, 9, 9]], n % 9) for n in range(3000)])
-    def draw_all(work: object, processes: int) -> object:
-        shared_out.append(processes)
-        return genuine_draw_all(work, processes)
-
-    shared_out, genuine_draw_all = [], run_lengths.draw_all
-    monkeypatch.setattr(run_lengths, "draw_all", draw_all)
-    first = open_index(coco_root, TRAIN, cores=2)
+    shared_out, draw_all = [], person_index.draw_all
+    monkeypatch.setattr(person_index, "draw_all", lambda work, processes: (shared_out.append(processes),
+                                                                           draw_all(work, processes))[1])  # fmt: skip
+    first = open_index(coco_root, TRAIN)
     masks, left_out = [first.alpha(i) for i in range(10)], first.left_out
     monkeypatch.setattr(person_index, "LARGE_FILE", 1)
     for cores, processes in [(1, 0), (2, 2), (64, 4)]:
+        monkeypatch.setattr(person_index, "usable_cores", lambda cores=cores: cores)
         first.path.unlink()
-        index = open_index(coco_root, TRAIN, cores)
+        index = open_index(coco_root, TRAIN)
         assert all(np.array_equal(index.alpha(i), masks[i]) for i in range(10))
         assert (index.left_out, shared_out.pop()) == (left_out, processes)
     assert len(left_out) == 2
@@ -181,9 +179,11 @@ def test_a_large_file_is_drawn_by_several_processes_with_the_same_result(coco_ro
 
 
 def test_a_drawing_process_that_dies_is_named_with_the_file(coco_root, monkeypatch):
-    monkeypatch.setattr(person_index, "LARGE_FILE", 1)
-    monkeypatch.setattr(sys, "executable", shutil.which("true"))
-    assert "instances_train2017.json" in refusal(open_index, coco_root, TRAIN, 2)
+    def draw_all(*_):
+        raise BrokenProcessPool("ended")
+
+    monkeypatch.setattr(person_index, "draw_all", draw_all)
+    assert "instances_train2017.json" in refusal(open_index, coco_root, TRAIN)
     assert not (coco_root / ".silueta").exists()
 
 

@@ -29,10 +29,9 @@ report()
 BUILD = """
 import shutil
 from loading.index import open_index
-from utils import usable_cores
 shutil.rmtree(f"{root}/.silueta", ignore_errors=True)
 start()
-index = open_index(root, split, usable_cores())
+index = open_index(root, split)
 report(photos=len(index), megabytes=index.path.stat().st_size / 1e6)
 """
 OPEN = """
