@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
-from loading.augmentation import Augmenter
 from loading.cache import PhotoCache, open_cache
 from loading.index import DataError, index_places, open_index
 from loading.letterbox import fitted_size, letterbox, pad, placement, restore, to_rgba, unpadded
@@ -57,7 +56,11 @@ class COCOPersonDataset(Dataset):
         self.store_metadata = store_metadata
         self.seed = seed
         self.cache: PhotoCache | None = None
-        self._augment = Augmenter() if augment else None
+        self._augment = None
+        if augment:
+            from loading.augmentation import Augmenter  # a second of imports that a measurement can do without
+
+            self._augment = Augmenter()
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see it change
         if cache:
             self.cache = self._open_cache(index_places(Path(root), split))
@@ -119,14 +122,6 @@ class COCOPersonDataset(Dataset):
     def original(self, index: int) -> np.ndarray:
         """The photo and its mask before any resizing: uint8 RGBA (height, width, 4)."""
         return to_rgba(self._photo(index), self.index.alpha(index))
-
-
-def _augmenter() -> Augmenter:
-    from loading.augmentation import (
-        Augmenter,  # here, because a prediction needs none and albumentations takes a second
-    )
-
-    return Augmenter()
 
 
 def to_sample(photo: np.ndarray, mask: np.ndarray) -> torch.Tensor:
