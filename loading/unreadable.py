@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -13,6 +13,11 @@ from torch.utils.data import Dataset
 
 from loading.index import DataError
 from utils import Processes, atomic_write, from_all
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 SKIPPED = "skipped.txt"  # names them, in the run's folder
 NAMED_IN_ERROR = 3  # photos; the list has them all
@@ -33,7 +38,6 @@ class TolerantDataset(Dataset):
         self.seed = dataset.seed
         self._bad = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()  # in this pass, as the workers find out
         self._met_before: list[int] = []
-        self._reasons: dict[int, str] = {}
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -49,11 +53,14 @@ class TolerantDataset(Dataset):
         """The next pass is the rest of one in which these photos could not be read: they count as well."""
         self._met_before = bad
 
+    def bad(self) -> list[int]:
+        """The photos that could not be read in this pass so far, in this process and its workers."""
+        return self._bad.nonzero().flatten().tolist()
+
     def __getitem__(self, index: int) -> torch.Tensor:
         """The sample of a photo, or of the next one that can be read (the first comes after the last).
 
-        It is the very sample that the other photo has in this epoch: what stands in depends on the files and on
-        nothing else.
+        It is the very sample that the other photo has in this epoch: what stands in depends on the files alone.
 
         Raises:
             DataError: too many photos cannot be read.
@@ -71,53 +78,46 @@ class TolerantDataset(Dataset):
     def _read(self, index: int) -> torch.Tensor | None:
         try:
             return self.dataset[index]
-        except DataError as error:
-            self._bad[index], self._reasons[index] = True, str(error)
-        bad = self.bad()
-        if self.too_many(len(bad)):  # now, not after an epoch: a disk that is gone has a hundred thousand of them
-            raise self.refusal(self.reasons(bad))
+        except DataError:
+            self._bad[index] = True
+        self._check(len(self.bad()), self._reasons)  # now, not after an epoch: a disk may be gone
         return None
 
-    def bad(self) -> list[int]:
-        """The photos that could not be read in this pass so far, in this process and its workers."""
-        return self._bad.nonzero().flatten().tolist()
+    def name_bad(self, is_main: bool) -> int:
+        """How many could not be read in this pass, over all processes. The main one adds their names to the list.
 
-    def too_many(self, bad: int) -> bool:
-        return bad > self.limit * len(self) or bad == len(self)
+        Raises:
+            DataError: more than the limit; in the main process.
+        """
+        reasons = dict(from_all([*self._reasons().items()]))
+        if is_main:
+            self._check(len(reasons), lambda: reasons)
+            if problem := add_names(self.list, reasons):
+                print(problem, flush=True)
+        return len(reasons)
 
-    def refusal(self, reasons: dict[int, str]) -> DataError:
-        """The error that ends the run; the list is written first, since nobody may come to it later."""
-        problem = self.write(reasons)
-        names = ", ".join(str(self._path(index)) for index in sorted(reasons)[:NAMED_IN_ERROR])
-        return DataError(
-            f"{len(reasons)} of {len(self)} photos cannot be read, and --max-bad-photos is {self.limit:g}: {names}"
-            f"{', ...' if len(reasons) > NAMED_IN_ERROR else ''} ({problem or f'{self.list} says why'})"
-        )
+    def _check(self, bad: int, reasons: Callable[[], dict[str, str]]) -> None:
+        """Ends the run with an error; the list is written first, since nobody may come to it later."""
+        if bad <= self.limit * len(self) and bad < len(self):
+            return
+        problem = add_names(self.list, reasons())
+        paths = [str(self.dataset.photos.parent / name) for name in sorted(reasons())]
+        named = ", ".join([*paths[:NAMED_IN_ERROR], *["..."][: len(paths) - NAMED_IN_ERROR]])
+        raise DataError(f"{bad} of {len(self)} photos cannot be read, and --max-bad-photos is {self.limit:g}: {named} "
+                        f"({problem or f'{self.list} says why'})")  # fmt: skip
 
-    def reasons(self, indices: list[int]) -> dict[int, str]:
-        """Why each photo could not be read."""
-        return {index: self._reason(index) for index in indices}
-
-    def _reason(self, index: int) -> str:
-        if index not in self._reasons:  # a worker knows it, who cannot tell: ask the file again, once
+    def _reasons(self) -> dict[str, str]:
+        """Why, by name. The files are asked again: it may have been a worker that met them."""
+        reasons = {}
+        for index in self.bad():
+            name = self.dataset.index.file_name(index)
             try:
                 self.dataset[index]
-                self._reasons[index] = "could not be read at first, and later could"
+                reason = "could not be read at first, and later could"
             except DataError as error:
-                self._reasons[index] = str(error)
-        return self._reasons[index].removeprefix(f"the photo {self._path(index)} ")
-
-    def _path(self, index: int) -> Path:
-        return self.dataset.photos / self.dataset.index.file_name(index)
-
-    def write(self, reasons: dict[int, str]) -> str:
-        """Adds what is new to the list. Returns what went wrong; nothing is lost by it: the next pass tries again."""
-        split, index = self.dataset.photos.name, self.dataset.index
-        try:
-            add_names(self.list, {f"{split}/{index.file_name(i)}": reason for i, reason in sorted(reasons.items())})
-        except OSError as error:
-            return f"{self.list} cannot be written: {error.strerror}"
-        return ""
+                reason = str(error).removeprefix(f"the photo {self.dataset.photos / name} ")
+            reasons[f"{self.dataset.photos.name}/{name}"] = reason
+        return reasons
 
 
 def name_bad_photos(train: TolerantDataset, val: TolerantDataset, processes: Processes) -> dict[str, int]:
@@ -126,40 +126,28 @@ def name_bad_photos(train: TolerantDataset, val: TolerantDataset, processes: Pro
     Raises:
         DataError: over all processes more than the limit; in the main one.
     """
-    return {f"{name}_bad_photos": _name(data, processes.is_main) for name, data in (("train", train), ("val", val))}
+    return {f"{name}_bad_photos": data.name_bad(processes.is_main) for name, data in (("train", train), ("val", val))}
 
 
-def _name(dataset: TolerantDataset, is_main: bool) -> int:
-    reasons = dict(from_all([*dataset.reasons(dataset.bad()).items()]))
-    if is_main and reasons:
-        if dataset.too_many(len(reasons)):
-            raise dataset.refusal(reasons)
-        if problem := dataset.write(reasons):
-            print(problem, flush=True)
-    return len(reasons)
-
-
-def add_names(path: Path, reasons: dict[str, str]) -> None:
-    """Adds a line `name: reason` for each name that the file has not.
-
-    Raises:
-        OSError: it cannot be written; what was there is untouched.
-    """
-    with one_at_a_time(path.parent):
-        text = path.read_text("utf-8", errors="replace") if path.exists() else ""
-        lines = [" ".join(f"{name}: {reason}".split()) + "\n" for name, reason in reasons.items()]
-        new = [line for line in lines if "\n" + line.partition(": ")[0] + ": " not in "\n" + text]
-        if new:
-            with atomic_write(path) as file:
-                file.write((text + "".join(new)).encode(errors="replace"))
-
-
-@contextmanager
-def one_at_a_time(folder: Path) -> Iterator[None]:
-    """Two workers may find at the same time that the limit is passed."""
+def add_names(path: Path, reasons: dict[str, str]) -> str:
+    """Adds a line `name: reason` for each name that the file has not. Returns what went wrong."""
     try:
-        import fcntl
-    except ImportError:  # Windows: one of the two fails to write, and says so
+        with _one_at_a_time(path.parent):
+            text = path.read_text("utf-8", errors="replace") if path.exists() else ""
+            lines = [" ".join(f"{name}: {reason}".split()) + "\n" for name, reason in sorted(reasons.items())]
+            new = [line for line in lines if "\n" + line.partition(": ")[0] + ": " not in "\n" + text]
+            if new:
+                with atomic_write(path) as file:
+                    file.write((text + "".join(new)).encode(errors="replace"))
+    except OSError as error:
+        return f"{path} cannot be written: {error.strerror}"
+    return ""
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Two workers may find at the same time that the limit is passed."""
+    if not fcntl:  # Windows: one of the two fails to write, and says so
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -176,12 +164,8 @@ def dead_worker(error: Exception) -> str:
     Args:
         error: a RuntimeError of PyTorch's; the text is all that tells them apart.
     """
-    text = str(error)
-    died = re.search(r"DataLoader worker \(pid.*?(killed by signal: [\w ]+|exited unexpectedly)", text, re.DOTALL)
-    if not died and not re.search(r"</?torch_\d", text):  # the name of a piece of shared memory
+    if not re.search(r"DataLoader worker \(pid|</?torch_\d", str(error)):  # the latter is a piece of shared memory
         return ""
-    what = f"a loader worker was {died[1]}" if died else "a loader worker found no room for its batch"
-    return (
-        f"{what.replace('was exited', 'exited')}: memory or shared memory ran out, as a rule; in a container raise the "
-        "latter with docker run --ipc=host or --shm-size=2g, or use fewer --num-workers (0 needs none)"
-    )
+    return ("a loader worker was ended, or found no room for its batch: memory or shared memory ran out, as a rule; in "
+            "a container raise the latter with docker run --ipc=host or --shm-size=2g, or use fewer --num-workers "
+            "(0 needs none)")  # fmt: skip

@@ -158,7 +158,7 @@ def test_more_than_the_limit_stops_the_pass_at_once(coco_root, tmp_path, monkeyp
         return
     error = refusal(dataset.__getitem__, 0)
     assert error.startswith(f"{broken} of 10 photos cannot be read, and --max-bad-photos is {limit}: {tried[0]}")
-    assert len(tried) == broken
+    assert len(set(tried)) == broken
     assert [line.partition(":")[0] for line in lines(tmp_path)] == [f"{TRAIN}/{n + 1:012d}.jpg" for n in range(broken)]
 
 
@@ -170,6 +170,8 @@ def test_a_run_with_too_many_ends_with_one_line_and_the_list(coco_root, tmp_path
         photo(coco_root, TRAIN, place).write_bytes(b"")
     run = tmp_path / "run"
     error = command_refusal(capsys, *flags(small(coco_root, run, max_bad_photos=0.4, num_workers=workers)))
+    for worker in multiprocessing.active_children():  # to be collected as garbage would take each of them 5 s
+        worker.terminate()
     named = ", ".join(str(photo(coco_root, TRAIN, place)) for place in range(3))
     assert error == (
         f"trainer.py: error: 5 of 10 photos cannot be read, and --max-bad-photos is 0.4: {named}, ... "
@@ -182,8 +184,8 @@ def test_processes_that_are_within_the_limit_alone_may_pass_it_together(coco_roo
     train, val = tolerant(coco_root, TRAIN, tmp_path, 0.1), tolerant(coco_root, VAL, tmp_path)
     photo(coco_root, TRAIN, 3).write_bytes(b"")
     assert torch.equal(train[3], train[4])
-    other = [(6, "cannot be read: Input/output error")]
-    monkeypatch.setattr(unreadable, "from_all", lambda rows: rows + other if rows and rows[0][0] == 3 else rows)
+    other = [(f"{TRAIN}/000000000007.jpg", "cannot be read: Input/output error")]
+    monkeypatch.setattr(unreadable, "from_all", lambda rows: rows + other if rows else rows)
     assert "2 of 10 photos" in refusal(unreadable.name_bad_photos, train, val, ALONE)
     assert len(lines(tmp_path)) == 2
     train.limit = 0.2
@@ -218,7 +220,7 @@ def test_a_list_that_cannot_be_written_is_said_and_stops_nothing(coco_root, tmp_
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(unreadable, "add_names", full)
+    monkeypatch.setattr(unreadable, "atomic_write", full)
     photo(coco_root, TRAIN, 3).write_bytes(b"")
     trainer.main(small(coco_root, tmp_path / "run", num_epochs=1, max_bad_photos=0.1))
     assert f"{tmp_path / 'run' / 'skipped.txt'} cannot be written: No space left" in capsys.readouterr().out
