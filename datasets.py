@@ -73,7 +73,8 @@ class COCOPersonDataset(Dataset):
 
     def __getitem__(self, index: int) -> torch.Tensor | tuple[torch.Tensor, dict]:
         """uint8 (4, S, S): R, G, B, A; A is 0 or 255. With `store_metadata`, (that, metadata)."""
-        self.index.check(index)
+        if not 0 <= index < len(self):
+            raise IndexError(f"there is no photo {index} among {len(self)}")  # it ends a loop over the samples
         photo, mask, metadata = self._square(index)
         if self._augment is not None:
             photo, mask = self._augment(photo, mask, [self.seed, int(self._epoch), index])

@@ -7,7 +7,7 @@ import mmap
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
@@ -132,12 +132,15 @@ def _fill(
 ) -> None:
     offsets = row_offsets(sizes)
     _check_room(path, int(np.diff(offsets)[missing].sum()))
-    with open(path, "r+b", buffering=0) as file, ThreadPoolExecutor(threads) as pool:
+    bar = tqdm(desc=f"caching {path.name.split('.')[0]}", total=len(wanted), initial=len(wanted) - len(missing),
+               unit="photo", disable=not sys.stderr.isatty())  # fmt: skip
+    with open(path, "r+b", buffering=0) as file, ThreadPoolExecutor(threads) as pool, bar:
         _write_stamps(file.fileno(), missing, np.zeros_like(missing))
-        for chunk in _progress(missing, len(wanted), f"caching {path.name.split('.')[0]}"):
+        for chunk in np.split(missing, range(CHUNK, len(missing), CHUNK)):
             made = list(pool.map(lambda index: _write_row(file.fileno(), int(offsets[index]), draw, index), chunk))
             os.fsync(file.fileno())  # the rows before the stamps that vouch for them
             _write_stamps(file.fileno(), chunk, wanted[chunk] * made)
+            bar.update(len(chunk))
 
 
 def _check_room(path: Path, needed: int) -> None:
@@ -146,15 +149,6 @@ def _check_room(path: Path, needed: int) -> None:
     if needed > free:
         raise DataError(f"--cache needs {sizes}: make room, or train without it")
     print(f"The cache takes {sizes} (once: it is kept)", flush=True)
-
-
-def _progress(missing: np.ndarray, total: int, label: str) -> Iterator[np.ndarray]:
-    silent = not sys.stderr.isatty()
-    with tqdm(total=total, initial=total - len(missing), desc=label, unit="photo", disable=silent) as bar:
-        for start in range(0, len(missing), CHUNK):
-            chunk = missing[start : start + CHUNK]
-            yield chunk
-            bar.update(len(chunk))
 
 
 def _write_row(descriptor: int, offset: int, draw: Callable[[int], Pixels], index: int) -> bool:

@@ -24,39 +24,12 @@ from loading.run_lengths import Drawing, Mask, draw_all, draw_mask
 from utils import UserError, usable_cores
 
 INDEX_VERSION = 3  # of the index file's content; another version is built anew
-LARGE_FILE, MOST_PROCESSES = 2**24, 4  # bytes from which processes share the drawing; more would wait for the parsing
+MANY_PHOTOS, MOST_PROCESSES = 2**12, 4  # from as many on processes share the drawing; more would add nothing to it
 MAX_SIDE, MAX_PIXELS = 2**20, 2**28  # of a photo: more is taken for a broken record, not for a photo
 
 
 class DataError(UserError):
     """The data on disk cannot be used; the message is one line for the user."""
-
-
-_Id = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]  # what an array can hold
-
-
-class _Photo(msgspec.Struct, gc=False):
-    id: _Id
-    file_name: str
-    width: int
-    height: int
-
-
-class _Annotation(msgspec.Struct, gc=False):
-    image_id: int
-    category_id: int
-    segmentation: msgspec.Raw = msgspec.Raw(b"null")  # parsed only for persons: most of the file is not
-
-
-class _Category(msgspec.Struct, gc=False):
-    id: int
-    name: str
-
-
-class _CocoFile(msgspec.Struct, gc=False):
-    images: list[_Photo]
-    annotations: list[_Annotation]
-    categories: list[_Category]
 
 
 class PersonIndex:
@@ -79,10 +52,6 @@ class PersonIndex:
 
     def __len__(self) -> int:
         return len(self._arrays["image_ids"])
-
-    def check(self, index: int) -> None:
-        if not 0 <= index < len(self):
-            raise IndexError(f"there is no photo {index} among {len(self)}")
 
     def image_id(self, index: int) -> int:
         return int(self._arrays["image_ids"][index])
@@ -116,6 +85,9 @@ class PersonIndex:
         return self._arrays[name][start:end]
 
 
+# --- one file for each split, kept current ----------------------------------------------------------------
+
+
 def open_index(root: str | Path, split: str) -> PersonIndex:
     """Opens the person index of a split, and builds it first where it is missing or out of date.
 
@@ -123,19 +95,19 @@ def open_index(root: str | Path, split: str) -> PersonIndex:
         DataError: no COCO under `root`, or an annotation file that is not COCO's.
     """
     root = Path(root)
-    annotations = _annotation_file(root, split)
-    places = index_places(root, split)
+    annotations, photos, places = _annotation_file(root, split), root / split, index_places(root, split)
     for place in places:
-        index = _open_if_current(place, annotations, root / split)
-        if index is not None:
+        if index := _open_if_current(place, annotations, photos):
             return index
     print(f"Reading {annotations} (once: the person index is kept on disk)", flush=True)
     try:
-        content = _build(annotations, root / split)
+        content = _build(annotations, photos)
     except OSError as error:
         raise DataError(f"{error.filename} cannot be read: {error.strerror}") from None
+    except BrokenProcessPool as error:  # no memory is left, as a rule
+        raise DataError(f"{annotations} cannot be indexed: {error}") from None
     for place in places:
-        if _write_atomically(content, place):
+        if _write(content, place):
             return PersonIndex(place)
     folders = " or ".join(str(place.parent) for place in places)
     raise DataError(f"the person index cannot be kept in {folders}: make it writable or set XDG_CACHE_HOME")
@@ -143,12 +115,11 @@ def open_index(root: str | Path, split: str) -> PersonIndex:
 
 def index_places(root: Path, split: str) -> list[Path]:
     """Where the index may lie, best first: under the data root, or in the user's cache folder."""
-    name = f"{split}.index"
-    places = [root / ".silueta" / name]
+    folders = [root / ".silueta"]
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if not cache.startswith("~"):  # a container's user may have no home
-        places.append(Path(cache) / "silueta" / sha256(str(root.resolve()).encode()).hexdigest()[:16] / name)
-    return places
+        folders.append(Path(cache) / "silueta" / sha256(str(root.resolve()).encode()).hexdigest()[:16])
+    return [folder / f"{split}.index" for folder in folders]
 
 
 def _annotation_file(root: Path, split: str) -> Path:
@@ -167,8 +138,7 @@ def _fingerprint(stat: os.stat_result, photos: Path, folders: list[str]) -> dict
 
     The ctime, because an archive cannot bring it along: an index that came with a stranger's data is not taken.
     """
-    paths = {folder: photos / folder for folder in folders}
-    listing = {folder: path.stat().st_mtime_ns if path.is_dir() else 0 for folder, path in paths.items()}
+    listing = {name: (photos / name).stat().st_mtime_ns if (photos / name).is_dir() else 0 for name in folders}
     file = {"size": stat.st_size, "mtime": stat.st_mtime_ns, "ctime": stat.st_ctime_ns}
     return {"version": INDEX_VERSION, **file, "folders": listing}
 
@@ -188,7 +158,7 @@ def _open_if_current(path: Path, annotations: Path, photos: Path) -> PersonIndex
     return index if index.fingerprint == current else None
 
 
-def _write_atomically(content: dict, path: Path) -> bool:
+def _write(content: dict, path: Path) -> bool:
     """Writes beside the place, then renames; False where the folder is read-only, by its mode or its mount."""
     draft = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.part")  # machines may share the folder
     try:
@@ -206,25 +176,53 @@ def _write_atomically(content: dict, path: Path) -> bool:
     return True
 
 
+# --- what it is built from --------------------------------------------------------------------------------
+
+_Id = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]  # what an array can hold
+
+
+class _Photo(msgspec.Struct, gc=False):
+    id: _Id
+    file_name: str
+    width: int
+    height: int
+
+
+class _Annotation(msgspec.Struct, gc=False):
+    image_id: int
+    category_id: int
+    segmentation: msgspec.Raw = msgspec.Raw(b"null")  # parsed only for persons: most of the file is not
+
+
+class _Category(msgspec.Struct, gc=False):
+    id: int
+    name: str
+
+
+class _CocoFile(msgspec.Struct, gc=False):
+    images: list[_Photo]
+    annotations: list[_Annotation]
+    categories: list[_Category]
+
+
 def _build(annotations: Path, photos: Path) -> dict:
-    stat = annotations.stat()  # before the reading: a change during it must show
-    coco = _parse(annotations)
     left_out: Counter[str] = Counter()
-    records = _photos_by_id(coco, left_out)
-    segmentations = _segmentations_by_photo(coco, records, annotations, left_out)
-    del coco  # most of it is not about persons
-    named = len(segmentations)
-    folders = sorted({os.path.dirname(_safe_name(records[i].file_name, annotations)) for i in segmentations})
+    stat = annotations.stat()  # before the reading: a change during it must show
+    persons = _persons(_parse(annotations), annotations, left_out)
+    folders = sorted({os.path.dirname(_safe_name(photo, annotations)) for photo, _ in persons})
     fingerprint = _fingerprint(stat, photos, folders)  # and so before the listing
-    present = {folder: _files_in(photos / folder, photos) for folder in folders}
-    segmentations = {i: raw for i, raw in segmentations.items() if _is_present(records[i], present, left_out)}
-    rows = _draw(records, segmentations, annotations, left_out)
+    rows = _drawn(_present(persons, photos, folders, left_out), left_out)
+    left_out += Counter()  # drops the reasons that never occurred
     if not rows:
         raise DataError(
-            f"no photo with a person: {annotations} names {named} photos of persons, "
+            f"no photo with a person: {annotations} names {len(persons)} photos of persons, "
             f"none of which can be used in {photos}" + (f" ({describe_left_out(left_out)})" if left_out else "")
         )
     return {"fingerprint": fingerprint, "left_out": dict(left_out), "arrays": _flat_arrays(rows)}
+
+
+def describe_left_out(left_out: dict[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in left_out.items())
 
 
 def _parse(annotations: Path) -> _CocoFile:
@@ -236,52 +234,64 @@ def _parse(annotations: Path) -> _CocoFile:
         raise DataError(f"{annotations} does not fit into the memory") from None
 
 
-def _photos_by_id(coco: _CocoFile, left_out: Counter[str]) -> dict[int, _Photo]:
+def _persons(coco: _CocoFile, annotations: Path, left_out: Counter[str]) -> list[tuple[_Photo, list[bytes]]]:
+    """The photos with persons and their persons' segmentations, as copies: the rest of the file can go."""
+    categories = {category.id for category in coco.categories if category.name == "person"}
+    if not categories:
+        raise DataError(f"{annotations} has no category named 'person' among its {len(coco.categories)}")
+    photos, grouped = _photos_by_id(coco.images, left_out), {}
+    for annotation in coco.annotations:
+        if annotation.category_id not in categories:
+            continue
+        if annotation.image_id in photos:
+            grouped.setdefault(annotation.image_id, []).append(bytes(annotation.segmentation))
+        else:
+            left_out["annotations of an unknown photo"] += 1
+    return [(photos[image_id], segmentations) for image_id, segmentations in grouped.items()]
+
+
+def _photos_by_id(images: list[_Photo], left_out: Counter[str]) -> dict[int, _Photo]:
     photos: dict[int, _Photo] = {}
-    for photo in coco.images:
-        size = (photo.width, photo.height)
+    for photo in images:
+        sides = sorted((photo.width, photo.height))
         if photo.id in photos:
             left_out["photo records with an id that was taken"] += 1
-        elif not 0 < min(size) <= max(size) <= MAX_SIDE or size[0] * size[1] > MAX_PIXELS:
+        elif sides[0] <= 0 or sides[1] > MAX_SIDE or sides[0] * sides[1] > MAX_PIXELS:
             left_out["photo records of an impossible size"] += 1
         else:
             photos[photo.id] = photo
     return photos
 
 
-def _segmentations_by_photo(
-    coco: _CocoFile, photos: dict[int, _Photo], annotations: Path, left_out: Counter[str]
-) -> dict[int, list[bytes]]:
-    """The annotations of persons, grouped by the photo they lie on."""
-    persons = {category.id for category in coco.categories if category.name == "person"}
-    if not persons:
-        raise DataError(f"{annotations} has no category named 'person' among its {len(coco.categories)}")
-    grouped: dict[int, list[bytes]] = {}
-    for annotation in coco.annotations:
-        if annotation.category_id not in persons:
-            continue
-        if annotation.image_id in photos:
-            grouped.setdefault(annotation.image_id, []).append(bytes(annotation.segmentation))
+def _safe_name(photo: _Photo, annotations: Path) -> str:
+    name = photo.file_name
+    parts = name.replace("\\", "/").split("/")
+    if ".." in parts or not parts[-1] or os.path.isabs(name) or re.match("[A-Za-z]:|.*\0", name):
+        raise DataError(f"{annotations} names a photo outside the photo folder: {name!r}")
+    return name
+
+
+def _present(
+    persons: list[tuple[_Photo, list[bytes]]], photos: Path, folders: list[str], left_out: Counter[str]
+) -> list[tuple[_Photo, list[bytes]]]:
+    """Those whose file lies in the photo folder, which itself may lie wherever its owner wants it."""
+    home, present = os.path.realpath(photos), []
+    inside = {folder: _files_in(photos / folder, home) for folder in folders}
+    for photo, segmentations in persons:
+        folder, name = os.path.split(photo.file_name)
+        is_inside = False if inside[folder] is None else inside[folder].get(name)
+        if is_inside:
+            present.append((photo, segmentations))
         else:
-            left_out["annotations of an unknown photo"] += 1
-    return grouped
+            reason = "are not on disk" if is_inside is None else "are links out of the photo folder"
+            left_out[f"photos that {reason}"] += 1
+    return present
 
 
-def _safe_name(file_name: str, annotations: Path) -> str:
-    parts = file_name.replace("\\", "/").split("/")
-    if ".." in parts or not parts[-1] or os.path.isabs(file_name) or re.match("[A-Za-z]:|.*\0", file_name):
-        raise DataError(f"{annotations} names a photo outside the photo folder: {file_name!r}")
-    return file_name
-
-
-def _files_in(folder: Path, photos: Path) -> dict[str, bool] | None:
-    """The files of a folder; True for those that lie in the photo folder, not merely a link to elsewhere.
-
-    None for a folder that itself is such a link: it is not even listed.
-    """
+def _files_in(folder: Path, home: str) -> dict[str, bool] | None:
+    """Whether each file lies under `home`; None for a folder that does not: it is not even listed."""
     if not folder.is_dir():
         return {}
-    home = os.path.realpath(photos)
     if not _lies_in(folder, home):
         return None
     files = {}
@@ -298,39 +308,16 @@ def _lies_in(path: str | Path, home: str) -> bool:
     return Path(os.path.realpath(path)).is_relative_to(home)
 
 
-def _is_present(photo: _Photo, present: dict[str, dict[str, bool] | None], left_out: Counter[str]) -> bool:
-    folder, name = os.path.split(photo.file_name)
-    files = present[folder]
-    inside = False if files is None else files.get(name)
-    if inside is None:
-        left_out["photos that are not on disk"] += 1
-    elif not inside:
-        left_out["photos that are links out of the photo folder"] += 1
-    return bool(inside)
-
-
-def _draw(
-    records: dict[int, _Photo], segmentations: dict[int, list[bytes]], annotations: Path, left_out: Counter[str]
-) -> list[tuple[_Photo, Mask]]:
+def _drawn(persons: list[tuple[_Photo, list[bytes]]], left_out: Counter[str]) -> list[tuple[_Photo, Mask]]:
     """Each photo with its merged mask, without those where nothing can be drawn."""
-    photos, rows = [records[image_id] for image_id in segmentations], []
-    drawings = [Drawing(segmentations[photo.id], photo.height, photo.width) for photo in photos]
-    bar = tqdm(photos, "Drawing the masks", unit="photo", delay=1, leave=False, disable=not sys.stderr.isatty())
-    try:
-        for photo, mask in zip(bar, draw_all(drawings, _processes(annotations)), strict=True):
-            left_out["annotations that cannot be drawn"] += mask.undrawable
-            if mask.counts:
-                rows.append((photo, mask))
-    except BrokenProcessPool as error:
-        raise DataError(f"{annotations} cannot be indexed: {error}") from None
-    left_out += Counter()  # drops the reasons that never occurred
+    processes, rows = min(usable_cores(), MOST_PROCESSES) if len(persons) >= MANY_PHOTOS else 1, []
+    masks = draw_all([Drawing(shapes, photo.height, photo.width) for photo, shapes in persons], processes)
+    bar = tqdm(masks, "Drawing the masks", len(persons), False, unit="photo", delay=1, disable=not sys.stderr.isatty())
+    for (photo, _), mask in zip(persons, bar, strict=True):
+        left_out["annotations that cannot be drawn"] += mask.undrawable
+        if mask.counts:
+            rows.append((photo, mask))
     return rows
-
-
-def _processes(annotations: Path) -> int:
-    """How many draw the masks; on one core there is nothing to share."""
-    cores = usable_cores()
-    return min(cores, MOST_PROCESSES) if cores > 1 and annotations.stat().st_size >= LARGE_FILE else 0
 
 
 def _flat_arrays(rows: list[tuple[_Photo, Mask]]) -> dict[str, torch.Tensor]:
@@ -349,7 +336,3 @@ def _joined(pieces: list[bytes]) -> tuple[torch.Tensor, torch.Tensor]:
     offsets = torch.zeros(len(pieces) + 1, dtype=torch.int64)
     offsets[1:] = torch.tensor([len(piece) for piece in pieces]).cumsum(0)
     return torch.frombuffer(bytearray().join(pieces), dtype=torch.uint8), offsets
-
-
-def describe_left_out(left_out: Counter[str]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in left_out.items())

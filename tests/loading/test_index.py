@@ -160,15 +160,15 @@ def test_a_cache_folder_that_cannot_be_had_matters_only_where_it_is_needed(coco_
     assert str(coco_root) in refusal(open_index, coco_root, TRAIN)
 
 
-def test_a_large_file_is_drawn_by_several_processes_with_the_same_result(coco_root, monkeypatch, capfd):
+def test_many_photos_are_drawn_by_several_processes_with_the_same_result(coco_root, monkeypatch, capfd):
     edit(coco_root, lambda content: [add_person(content, [[n, 1, 9, 1, 9, 9]], n % 9) for n in range(3000)])
     shared_out, draw_all = [], person_index.draw_all
     monkeypatch.setattr(person_index, "draw_all", lambda work, processes: (shared_out.append(processes),
                                                                            draw_all(work, processes))[1])  # fmt: skip
     first = open_index(coco_root, TRAIN)
     masks, left_out = [first.alpha(i) for i in range(10)], first.left_out
-    monkeypatch.setattr(person_index, "LARGE_FILE", 1)
-    for cores, processes in [(1, 0), (2, 2), (64, 4)]:
+    monkeypatch.setattr(person_index, "MANY_PHOTOS", 1)
+    for cores, processes in [(1, 1), (2, 2), (64, 4)]:
         monkeypatch.setattr(person_index, "usable_cores", lambda cores=cores: cores)
         first.path.unlink()
         index = open_index(coco_root, TRAIN)

@@ -133,7 +133,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="th
 def test_processes_draw_the_same_in_the_same_order_and_end_also_when_one_dies():
     for count in (0, 1, 7, 100):
         work = drawings(count)
-        assert [*run_lengths.draw_all(work, 2)] == [*run_lengths.draw_all(work, 0)]
+        assert [*run_lengths.draw_all(work, 2)] == [*run_lengths.draw_all(work, 1)]
     masks = run_lengths.draw_all(drawings(3000), 2)
     next(masks)
     os.kill(drawing_processes(os.getpid())[0], signal.SIGKILL)
