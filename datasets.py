@@ -41,27 +41,18 @@ class COCOPersonDataset(Dataset):
     """
 
     def __init__(
-        self,
-        root: str | Path,
-        split: str,
-        image_size: int = 384,
-        augment: bool = False,
-        store_metadata: bool = False,
-        seed: int = 0,
-        cache: bool = False,
-    ):
-        self.photos = Path(root) / split
-        self.index = open_index(root, split)
-        self.image_size = image_size
-        self.store_metadata = store_metadata
-        self.seed = seed
-        self.cache: PhotoCache | None = None
+        self, root: str | Path, split: str, image_size: int = 384, augment: bool = False,
+        store_metadata: bool = False, seed: int = 0, cache: bool = False,
+    ):  # fmt: skip
+        self.photos, self.index = Path(root) / split, open_index(root, split)
+        self.image_size, self.store_metadata, self.seed = image_size, store_metadata, seed
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see it change
         self._augment = None
         if augment:
             from loading.augmentation import Augmenter  # a second of imports that a measurement can do without
 
             self._augment = Augmenter()
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see it change
+        self.cache: PhotoCache | None = None
         if cache:
             self.cache = self._open_cache(index_places(Path(root), split))
 
@@ -81,11 +72,14 @@ class COCOPersonDataset(Dataset):
         sample = to_sample(photo, mask)
         if not self.store_metadata:
             return sample
-        return sample, {
-            "image_id": self.index.image_id(index),
-            "file_name": self.index.file_name(index),
-            **metadata,
-        }
+        return sample, {"image_id": self.index.image_id(index), "file_name": self.index.file_name(index)} | metadata
+
+    def original(self, index: int) -> np.ndarray:
+        """The photo and its mask before any resizing: uint8 RGBA (height, width, 4)."""
+        return to_rgba(self._photo(index), self.index.alpha(index))
+
+    def _photo(self, index: int) -> np.ndarray:
+        return read_photo(self.photos / self.index.file_name(index), self.index.size(index))
 
     def _square(self, index: int) -> tuple[np.ndarray, np.ndarray, dict]:
         """The letterboxed photo, uint8 (S, S, 3), its mask (S, S), 0 or 255, and the metadata of `letterbox`."""
@@ -98,31 +92,21 @@ class COCOPersonDataset(Dataset):
         return photo, mask, metadata
 
     def _open_cache(self, places: list[Path]) -> PhotoCache:
-        everything = range(len(self))
+        everything, size = range(len(self)), self.image_size
 
         def draw(index: int) -> tuple[np.ndarray, np.ndarray]:
             photo, mask, metadata = self._square(index)
             return unpadded(photo, metadata["padding"]), unpadded(mask, metadata["padding"])
 
         return open_cache(
-            name=f"{self.photos.name}.{self.image_size}",
+            name=f"{self.photos.name}.{size}",
             state=repr(self.index.fingerprint),
             folders=list(dict.fromkeys([self.index.path.parent, *(place.parent for place in places)])),
-            files=[self._file(index) for index in everything],
-            sizes=np.array([fitted_size(self.index.size(index), self.image_size) for index in everything]),
+            files=[self.photos / self.index.file_name(index) for index in everything],
+            sizes=np.array([fitted_size(self.index.size(index), size) for index in everything]),
             draw=draw,
             threads=usable_cores(),
         )
-
-    def _file(self, index: int) -> Path:
-        return self.photos / self.index.file_name(index)
-
-    def _photo(self, index: int) -> np.ndarray:
-        return read_photo(self._file(index), self.index.size(index))
-
-    def original(self, index: int) -> np.ndarray:
-        """The photo and its mask before any resizing: uint8 RGBA (height, width, 4)."""
-        return to_rgba(self._photo(index), self.index.alpha(index))
 
 
 def to_sample(photo: np.ndarray, mask: np.ndarray) -> torch.Tensor:
@@ -133,6 +117,29 @@ def to_sample(photo: np.ndarray, mask: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(sample)
 
 
+# --- loaders ----------------------------------------------------------------------------------------------
+
+
+def make_loader(
+    dataset: Dataset, batch_size: int, num_workers: int, training: bool,
+    rank: int = 0, world_size: int = 1, pin_memory: bool = False,
+) -> DataLoader:  # fmt: skip
+    """One process's share of the data, in batches of uint8 (N, 4, S, S).
+
+    Training: shuffled by (the dataset's seed, epoch), and every process gets the same number of batches.
+    Validation: in order, each photo in exactly one process, nothing padded and nothing dropped.
+    """
+    sampler, drop_last = range(rank, len(dataset), world_size), False
+    if training:
+        sampler = ResumableSampler(dataset, world_size, rank, shuffle=True, seed=dataset.seed)
+        drop_last = len(sampler) > 1 and len(sampler) % batch_size == 1  # BatchNorm needs two
+    return DataLoader(
+        dataset, batch_size, sampler=sampler, num_workers=num_workers, drop_last=drop_last,
+        collate_fn=stack, pin_memory=pin_memory, persistent_workers=num_workers > 0, worker_init_fn=start_loader_worker,
+        generator=torch.Generator().manual_seed(dataset.seed),  # workers must not draw from the model's dice
+    )  # fmt: skip
+
+
 class ResumableSampler(DistributedSampler):
     """One process's photos in an epoch's order, from the one at place `first` on."""
 
@@ -140,39 +147,6 @@ class ResumableSampler(DistributedSampler):
 
     def __iter__(self) -> Iterator[int]:
         return islice(super().__iter__(), self.first, None)
-
-
-def make_loader(
-    dataset: COCOPersonDataset,
-    batch_size: int,
-    num_workers: int,
-    training: bool,
-    rank: int = 0,
-    world_size: int = 1,
-    pin_memory: bool = False,
-) -> DataLoader:
-    """One process's share of the data, in batches of uint8 (N, 4, S, S).
-
-    Training: shuffled by (the dataset's seed, epoch), and every process gets the same number of batches.
-    Validation: in order, each photo in exactly one process, nothing padded and nothing dropped.
-    """
-    if training:
-        sampler = ResumableSampler(dataset, world_size, rank, shuffle=True, seed=dataset.seed)
-        drop_last = len(sampler) > 1 and len(sampler) % batch_size == 1  # BatchNorm needs two
-    else:
-        sampler, drop_last = range(rank, len(dataset), world_size), False
-    return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        sampler=sampler,
-        num_workers=num_workers,
-        drop_last=drop_last,
-        collate_fn=stack,
-        pin_memory=pin_memory,
-        persistent_workers=num_workers > 0,
-        worker_init_fn=start_loader_worker,
-        generator=torch.Generator().manual_seed(dataset.seed),  # workers must not draw from the model's dice
-    )
 
 
 def stack(samples: list) -> torch.Tensor:

@@ -32,17 +32,17 @@ def letterbox(image: np.ndarray, size: int) -> tuple[np.ndarray, dict]:
     inside = unpadded(square, metadata["padding"])
     resize(image, inside.shape[1::-1], out=inside)
     if image.ndim == 2 or image.shape[2] in (1, 4):
-        harden(square)
+        mask = square[..., -1] if image.ndim == 3 else square
+        mask[...] = cv2.threshold(np.ascontiguousarray(mask), 127, 255, cv2.THRESH_BINARY)[1]
     return square, metadata
 
 
 def placement(original_size: tuple[int, int], size: int) -> dict:
     """Where a photo of (width, height) lies in its square: the metadata of `letterbox`."""
-    scale = size / max(original_size)
     width, height = fitted_size(original_size, size)
     left, top = (size - width) // 2, (size - height) // 2
     padding = (left, top, size - width - left, size - height - top)
-    return {"original_size": original_size, "scale": scale, "padding": padding}
+    return {"original_size": original_size, "scale": size / max(original_size), "padding": padding}
 
 
 def fitted_size(original_size: tuple[int, int], size: int) -> tuple[int, int]:
@@ -62,15 +62,6 @@ def pad(fitted: np.ndarray, padding: tuple[int, int, int, int], size: int) -> np
     square = np.zeros((size, size, *fitted.shape[2:]), fitted.dtype)
     unpadded(square, padding)[...] = fitted
     return square
-
-
-def harden(image: np.ndarray) -> None:
-    """Cuts a mask, or an RGBA image's fourth channel, at one half: 0 or 255, in place."""
-    mask = image[..., -1] if image.ndim == 3 else image
-    if mask.flags.c_contiguous:
-        cv2.threshold(mask, 127, 255, cv2.THRESH_BINARY, dst=mask)
-    else:
-        mask[...] = cv2.threshold(np.ascontiguousarray(mask), 127, 255, cv2.THRESH_BINARY)[1]
 
 
 def to_rgba(photo: np.ndarray, mask: np.ndarray) -> np.ndarray:

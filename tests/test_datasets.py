@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import os
-import platform
 import random
-import signal
-import struct
-import zlib
 from itertools import product
 from pathlib import Path
 
@@ -21,15 +16,12 @@ from conftest import (
     edit,
     fresh_python,
     persons_of,
-    refusal,
     write_photo,
 )
-from PIL import Image
 from pycocotools.coco import COCO
 
 from datasets import COCOPersonDataset, batches, letterbox, make_loader, restore
 from loading.index import open_index
-from loading.reading import read_photo
 from utils import usable_cores
 
 TRAIN, VAL = "train2017", "val2017"
@@ -44,16 +36,6 @@ def union(coco: COCO, image_id: int) -> np.ndarray:
 
 def iou(a: np.ndarray, b: np.ndarray) -> float:
     return np.logical_and(a, b).sum() / np.logical_or(a, b).sum()
-
-
-def centre(mask: np.ndarray) -> np.ndarray:
-    """(x, y) of the centre of mass, counted from the image's corner."""
-    return np.argwhere(mask).mean(0)[::-1] + 0.5
-
-
-def disc(height: int, width: int) -> np.ndarray:
-    spot = (width * 2 // 5, height * 9 // 20)
-    return cv2.circle(np.zeros((height, width), np.uint8), spot, min(height, width) // 4, 255, -1)
 
 
 def epoch_of(loader, epoch: int) -> torch.Tensor:
@@ -144,82 +126,6 @@ def test_channels_are_red_green_blue_alpha_and_a_grey_photo_has_three_equal_ones
     assert np.array_equal(grey, grey[..., :1].repeat(3, 2))
 
 
-@pytest.mark.parametrize(("annotated", "quarter_turns"), [((64, 48), 0), ((48, 64), -1)])
-def test_a_turned_photo_is_read_in_the_orientation_of_its_annotation(tmp_path, annotated, quarter_turns):
-    photo = np.zeros((48, 64, 3), np.uint8)
-    photo[:16, :20, 0] = 250
-    write_photo(tmp_path / "stored.jpg", photo)
-    tags = struct.pack(">2sHIHHHIHHI", b"MM", 42, 8, 1, 0x0112, 3, 1, 6, 0, 0)  # orientation 6: shown turned right
-    exif = b"\xff\xe1" + struct.pack(">H", len(tags) + 8) + b"Exif\0\0" + tags
-    stored = (tmp_path / "stored.jpg").read_bytes()
-    (tmp_path / "turned.jpg").write_bytes(stored[:2] + exif + stored[2:])
-    expected = np.rot90(read_photo(tmp_path / "stored.jpg", (64, 48)), quarter_turns)
-    assert np.array_equal(read_photo(tmp_path / "turned.jpg", annotated), expected)
-
-
-# --- letterbox and the way back ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("width", "height", "size", "scale", "padding"),
-    [(640, 480, 384, 0.6, (0, 48, 0, 48)), (333, 500, 384, 0.768, (64, 0, 64, 0)), (100, 50, 200, 2.0, (0, 50, 0, 50)),
-     (384, 384, 384, 1, (0, 0, 0, 0)), (1000, 3, 64, 0.064, (0, 31, 0, 32)), (1, 90, 64, 64 / 90, (31, 0, 32, 0))],
-)  # fmt: skip
-def test_letterbox_fits_centres_and_pads_with_zeros(width, height, size, scale, padding):
-    square, metadata = letterbox(np.full((height, width, 3), 255, np.uint8), size)
-    assert metadata == {"original_size": (width, height), "scale": pytest.approx(scale), "padding": padding}
-    left, top, right, bottom = padding
-    expected = np.zeros((size, size, 3), np.uint8)
-    expected[top : size - bottom, left : size - right] = 255
-    assert np.array_equal(square, expected)
-
-
-@pytest.mark.parametrize("channels", [(), (1,), (3,), (4,)])
-@pytest.mark.parametrize("shape", [(1, 90), (90, 1), (3, 1000), (1000, 3), (64, 64), (50, 50), (129, 127), (1, 1)])
-def test_restore_returns_the_size_the_dtype_and_the_content(shape, channels):
-    image = np.full((*shape, *channels), 255, np.uint8)
-    image[tuple(slice(n // 2) if n == max(shape) else slice(None) for n in shape)] = 0
-    square, metadata = letterbox(image, 64)
-    back, fractions = restore(square, metadata), restore(square.astype(np.float32) / 255, metadata)
-    assert square.shape == (64, 64, *channels)
-    assert (back.shape, back.dtype) == (image.shape, np.uint8)
-    assert (fractions.shape, fractions.dtype) == (image.shape, np.float32)
-    assert np.abs(fractions - back / 255.0).max() <= 1 / 255
-    assert np.abs(back - image.astype(int)).mean() < 4
-
-
-@pytest.mark.parametrize("shape", [(30, 40), (480, 640), (384, 384), (999, 667), (1230, 1640)])
-def test_the_content_comes_back_undistorted_and_where_it_was(shape):
-    ys, xs = np.mgrid[: shape[0], : shape[1]]
-    smooth = [30 + 200 * xs / shape[1], 30 + 200 * ys / shape[0], 30 + 100 * (xs + ys) / sum(shape)]
-    image = np.dstack([*smooth, disc(*shape)]).round().astype(np.uint8)
-    square, metadata = letterbox(image, 384)
-    back, mask, small = restore(square, metadata), image[..., 3], square[..., 3]
-    left, top, right, bottom = metadata["padding"]
-    scale = np.array([384 - left - right, 384 - top - bottom]) / shape[::-1]
-    assert np.abs(back.astype(int) - image)[..., :3].max() <= max(2, 100 // max(shape))
-    assert iou(back[..., 3] > 127, mask) > 0.97
-    assert centre(small) == pytest.approx(centre(mask) * scale + (left, top), abs=0.1)
-    assert centre(back[..., 3] > 127) == pytest.approx(centre(mask), abs=0.15 / metadata["scale"])
-    assert abs(np.subtract(*np.ptp(np.argwhere(small), axis=0))) <= 1 + metadata["scale"]  # round, as it was
-
-
-@pytest.mark.parametrize("channels", [(), (1,), (4,)])
-@pytest.mark.parametrize("side", [20, 64, 77, 150])
-def test_masks_stay_0_or_255_and_the_input_as_it_was(side, channels):
-    noise = np.random.default_rng(0).choice(np.array([0, 255], np.uint8), (side, side - 5, *channels))
-    before = noise.copy()
-    square, _ = letterbox(noise, 64)
-    assert np.unique(square[..., -1] if channels else square).tolist() == [0, 255]
-    assert np.array_equal(noise, before)
-
-
-def test_what_shrinks_by_more_than_two_is_averaged():
-    board = (np.indices((1000, 1000)).sum(0) % 2 * 255).astype(np.uint8)
-    square, _ = letterbox(np.dstack([board] * 3), 200)  # picking every fifth pixel would give the board again
-    assert np.abs(square.astype(int) - 127).max() <= 8
-
-
 # --- samples and augmentation -----------------------------------------------------------------------------
 
 
@@ -284,62 +190,6 @@ def test_importing_is_light_and_augmenting_asks_no_network():
     assert fresh_python(code) == ["False", "True []"]
 
 
-def jpegs() -> dict[str, bytes]:
-    """A photo of 47 x 61 pixels as JPEGs of every kind, whole and damaged."""
-    pixels = np.random.default_rng(0).integers(0, 256, (61, 47, 3), np.uint8)
-    photo = Image.fromarray(cv2.GaussianBlur(pixels, (5, 5), 0))
-
-    def written(mode: str = "RGB", **options: object) -> bytes:
-        photo.convert(mode).save(file := io.BytesIO(), "JPEG", **options)
-        return file.getvalue()
-
-    turned = Image.Exif()
-    turned[0x0112] = 6
-    whole = written()
-    return {
-        "4:2:0": whole, "4:2:2": written(subsampling=1), "4:4:4": written(subsampling=0),
-        "progressive": written(progressive=True), "grey": written("L"), "CMYK": written("CMYK"),
-        "turned": written(exif=turned.tobytes()), "restarts": written(restart_marker_blocks=2),
-        "more behind": whole + b"abc", "more before": whole.replace(b"\xff\xda", b"\0\0\xff\xda", 1),
-        "cut in half": whole[: len(whole) // 2],
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", jpegs())
-def test_a_jpeg_is_read_as_opencv_reads_it(tmp_path, kind):
-    photo = tmp_path / "photo.jpg"
-    photo.write_bytes(jpegs()[kind])
-    expected = cv2.imread(str(photo), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
-    if kind == "cut in half":  # which imread takes for whole
-        assert "cannot be read" in refusal(read_photo, photo, (47, 61))
-    else:
-        assert np.array_equal(read_photo(photo, (47, 61)), expected)
-
-
-def png_of_zeros(width: int, height: int) -> bytes:
-    """A hundred of them, whatever the size says."""
-    chunks = [b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT" + zlib.compress(bytes(100))]
-    framed = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in [*chunks, b"IEND"]]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [None, b"", b"a text", png_of_zeros(48, 64), png_of_zeros(10**5, 10**5),
-     cv2.imencode(".jpg", np.zeros((65, 48), np.uint8))[1].tobytes()],
-    ids=["a folder", "empty", "text", "damaged", "beyond OpenCV", "48 x 65"],
-)  # fmt: skip
-def test_a_photo_that_cannot_be_used_is_named_when_it_is_read(coco_root, content, request):
-    dataset = COCOPersonDataset(coco_root, TRAIN, image_size=32)
-    photo = coco_root / TRAIN / FIRST
-    photo.unlink()
-    assert str(photo) in refusal(dataset.__getitem__, 0)
-    photo.mkdir() if content is None else photo.write_bytes(content)
-    sizes = ("48 x 65", "48 x 64") if "48 x 65" in request.node.name else ()
-    assert all(text in refusal(dataset.__getitem__, 0) for text in (str(photo), *sizes))
-    assert dataset[1].shape == (4, 32, 32)
-
-
 # --- loaders ----------------------------------------------------------------------------------------------
 
 
@@ -380,39 +230,6 @@ def test_only_a_last_training_batch_of_one_photo_is_dropped(coco_root, batch_siz
     assert [images.shape for images in made] == [(size, 4, 8, 8) for size in sizes]
     assert {images.dtype for images in made} == {torch.uint8}
     assert [len(images) for images in batches(make_loader(val, 2, 0, training=False), 0)] == [2, 2, 1]
-
-
-class Probe(torch.utils.data.Dataset):
-    seed = 0
-
-    def __len__(self) -> int:
-        return 4
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return torch.tensor([cv2.getNumThreads(), signal.getsignal(signal.SIGINT) == signal.SIG_IGN])
-
-
-def test_workers_keep_to_one_thread_ignore_ctrl_c_and_leave_the_dice_of_the_model_alone(request):
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it already
-    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
-    dice, threads = torch.get_rng_state(), cv2.getNumThreads()
-    for training in (True, False):
-        assert torch.cat(list(make_loader(Probe(), 2, 2, training))).tolist() == [[1, 1]] * 4
-    assert torch.equal(torch.get_rng_state(), dice)
-    assert cv2.getNumThreads() == threads
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
-def test_a_worker_keeps_the_memory_that_it_has_freed():
-    code = """if True:
-        import resource
-        import datasets, numpy
-        workers.start_worker(0)
-        for _ in range(10):
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            [numpy.ones(2**23, numpy.uint8) for _ in range(4)]
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 100)"""
-    assert fresh_python(code) == ["True"]  # 8192 pages otherwise
 
 
 @pytest.mark.parametrize(

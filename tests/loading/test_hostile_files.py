@@ -38,7 +38,7 @@ from loading.reading import claimed_size, read_photo
 
 TRAIN = "train2017"
 ASKED = int(os.environ.get("HOSTILE_FILES", 0))
-ANNOTATION_FILES, PHOTOS = (ASKED * 4 // 5, ASKED // 5) if ASKED else (2000, 500)
+ANNOTATION_FILES, PHOTOS = (ASKED * 4 // 5, ASKED // 5) if ASKED else (1000, 250)
 MOST_MEMORY = 600 * 2**20  # bytes that the process may grow by
 MOST_SECONDS = 5  # of processor time for a file
 

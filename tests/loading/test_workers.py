@@ -1,0 +1,64 @@
+"""What a loader's worker begins with."""
+
+from __future__ import annotations
+
+import platform
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import pytest
+import torch
+from conftest import fresh_python
+
+from datasets import make_loader
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Probe(torch.utils.data.Dataset):
+    seed = 0
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.tensor([cv2.getNumThreads(), signal.getsignal(signal.SIGINT) == signal.SIG_IGN])
+
+
+def test_workers_keep_to_one_thread_ignore_ctrl_c_and_leave_the_dice_of_the_model_alone(request):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it already
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+    dice, threads = torch.get_rng_state(), cv2.getNumThreads()
+    for training in (True, False):
+        assert torch.cat(list(make_loader(Probe(), 2, 2, training))).tolist() == [[1, 1]] * 4
+    assert torch.equal(torch.get_rng_state(), dice)
+    assert cv2.getNumThreads() == threads
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
+def test_a_worker_keeps_the_memory_that_it_has_freed():
+    code = """if True:
+        import resource, numpy
+        from loading.workers import start_worker
+        start_worker(0)
+        for _ in range(10):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            [numpy.ones(2**23, numpy.uint8) for _ in range(4)]
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 100)"""
+    assert fresh_python(code) == ["True"]  # 8192 pages otherwise
+
+
+def test_a_program_that_leaves_its_loader_behind_ends_at_once():
+    """Python ends its workers by SIGTERM: who plainly ignores it is waited for, for ever."""
+    code = """if True:
+        import torch
+        from datasets import make_loader
+        class Numbers(torch.utils.data.Dataset):
+            seed, __len__, __getitem__ = 0, lambda self: 8, lambda self, index: torch.tensor(index)
+        loader = make_loader(Numbers(), 2, 1, training=False)
+        print(len(list(loader)))"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "4\n"
