@@ -234,7 +234,7 @@ def _parse(annotations: Path) -> _CocoFile:
         raise DataError(f"{annotations} does not fit into the memory") from None
 
 
-def _persons(coco: _CocoFile, annotations: Path, left_out: Counter[str]) -> list[tuple[_Photo, list[bytes]]]:
+def _persons(coco: _CocoFile, annotations: Path, left_out: Counter[str]) -> list[tuple[_Photo, list[msgspec.Raw]]]:
     """The photos with persons and their persons' segmentations, as copies: the rest of the file can go."""
     categories = {category.id for category in coco.categories if category.name == "person"}
     if not categories:
@@ -244,7 +244,7 @@ def _persons(coco: _CocoFile, annotations: Path, left_out: Counter[str]) -> list
         if annotation.category_id not in categories:
             continue
         if annotation.image_id in photos:
-            grouped.setdefault(annotation.image_id, []).append(bytes(annotation.segmentation))
+            grouped.setdefault(annotation.image_id, []).append(annotation.segmentation)
         else:
             left_out["annotations of an unknown photo"] += 1
     return [(photos[image_id], segmentations) for image_id, segmentations in grouped.items()]
@@ -272,8 +272,8 @@ def _safe_name(photo: _Photo, annotations: Path) -> str:
 
 
 def _present(
-    persons: list[tuple[_Photo, list[bytes]]], photos: Path, folders: list[str], left_out: Counter[str]
-) -> list[tuple[_Photo, list[bytes]]]:
+    persons: list[tuple[_Photo, list[msgspec.Raw]]], photos: Path, folders: list[str], left_out: Counter[str]
+) -> list[tuple[_Photo, list[msgspec.Raw]]]:
     """Those whose file lies in the photo folder, which itself may lie wherever its owner wants it."""
     home, present = os.path.realpath(photos), []
     inside = {folder: _files_in(photos / folder, home) for folder in folders}
@@ -308,7 +308,7 @@ def _lies_in(path: str | Path, home: str) -> bool:
     return Path(os.path.realpath(path)).is_relative_to(home)
 
 
-def _drawn(persons: list[tuple[_Photo, list[bytes]]], left_out: Counter[str]) -> list[tuple[_Photo, Mask]]:
+def _drawn(persons: list[tuple[_Photo, list[msgspec.Raw]]], left_out: Counter[str]) -> list[tuple[_Photo, Mask]]:
     """Each photo with its merged mask, without those where nothing can be drawn."""
     processes, rows = min(usable_cores(), MOST_PROCESSES) if len(persons) >= MANY_PHOTOS else 1, []
     masks = draw_all([Drawing(shapes, photo.height, photo.width) for photo, shapes in persons], processes)
@@ -332,7 +332,7 @@ def _flat_arrays(rows: list[tuple[_Photo, Mask]]) -> dict[str, torch.Tensor]:
     }  # fmt: skip
 
 
-def _joined(pieces: list[bytes]) -> tuple[torch.Tensor, torch.Tensor]:
+def _joined(pieces: list[msgspec.Raw]) -> tuple[torch.Tensor, torch.Tensor]:
     offsets = torch.zeros(len(pieces) + 1, dtype=torch.int64)
     offsets[1:] = torch.tensor([len(piece) for piece in pieces]).cumsum(0)
     return torch.frombuffer(bytearray().join(pieces), dtype=torch.uint8), offsets

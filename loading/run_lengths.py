@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import starmap
 from threading import Thread
@@ -27,7 +27,7 @@ MOST_CHARACTERS = 7  # of a number: 35 bits, and COCO's have 32
 class Drawing(NamedTuple):
     """What has to be drawn of one photo: its annotations' segmentations, as JSON."""
 
-    segmentations: list[bytes]
+    segmentations: list[msgspec.Raw]
     height: int
     width: int
 
@@ -51,7 +51,7 @@ _segmentation = msgspec.json.Decoder(list[list[float]] | _RunLengths)
 # --- from an annotation file ------------------------------------------------------------------------------
 
 
-def draw(segmentations: list[bytes], height: int, width: int) -> Mask:
+def draw(segmentations: list[msgspec.Raw], height: int, width: int) -> Mask:
     """The union of a photo's segmentations; those that cannot be drawn are counted."""
     drawn, undrawable = [], 0
     for segmentation in segmentations:
@@ -61,18 +61,19 @@ def draw(segmentations: list[bytes], height: int, width: int) -> Mask:
             undrawable += 1
     if not drawn:
         return Mask(None, 0, undrawable)
-    return Mask(_merge(drawn)["counts"], max(int(coco_mask.area(one)) for one in drawn), undrawable)
+    masks, areas = zip(*drawn, strict=True)
+    return Mask(_merge(masks)["counts"], max(areas), undrawable)
 
 
-def _merge(drawn: list[dict]) -> dict:
+def _merge(drawn: Sequence[dict]) -> dict:
     """A few at a time: pycocotools merges one after the other, which takes the square of their number."""
     while len(drawn) > 1:
         drawn = [coco_mask.merge(drawn[k : k + MERGED_AT_ONCE]) for k in range(0, len(drawn), MERGED_AT_ONCE)]
     return drawn[0]
 
 
-def _draw_one(segmentation: bytes, height: int, width: int) -> dict:
-    """One annotation's run lengths, drawn by pycocotools after the checks that it leaves out.
+def _draw_one(segmentation: msgspec.Raw, height: int, width: int) -> tuple[dict, int]:
+    """One annotation's run lengths and its pixels, drawn by pycocotools after the checks that it leaves out.
 
     Raises:
         ValueError: run lengths that do not fill the photo, a polygon that `_check_polygon` refuses, or none inside.
@@ -82,15 +83,15 @@ def _draw_one(segmentation: bytes, height: int, width: int) -> dict:
         counts = shape.counts if isinstance(shape.counts, list) else decode_counts(shape.counts.encode()).tolist()
         if shape.size != (height, width) or min(counts, default=-1) < 0 or sum(counts) != height * width:
             raise ValueError("the run lengths are not of the photo's size")
-        return coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
+        return coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width), sum(counts[1::2])
     if not shape:
         raise ValueError("there is no polygon")
     for polygon in shape:
         _check_polygon(polygon, height, width)
     drawn = _merge(coco_mask.frPyObjects(shape, height, width))
-    if not coco_mask.area(drawn):
+    if not (area := int(coco_mask.area(drawn))):
         raise ValueError("nothing of it lies inside the photo")
-    return drawn
+    return drawn, area
 
 
 def _check_polygon(polygon: list[float], height: int, width: int) -> None:

@@ -171,7 +171,15 @@ def test_the_processes_end_with_the_one_that_started_them():
         time.sleep(0.02)
 
 
-def test_the_processes_are_small():
+def test_the_processes_import_neither_torch_nor_the_program_that_starts_them(tmp_path):
     ours = {"torch", "albumentations", "loading.index"}
     code = f"import sys; from loading import run_lengths; print(sorted({ours} & set(sys.modules)))"
     assert fresh_python(code) == ["[]"]
+    program = """if True:
+        print("begun", flush=True)
+        from loading import run_lengths
+        print([mask.largest for mask in run_lengths.draw_all([([b"[[1, 1, 5, 1, 5, 5]]"], 9, 9)], 2)])"""
+    (tmp_path / "program.py").write_text(program)
+    command = [sys.executable, tmp_path / "program.py"]
+    environment = os.environ | {"PYTHONPATH": str(Path(run_lengths.__file__).parents[1])}
+    assert subprocess.run(command, env=environment, capture_output=True, text=True).stdout == "begun\n[6]\n"
