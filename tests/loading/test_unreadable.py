@@ -15,7 +15,7 @@ import cv2
 import pytest
 import torch
 from conftest import edit, refusal
-from test_trainer import ALONE, Tiny, flags, quick, small  # noqa: F401
+from test_trainer import ALONE, Tiny, flags, quick, run_of, small, unwatched  # noqa: F401
 from test_trainer import refusal as command_refusal
 
 import datasets
@@ -24,7 +24,7 @@ from datasets import COCOPersonDataset, batches, make_loader
 from loading import unreadable
 from loading.unreadable import TolerantDataset, add_names, dead_worker
 from training import checkpoints
-from utils import LossCalculator, read_checkpoint
+from utils import read_checkpoint
 
 ROOT = Path(trainer.__file__).parent
 TRAIN, VAL = "train2017", "val2017"
@@ -242,8 +242,8 @@ def test_the_validation_is_that_of_the_set_without_the_photo(coco_root, tmp_path
     truncate(photo(coco_root, VAL, 2))
     loader = make_loader(tolerant(coco_root, VAL, tmp_path), batch_size, workers, training=False)
     torch.manual_seed(0)
-    model = Tiny()
-    found, expected = (trainer.validate(model, it, LossCalculator(), ALONE, None) for it in (loader, expected))
+    run = run_of(Tiny())
+    found, expected = (trainer.validate(run, it, unwatched(run)) for it in (loader, expected))
     assert found["images"] == expected["images"] == 4
     assert found == pytest.approx(expected, rel=1e-6)  # other batches, other roundings
     assert loader.dataset.bad() == [2]
