@@ -12,9 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
@@ -28,16 +26,7 @@ from cutting.edges import alpha_of, to_opacity
 from datasets import COCOPersonDataset, DataError, letterbox
 from training import launching, pictures
 from training.settings import OneLineParser
-from utils import (
-    CheckpointError,
-    Processes,
-    UserError,
-    atomic_write,
-    make_writable,
-    read_checkpoint,
-    usable_cores,
-    write_csv,
-)
+from utils import Processes, UserError, atomic_write, read_checkpoint, usable_cores, write_csv, writing_to
 
 BOUNDARY_SHARE = 0.02  # of the image's diagonal: how far from the contour its boundary reaches (Cheng et al. 2021)
 WORST = 12  # photos of the contact sheet
@@ -63,8 +52,8 @@ def main(options: argparse.Namespace) -> dict:
     name = f"{Path(options.checkpoint).stem}_on_{Path(options.data_root).resolve().name}_{options.split}"
     folder = Path(options.checkpoint).with_name(name)
     if processes.is_main:
-        with named_failure(folder):
-            make_writable(folder)  # early: what was measured for an hour must find its place
+        with writing_to(str(folder)):
+            utils.make_writable(folder)  # early: what was measured for an hour must find its place
     rows, left_out = measure_share(cutter, dataset, processes)
     facts = {"checkpoint": str(options.checkpoint), "data_root": str(options.data_root), "split": options.split,
              "image_size": cutter.image_size, "left_out": len(left_out)}  # fmt: skip
@@ -77,14 +66,6 @@ def main(options: argparse.Namespace) -> dict:
         print(f"written to {folder}: metrics.json, photos.csv, worst.png", flush=True)
     launching.end_processes()
     return result
-
-
-@contextmanager
-def named_failure(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be written: {error.strerror}") from None
 
 
 def measure_share(cutter: Cutter, dataset: COCOPersonDataset, processes: Processes) -> tuple[list[dict], list[str]]:
@@ -195,7 +176,7 @@ def table(result: dict) -> str:
 
 
 def write_files(result: dict, rows: list[dict], cutter: Cutter, dataset: COCOPersonDataset, folder: Path) -> None:
-    with named_failure(folder):
+    with writing_to(str(folder)):
         with atomic_write(folder / "metrics.json") as file:
             file.write(json.dumps(result, indent=2).encode())
         write_csv(rows, folder / "photos.csv")

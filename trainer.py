@@ -30,12 +30,12 @@ import utils
 from datasets import COCOPersonDataset, batches, make_loader
 from loading.unreadable import TolerantDataset, dead_worker, name_bad_photos
 from models import ENCODERS, SMALLEST_INPUT, UNetAutoencoder
-from training import launching, pictures, report, resuming, step
-from training.checkpoints import RUN, RunFolder, tried
+from training import launching, pictures, report, resuming
+from training.checkpoints import RUN_JSON, RunFolder, tried
 from training.interruptions import Stopped, Watch
 from training.run import Run
 from training.settings import UsageError, flag, read_settings
-from training.step import Tally, autocast, groups, split, to_device
+from training.step import Tally, autocast, find_parts, gradients_shared, groups, split, to_device
 from utils import LossCalculator, Processes, UserError, usable_cores
 
 
@@ -108,14 +108,16 @@ def main(config: Config) -> None:
     processes = launching.start_processes(config.device)
     train_loader, val_loader = open_data(config, processes)
     with RunFolder(config.checkpoint_dir, config.keep_checkpoints) as folder:
-        run = start_run(config, processes, *find_start(config, processes, folder, train_loader, val_loader))
+        found = find_start(config, processes, folder, train_loader, val_loader)
+        run = start_run(config, processes, found)
         begin(run, config, folder, train_loader, val_loader)
         with Watch(run, folder, config.checkpoint_minutes) as watch:
             for epoch in range(run.epochs_done, config.num_epochs):
                 training = train_one_epoch(run, train_loader, epoch, config, watch)
                 utils.share_buffers(run.model)
                 validation = validate(run, val_loader, watch)
-                watch.restart_clock(write_down(run, training, validation, val_loader.dataset, folder))
+                saved = write_down(run, training, validation, val_loader.dataset, folder)
+                watch.restart_clock(saved)
         finish(run, folder)
     launching.end_processes()
 
@@ -126,19 +128,19 @@ def train_one_epoch(run: Run, loader: DataLoader, epoch: int, config: Config, wa
     done, steps = run.step * config.accumulate, math.ceil(len(loader) / config.accumulate)
     progress = report.Progress(loader, f"epoch {epoch + 1}/{config.num_epochs}", run.processes.is_main,
                                config.log_every * config.accumulate, done)  # fmt: skip
-    for group in groups(progress.watch(batches(loader, epoch, done)), config.accumulate):
+    for group in groups(progress.over(batches(loader, epoch, done)), config.accumulate):
         torch.manual_seed(seed_from(config.seed, epoch, run.step, run.processes.rank))  # dropout after a resume
         run.guard.begin_step()
         run.optimizer.zero_grad(set_to_none=True)
         parts, photos = split(group, run.parts, config.batch_size), sum(map(len, group))
         for part in parts:
             images, target = to_device(part, run.device)
-            with step.gradients_shared(run.parallel_model, part is parts[-1]):
+            with gradients_shared(run.parallel_model, part is parts[-1]):
                 with autocast(run.device, run.amp_dtype):
                     raw = run.parallel_model(images)
                 loss, terms = run.criterion(raw, target)
                 run.scaler.scale(loss * (len(part) / photos)).backward()
-            run.guard.watch(loss)
+            run.guard.add_loss(loss)
             run.tally.update(loss, terms, raw, target)
         run.scaler.unscale_(run.optimizer)  # before the clipping, which is meant for the real gradients
         norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
@@ -155,7 +157,7 @@ def validate(run: Run, loader: DataLoader, watch: Watch) -> dict[str, float]:
     run.model.eval()
     tally, progress = Tally(run.criterion, run.device), report.Progress(loader, "validation", run.processes.is_main)
     common = len(loader.dataset) // run.processes.world_size // loader.batch_size  # batches that every process has
-    for number, batch in enumerate(progress.watch(batches(loader, 0))):
+    for number, batch in enumerate(progress.over(batches(loader, 0))):
         for part in split([batch], run.parts, loader.batch_size):
             images, target = to_device(part, run.device)
             with autocast(run.device, run.amp_dtype):
@@ -213,27 +215,20 @@ def draw_sample(config: Config) -> None:
 
 def find_start(
     config: Config, processes: Processes, folder: RunFolder, train_loader: DataLoader, val_loader: DataLoader
-) -> tuple[TolerantDataset, dict[str, str], tuple[Path, dict] | None]:
-    """The training's photos, what a resume must find again, and the checkpoint to go on from, if any."""
-    train, val = train_loader.dataset, val_loader.dataset
-    data = resuming.contents(train.dataset, val.dataset)
+) -> tuple[Path, dict] | None:
+    """The checkpoint to go on from, if any. The main process's disk decides: others may have none, or another one."""
 
     def find() -> tuple[Path, dict] | None:
         folder.claim()
-        settings = dataclasses.asdict(config)
-        return resuming.find_checkpoint(folder.path, settings, processes.world_size, len(train), data)
+        train, val = train_loader.dataset.dataset, val_loader.dataset.dataset
+        settings, defaults = dataclasses.asdict(config), dataclasses.asdict(Config())
+        data = resuming.contents(train, val)
+        return resuming.find_checkpoint(folder.path, settings, defaults, processes.world_size, len(train), data)
 
-    # The main process's disk decides: on several machines the others may have no checkpoint, or another one.
-    return train, data, utils.on_main(find, processes)
+    return utils.on_main(find, processes)
 
 
-def start_run(
-    config: Config,
-    processes: Processes,
-    dataset: TolerantDataset | None = None,
-    data: dict[str, str] | None = None,
-    found: tuple[Path, dict] | None = None,
-) -> Run:
+def start_run(config: Config, processes: Processes, found: tuple[Path, dict] | None = None) -> Run:
     """The model and what trains it, from the first weights or from the checkpoint that was found."""
     torch.manual_seed(config.seed)
     on_gpu = processes.device.type == "cuda"
@@ -243,7 +238,7 @@ def start_run(
         model = UNetAutoencoder(config.encoder, pretrained, config.use_attention, weights_file)
     model = model.to(processes.device, memory_format=utils.memory_format(processes.device))
     amp_dtype = utils.autocast_dtype(processes.device, config.amp, config.bfloat16_on_cpu)
-    parts = step.find_parts(model, config.batch_size, config.image_size, processes.device, amp_dtype) if on_gpu else 1
+    parts = find_parts(model, config.batch_size, config.image_size, processes.device, amp_dtype) if on_gpu else 1
     if utils.needs_sync_batchnorm(processes, config.batch_size // parts):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     # Fused, it skips float16's overflows on the GPU itself, where others would wait for the answer at every step.
@@ -252,7 +247,7 @@ def start_run(
     scaler = torch.amp.GradScaler(processes.device.type, enabled=amp_dtype == torch.float16)
     criterion = LossCalculator(config.colour_weight, config.bce_weight, config.dice_weight)
     run = Run(processes, dataclasses.asdict(config), model, model, criterion, optimizer, scaler=scaler,
-              scheduler=scheduler, amp_dtype=amp_dtype, parts=parts, dataset=dataset, data=data)  # fmt: skip
+              scheduler=scheduler, amp_dtype=amp_dtype, parts=parts)  # fmt: skip
     if found:
         run.restore(*found)
     run.parallel_model = parallel(model, processes)
@@ -274,16 +269,19 @@ def parallel(model: nn.Module, processes: Processes) -> nn.Module:
 
 
 def begin(run: Run, config: Config, folder: RunFolder, train_loader: DataLoader, val_loader: DataLoader) -> None:
-    """Makes the folder this run's, and tells of it."""
-    utils.on_main(lambda: folder.take_over(run, resuming.went_back(config.resume)), run.processes)
+    """Gives the run its photos and makes the folder its own; tells of it."""
+    run.dataset = train_loader.dataset
+    went_back = run.source == Path(config.resume)
+    utils.on_main(lambda: folder.take_over(run, went_back), run.processes)
     if not run.processes.is_main:
         return
+    run.data = resuming.contents(train_loader.dataset.dataset, val_loader.dataset.dataset)
     changed = {name: value for name, value in run.settings.items() if value != getattr(Config, name)}
     print(report.describe(run, changed, folder.path, train_loader, val_loader), flush=True)
     if run.epochs_done >= config.num_epochs:
         print(f"all {config.num_epochs} epochs are done: a higher --num-epochs goes on", flush=True)
     else:
-        tried(lambda: report.write_run(run, folder.path / RUN))
+        tried(lambda: report.write_run(run, folder.path / RUN_JSON))
 
 
 # --- after each epoch -------------------------------------------------------------------------------------
@@ -321,7 +319,7 @@ def parse(argv: list[str]) -> Config:
     if any(argument.split("=")[0] == "--evaluate" for argument in argv):
         raise UsageError("--evaluate is a command of its own: python evaluate.py checkpoints/best_model.pth")
     special = {"resume": {"nargs": "?", "const": resuming.NEWEST, "metavar": "FILE"}}
-    config = read_settings(argv, Config, __doc__, {"--sample": SAMPLE}, special)
+    config = read_settings(argv, Config, __doc__, {"sample": SAMPLE}, special)
     check(config)
     return config
 

@@ -318,6 +318,19 @@ def flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def writing_to(what: str) -> Iterator[None]:
+    """What cannot be written within the block is told as one line, `what` at its beginning.
+
+    Raises:
+        CheckpointError: instead of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{what} cannot be written: {error.strerror}") from None
+
+
 def make_writable(folder: Path) -> None:
     """Makes a folder, with those above it, and sees early that something can be written there.
 
@@ -348,7 +361,8 @@ def read_checkpoint(path: str | Path) -> dict:
         raise CheckpointError(f"there is no checkpoint {path}") from None
     except Exception as error:  # whatever a damaged or foreign file makes the readers raise
         raise CheckpointError(f"the checkpoint {path} is damaged or no checkpoint ({type(error).__name__})") from None
-    if not isinstance(content, dict) or not {"model", "config", "epoch"} <= content.keys():
+    if not isinstance(content, dict) or not {"model", "config", "epoch"} <= content.keys() \
+            or not isinstance(content["config"], dict):  # fmt: skip
         raise CheckpointError(f"{path} is not a checkpoint of this program: it holds no model, config and epoch")
     return content
 

@@ -419,6 +419,19 @@ def test_a_restart_does_not_go_back_to_the_file_that_was_given(coco_root, tmp_pa
     assert f"going on from {tmp_path / 'run' / 'last.pth'}, after epoch 1, step 2" in capsys.readouterr().out
 
 
+def test_a_restart_that_passes_over_a_damaged_checkpoint_moves_nothing_else(coco_root, tmp_path, monkeypatch, capsys):
+    run_folder = tmp_path / "run"
+    trainer.main(small(coco_root, run_folder, **{**TWO, "num_epochs": 3}))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    os.truncate(run_folder / "last.pth", 1000)  # and epoch_0003.pth
+    best = (run_folder / "best_model.pth").read_bytes()
+    trainer.main(small(coco_root, run_folder, resume=str(run_folder / "epoch_0001.pth"), **{**TWO, "num_epochs": 2}))
+    assert f"going on from {run_folder / 'epoch_0002.pth'}, after epoch 2" in capsys.readouterr().out
+    (aside,) = run_folder.glob("earlier_*")
+    assert sorted(path.name for path in aside.iterdir()) == ["epoch_0003.pth", "last.pth"]
+    assert (run_folder / "best_model.pth").read_bytes() == best
+
+
 # --- numbers that break -----------------------------------------------------------------------------------
 
 
@@ -550,9 +563,9 @@ def test_a_run_that_never_finds_room_ends_with_one_line(coco_root, tmp_path, mon
 def test_after_a_failed_save_the_next_step_does_not_wait_a_quarter_of_an_hour(coco_root, tmp_path, monkeypatch):
     monkeypatch.setattr(interruptions, "RETRY_SECONDS", 0.0)
     saves = []
-    real = checkpoints.save_last
-    monkeypatch.setattr(checkpoints, "save_epoch", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
-    monkeypatch.setattr(checkpoints, "save_last", lambda *args: (saves.append(1), real(*args)))
+    real = checkpoints.write_last
+    monkeypatch.setattr(checkpoints, "write_epoch", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    monkeypatch.setattr(checkpoints, "write_last", lambda *args: (saves.append(1), real(*args)))
     monkeypatch.setattr(checkpoints.RunFolder, "insist", lambda *_: None)
     trainer.main(small(coco_root, tmp_path / "run", **TWO))
     assert saves == [1]  # the first step after the epoch that failed; then the clock is set anew

@@ -427,12 +427,7 @@ def test_a_run_in_parts_says_so_and_trains_and_validates(coco_root, tmp_path, mo
     config = small(coco_root, tmp_path / "run", num_epochs=1, accumulate=2)
     run = trainer.start_run(config, ALONE)
     run.parts = step.find_parts(run.model, 4, 32, ALONE.device, None)
-
-    def ready(_config, _processes, dataset, *_) -> Run:
-        run.dataset = dataset
-        return run
-
-    monkeypatch.setattr(trainer, "start_run", ready)
+    monkeypatch.setattr(trainer, "start_run", lambda *_: run)
     trainer.main(config)
     told = " ".join(capsys.readouterr().out.split())
     assert "4 photos at once do not fit in the free memory of cpu: each batch is computed in 2 parts" in told
@@ -536,13 +531,13 @@ def test_a_checkpoint_of_an_unfused_adam_goes_on_fused(coco_root, tmp_path):
         del content["config"][missing]
     save(content, tmp_path / "old.pth")
     settings = dataclasses.asdict(small(coco_root, tmp_path, resume=str(tmp_path / "old.pth")))
-    found = resuming.find_checkpoint(tmp_path, settings, 1, 0, {})
+    found = resuming.find_checkpoint(tmp_path, settings, dataclasses.asdict(Config()), 1, 0, {})
     resumed = trainer.start_run(small(coco_root, tmp_path), ALONE, found=found)
     assert resumed.optimizer.param_groups[0]["fused"]
     moments = [state["exp_avg"] for state in resumed.optimizer.state.values()]
     assert all(map(torch.equal, moments, [state["exp_avg"] for state in run.optimizer.state.values()]))
-    with pytest.raises(ResumeError, match="--image-size 32 and cannot go on with 64"):
-        resuming.find_checkpoint(tmp_path, settings | {"image_size": 64}, 1, 0, {})
+    with pytest.raises(ResumeError, match="--accumulate 1 and cannot go on with 2"):  # what it does not know is as ever
+        resuming.find_checkpoint(tmp_path, settings | {"accumulate": 2}, dataclasses.asdict(Config()), 1, 0, {})
 
 
 # --- compiled ---------------------------------------------------------------------------------------------

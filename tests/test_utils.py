@@ -189,12 +189,12 @@ def one_of_two(rank: int, folder: Path) -> None:
     metrics.update(*(values[(slice(4), slice(4, 6))[rank]] for values in guesses()))
     meter.update(*spent([2.0, 5.0][rank]), images=[4, 2][rank])
     metrics.synchronize()
-    utils.sum_over_processes(meter.sums)
+    meter.synchronize()
     torch.save([norm.state_dict(), metrics.compute(), meter.compute(), utils.from_main(rank)], folder / f"{rank}.pt")
     torch.save([three_passes(rank), parts_in([4, 1][rank]), parts_in([0, 4][rank])], folder / f"steps{rank}.pt")
     if rank == 0:
         idle.update(*spent(3.0), images=1)  # one image for two processes
-    utils.sum_over_processes(idle.sums)
+    idle.synchronize()
     (folder / f"idle{rank}").write_text(str(idle.compute()["loss"]))
 
 

@@ -18,17 +18,17 @@ import torch
 from loading.unreadable import SKIPPED
 from training.launching import launcher
 from training.run import Run
-from utils import CheckpointError, atomic_write, flush_folder, read_checkpoint, write_csv
+from utils import CheckpointError, atomic_write, flush_folder, read_checkpoint, write_csv, writing_to
 
 LOCK = ".lock"
 EPOCH_FILE = re.compile(r"epoch_(\d+)\.pth")
-BEST, LAST, PREVIOUS, HISTORY, RUN = "best_model.pth", "last.pth", "previous.pth", "history.csv", "run.json"
-RUN_FILES = (BEST, LAST, PREVIOUS, SKIPPED, HISTORY, "preview.png", RUN)  # beside epoch_0001.pth ...
+BEST, LAST, PREVIOUS, HISTORY, RUN_JSON = "best_model.pth", "last.pth", "previous.pth", "history.csv", "run.json"
+RUN_FILES = (BEST, LAST, PREVIOUS, SKIPPED, HISTORY, "preview.png", RUN_JSON)  # beside epoch_0001.pth ...
 RETRY_SECONDS = 60.0  # after which a checkpoint that could not be written is tried again
 
 
 class RunFolder:
-    """Where the main process of a run writes; all calls are for that process alone.
+    """Where a run writes. All processes have one; only the main one calls what claims the folder or writes there.
 
     Within its `with` block, once `claim` or `take_over` has claimed it, no other run can write there.
 
@@ -59,28 +59,26 @@ class RunFolder:
             CheckpointError: another run is writing there, or it cannot be written.
         """
         if (self.path / LOCK).exists():
-            self._claim = named_failure(self.path, lambda: claim(self.path))
+            with writing_to(f"--checkpoint-dir {self.path}"):
+                self._claim = claim(self.path)
 
     def take_over(self, run: Run, went_back: bool) -> None:
         """Makes it this run's: what another one left, or what lies after the place to go on from, is moved aside.
 
         Args:
             run: that is to write there.
-            went_back: whether it goes on from a file that was named, and not from the newest.
+            went_back: whether it goes on from a file that was named, which may not be the newest.
 
         Raises:
             CheckpointError: as `claim`.
         """
-        aside = named_failure(self.path, lambda: self._take_over(run, went_back))
+        with writing_to(f"--checkpoint-dir {self.path}"):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._claim = self._claim or claim(self.path)
+            aside = move_aside(self.path, in_the_way(self.path, run.source, run.epochs_done, went_back))
+            sign(self._claim)
         if aside:
             print(f"an earlier run's files were moved to {aside}", flush=True)
-
-    def _take_over(self, run: Run, went_back: bool) -> Path | None:
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._claim = self._claim or claim(self.path)
-        aside = move_aside(self.path, in_the_way(self.path, run.source, run.epochs_done, went_back))
-        sign(self._claim)
-        return aside
 
     # --- saving ---
 
@@ -96,14 +94,14 @@ class RunFolder:
         self._saved = (
             self._save_best()
             and tried(lambda: write_csv(run.history, self.path / HISTORY))
-            and tried(lambda: save_epoch(self.path, run.checkpoint(), self._keep))
+            and tried(lambda: write_epoch(self.path, run.checkpoint(), self._keep))
         )
         return self._saved
 
     def save_unfinished(self, run: Run, tallies: list[dict]) -> bool:
         """Writes last.pth in the middle of an epoch; the one before it stays as previous.pth."""
         # Not without the best model: a checkpoint that knows its score would never let it be written.
-        return self._save_best() and tried(lambda: save_last(self.path, run.checkpoint(tallies)))
+        return self._save_best() and tried(lambda: write_last(self.path, run.checkpoint(tallies)))
 
     def _save_best(self) -> bool:
         """What cannot be written now is kept in memory."""
@@ -138,13 +136,6 @@ def tried(save: Callable[[], None]) -> bool:
     return True
 
 
-def named_failure(folder: Path, work: Callable[[], object]) -> object:
-    try:
-        return work()
-    except OSError as error:
-        raise CheckpointError(f"--checkpoint-dir {folder} cannot be written: {error.strerror}") from None
-
-
 # --- files ------------------------------------------------------------------------------------------------
 
 
@@ -161,7 +152,7 @@ def save(content: dict, path: Path) -> None:
         raise CheckpointError(f"{path} cannot be written: {str(error).splitlines()[0]}") from error
 
 
-def save_epoch(folder: Path, content: dict, keep: int) -> None:
+def write_epoch(folder: Path, content: dict, keep: int) -> None:
     """Writes epoch_0001.pth and so on, points last.pth to it, removes all but the `keep` newest (0 keeps all)."""
     path = folder / f"epoch_{content['epoch']:04d}.pth"
     save(content, path)
@@ -172,7 +163,7 @@ def save_epoch(folder: Path, content: dict, keep: int) -> None:
         old.unlink()
 
 
-def save_last(folder: Path, content: dict) -> None:
+def write_last(folder: Path, content: dict) -> None:
     keep_last(folder)
     save(content, folder / LAST)
 
@@ -279,10 +270,11 @@ def in_the_way(folder: Path, source: Path | None, epoch: int, went_back: bool) -
     everything = [path for name in RUN_FILES if (path := folder / name).exists()]
     if source is None or source.resolve().parent != folder.resolve():
         found = epoch_files(folder) + everything
-        return found if found != [folder / RUN] else []  # a run that was killed before it had anything to lose
+        killed_early = found == [folder / RUN_JSON] and (folder / LOCK).stat().st_size  # it had nothing to lose
+        return [] if killed_early else found
     newer = epoch_files(folder, after=epoch)
-    if went_back:
-        return newer + everything if newer else []
+    if went_back and newer:
+        return newer + everything
     others = [folder / LAST, folder / PREVIOUS]
     return newer + [path for path in others if path in everything and path != source and not is_usable(path)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import platform
@@ -27,7 +28,7 @@ from training.run import Run
 from utils import atomic_write
 
 TABLE_HEAD = "  epoch | train loss   IoU  Dice | val loss   IoU  Dice |      lr    time wait"  # and a star
-PACKAGES = ("torch", "torchvision", "albumentations", "numpy", "cv2", "simplejpeg")  # that bits may depend on
+PACKAGES = ("torch", "torchvision", "albumentations", "numpy", "cv2", "simplejpeg", "PIL")  # that bits may depend on
 
 # --- at the start -----------------------------------------------------------------------------------------
 
@@ -84,27 +85,31 @@ def unfinished_cycle(scheduler: CosineAnnealingWarmRestarts, num_epochs: int) ->
 
 def write_run(run: Run, path: Path) -> None:
     """run.json: everything that says how a run was made: the command, all settings, versions, the git revision."""
-    project = Path(__file__).resolve().parents[1]
     facts = {
         "command": sys.argv, "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "resumed_from": str(run.source) if run.source else None, "processes": run.processes.world_size,
         "device": str(run.device), "precision": precision(run.amp_dtype),
-        "git_revision": git("-C", str(project), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"),
+        "git_revision": git_revision(Path(__file__).resolve().parents[1]),
         "versions": {"python": platform.python_version()}
                     | {name: sys.modules[name].__version__ for name in PACKAGES if name in sys.modules},
-        "settings": run.settings, "data": run.data,
+        "settings": run.settings, "data": run.data, "earlier_starts": [],
     }  # fmt: skip
+    if run.source and path.exists():  # it goes on: how it began is kept
+        with contextlib.suppress(ValueError, AttributeError, OSError):  # somebody has edited it
+            before = json.loads(path.read_text())
+            facts["earlier_starts"] = [*before.pop("earlier_starts", []), before]
     with atomic_write(path) as file:
         file.write(json.dumps(facts, indent=2).encode())
 
 
-def git(*arguments: str) -> str | None:
-    """What git says; None where it is not installed, or this is no clone."""
-    try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True)
-    except OSError:
+def git_revision(project: Path) -> str | None:
+    """With "-dirty" where files were edited; None where git is not installed, or this is no clone of its own."""
+    if not (project / ".git").exists():  # a folder of another repository would give that one's
         return None
-    return done.stdout.strip() or None
+    command = ["git", "-C", str(project), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    with contextlib.suppress(OSError):
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    return None
 
 
 # --- during an epoch --------------------------------------------------------------------------------------
@@ -135,7 +140,7 @@ class Progress:
         self._start = self._last_line = time.perf_counter()
         self._waited, self._images, self._batch = 0.0, 0, first
 
-    def watch(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
+    def over(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
         """The batches, with the time counted for which the training waits for each."""
         while True:
             asked = time.perf_counter()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from datasets import COCOPersonDataset
 from training.checkpoints import is_ours, newest_usable
-from training.run import NUMBERS, PARTS
+from training.run import REQUIRED
 from training.settings import flag
 from utils import CheckpointError, UserError, read_checkpoint
 
@@ -30,17 +30,15 @@ def contents(*datasets: COCOPersonDataset) -> dict[str, str]:
     return dict(zip(names, found, strict=True))
 
 
-def went_back(resume: str) -> bool:
-    """Whether --resume names a file."""
-    return resume not in ("", NEWEST)
-
-
-def find_checkpoint(folder: Path, settings: dict, processes: int, photos: int, data: dict[str, str]) -> tuple | None:
+def find_checkpoint(
+    folder: Path, settings: dict, defaults: dict, processes: int, photos: int, data: dict[str, str]
+) -> tuple[Path, dict] | None:
     """What --resume, or a restart, goes on from; nothing where there is nothing yet: one command serves for ever.
 
     Args:
         folder: of the run.
         settings: of the run that is to go on.
+        defaults: of the settings, for a checkpoint that is older than some of them.
         processes: their number.
         photos: of its training.
         data: the `contents` of its data sets.
@@ -56,15 +54,17 @@ def find_checkpoint(folder: Path, settings: dict, processes: int, photos: int, d
     again = "TORCHELASTIC_RUN_ID" in os.environ and is_ours(folder)
     if not (settings["resume"] or again):
         return None
-    found = newest_usable(folder) if again or not went_back(settings["resume"]) else None
-    if found is None and went_back(settings["resume"]):
+    named = settings["resume"] not in ("", NEWEST)
+    found = newest_usable(folder) if again or not named else None
+    if found is None and named:
         found = Path(settings["resume"]), read_checkpoint(settings["resume"])
     if found is None:
         print(f"nothing to resume in {folder}: starting from the beginning", flush=True)
         return None
     path, content = found
-    if not {*PARTS, *NUMBERS[:3], "photos", "step", "tallies"} <= content.keys():
+    if not content.keys() >= REQUIRED:
         raise CheckpointError(f"{path} holds a model only, no state of a training: resume from last.pth")
+    content["config"] = defaults | content["config"]
     refuse_another_run(path, content, settings, photos, data)
     place = f"after epoch {content['epoch']}" + (f", step {content['step']}" if content["step"] else "")
     print(f"going on from {path}, {place}{differences(content, settings, processes)}", flush=True)
@@ -73,7 +73,7 @@ def find_checkpoint(folder: Path, settings: dict, processes: int, photos: int, d
 
 def refuse_another_run(path: Path, content: dict, settings: dict, photos: int, data: dict[str, str]) -> None:
     before = content["config"]
-    set_to = {flag(name): (before.get(name, settings[name]), settings[name]) for name in SAME_WHEN_RESUMED}
+    set_to = {flag(name): (before[name], settings[name]) for name in SAME_WHEN_RESUMED}
     known = content.get("data") or {}  # an older one knows the number of photos alone
     found = {"the training photos:": (content["photos"], photos)}
     found |= {f"{Path(settings['data_root']) / name}:": (then, data.get(name)) for name, then in known.items()}
@@ -85,7 +85,7 @@ def refuse_another_run(path: Path, content: dict, settings: dict, photos: int, d
 
 def differences(content: dict, settings: dict, processes: int) -> str:
     """What is no longer as it was."""
-    pairs = {name: (content["config"].get(name, now), now) for name, now in settings.items() if name != "resume"}
+    pairs = {name: (content["config"][name], now) for name, now in settings.items() if name != "resume"}
     text = "".join(f", {name} {then} is now {now}" for name, (then, now) in pairs.items() if then != now)
     then = content.get("world_size", processes)
     if then != processes:

@@ -16,16 +16,17 @@ from loading.unreadable import TolerantDataset
 from training.step import FiniteGuard, Tally
 from utils import CheckpointError, LossCalculator, Processes, from_all
 
-PARTS = ("model", "optimizer", "scheduler", "scaler")  # what has a state of its own
+STATEFUL = ("model", "optimizer", "scheduler", "scaler")
 NUMBERS = ("learning_rate", "best_iou", "history", "broken_in_a_row")
+REQUIRED = {*STATEFUL, "config", "epoch", "step", "tallies", "photos", "learning_rate", "best_iou", "history"}
 
 
 @dataclass
 class Run:
-    """A training between two steps. `checkpoint` is all that is saved of it, `restore` the way back."""
+    """A training between two steps. `checkpoint` is all that it goes on from, `restore` the way back."""
 
     processes: Processes
-    settings: dict  # by name, as they are saved
+    settings: dict  # by name, the values that its checkpoints tell
     model: nn.Module
     parallel_model: nn.Module  # the same, wrapped where several processes share the work
     criterion: LossCalculator
@@ -98,7 +99,7 @@ class Run:
     def checkpoint(self, tallies: list[dict] | None = None) -> dict:
         """Everything that a run goes on from; `tallies` are the `unfinished` of all processes."""
         place = {"epoch": self.epochs_done, "step": self.step, "tallies": tallies or []}
-        parts = {name: getattr(self, name).state_dict() for name in PARTS}
+        parts = {name: getattr(self, name).state_dict() for name in STATEFUL}
         numbers = {name: getattr(self, name) for name in NUMBERS}
         photos = len(self.dataset) if self.dataset is not None else 0
         run = {"config": self.settings, "data": self.data, "photos": photos, "world_size": self.processes.world_size}
@@ -134,7 +135,7 @@ class Run:
     def _restore(self, content: dict) -> None:
         for group in content["optimizer"]["param_groups"]:
             group["fused"] = self.optimizer.defaults["fused"]  # how the step is computed is this program's business
-        for name in PARTS:
+        for name in STATEFUL:
             if content[name]:  # a scaler that was not needed has no state, and one that now is starts anew
                 getattr(self, name).load_state_dict(content[name])
         for name in NUMBERS:
@@ -157,4 +158,4 @@ class Run:
 
 def photos_a_step(settings: dict) -> int:
     """Of one process."""
-    return settings["batch_size"] * settings.get("accumulate", 1)
+    return settings["batch_size"] * settings["accumulate"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -62,7 +63,7 @@ def read_settings(
         argv: the arguments, without the program's name.
         settings: a dataclass of bool, int, float and str fields; `# --- title` above a field begins a group of --help.
         description: of the program, in its first line.
-        presets: by the flag that turns each on, or whose field is True by default.
+        presets: by the field that turns each on.
         special: more of argparse's options, by field.
 
     Raises:
@@ -72,11 +73,13 @@ def read_settings(
     parser = OneLineParser(usage="%(prog)s [--SETTING VALUE ...]", description=first_line, allow_abbrev=False)
     defaults, groups = checked_defaults(settings), {}
     for name, (title, comment) in described(settings).items():
-        group = groups.setdefault(title, parser.add_argument_group(title) if title not in groups else None)
-        group.add_argument(flag(name), **flag_options(defaults[name], comment), **special.get(name, {}))
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        groups[title].add_argument(flag(name), **flag_options(defaults[name], comment), **special.get(name, {}))
     argv = [dashed(argument) for argument in argv]
+    given = parser.parse_args(argv)
     for name, preset in presets.items():
-        if name in argv or defaults[name.strip("-")]:
+        if getattr(given, name):
             parser.set_defaults(**preset)
     return settings(**vars(parser.parse_args(argv)))
 
@@ -110,9 +113,9 @@ def checked_defaults(settings: type) -> dict[str, object]:
     """
     fields = {field.name: field for field in dataclasses.fields(settings)}
     for name, value in vars(settings).items():
-        if name not in fields and not name.startswith("_") and isinstance(value, (*KINDS.values(), tuple)):
-            kind = type(value).__name__
-            raise UsageError(f"{settings.__name__}.{name} has lost its type: write `{name}: {kind} = {value!r}`")
+        if name not in fields and not name.startswith("_") and not hasattr(value, "__get__"):
+            kinds = " or ".join(KINDS)
+            raise UsageError(f"{settings.__name__}.{name} has lost its type: write `{name}: int = ...` ({kinds})")
     return {name: in_its_type(f"{settings.__name__}.{name}", field) for name, field in fields.items()}
 
 
@@ -124,8 +127,11 @@ def in_its_type(name: str, field: dataclasses.Field) -> object:
         value = os.fspath(value)
     if isinstance(value, kind) and isinstance(value, bool) == (kind is bool):  # Python takes True for a 1
         return value
-    if {kind, type(value)} == {int, float} and value == kind(value):
-        return kind(value)
+    with contextlib.suppress(OverflowError, ValueError):  # infinity is no integer
+        if {kind, type(value)} == {int, float} and value == kind(value):
+            return kind(value)
+    if value is dataclasses.MISSING:
+        raise UsageError(f"{name} has no default")
     raise UsageError(f"{name} is {value!r}, and it has to be of the type {kind.__name__}")
 
 

@@ -112,6 +112,10 @@ class LossMeter:
         usable = torch.isfinite(means).all()  # a step that is skipped must not spoil the epoch's mean
         self.sums += torch.where(usable, means.detach() * images, 0)
 
+    def synchronize(self) -> None:
+        """Adds up over all processes; call it once, before `compute`."""
+        sum_over_processes(self.sums)
+
     def compute(self) -> dict[str, float]:
         *sums, images = self.sums.tolist()
         return {name: total / images if images else 0.0 for name, total in zip(self.names, sums, strict=True)}
@@ -131,7 +135,7 @@ class Tally:
     def compute(self) -> dict[str, float]:
         """The figures over all processes: "loss", "colour_loss" and so on, and those of `SegmentationMetrics`."""
         whole = deepcopy(self)  # this one stays this process's own
-        sum_over_processes(whole.losses.sums)
+        whole.losses.synchronize()
         whole.metrics.synchronize()
         terms = whole.losses.compute()
         losses = {name if name == "loss" else f"{name}_loss": value for name, value in terms.items()}
@@ -175,7 +179,7 @@ class FiniteGuard:
         if self._averages:
             torch._foreach_copy_(self._before, self._averages)
 
-    def watch(self, loss: Tensor) -> None:
+    def add_loss(self, loss: Tensor) -> None:
         """Of each batch and part that the step is made of."""
         self._losses.append(loss.detach())
 

@@ -19,8 +19,8 @@ from training.checkpoints import (
     move_aside,
     newest_usable,
     save,
-    save_epoch,
-    save_last,
+    write_epoch,
+    write_last,
 )
 from utils import CheckpointError, atomic_write, read_checkpoint
 
@@ -173,7 +173,7 @@ def test_nothing_in_a_file_is_executed(write, tmp_path):
 @pytest.mark.parametrize(("keep", "left"), [(1, [4]), (2, [3, 4]), (9, [1, 2, 3, 4]), (0, [1, 2, 3, 4])])
 def test_the_newest_are_kept_and_last_is_the_newest(keep, left, tmp_path):
     for epoch in range(1, 5):
-        save_epoch(tmp_path, content(epoch), keep)
+        write_epoch(tmp_path, content(epoch), keep)
         newest = tmp_path / f"epoch_{epoch:04d}.pth"
         assert (tmp_path / "last.pth").read_bytes() == newest.read_bytes()
     assert names(tmp_path) == [*(f"epoch_{epoch:04d}.pth" for epoch in left), "last.pth"]
@@ -182,7 +182,7 @@ def test_the_newest_are_kept_and_last_is_the_newest(keep, left, tmp_path):
 
 def test_order_is_by_number_beyond_four_digits(tmp_path):
     for epoch in (9998, 9999, 10000):
-        save_epoch(tmp_path, content(epoch), 2)
+        write_epoch(tmp_path, content(epoch), 2)
     assert names(tmp_path) == ["epoch_10000.pth", "epoch_9999.pth", "last.pth"]
     assert [path.stem for path in epoch_files(tmp_path)] == ["epoch_10000", "epoch_9999"]
 
@@ -193,20 +193,20 @@ def test_last_is_a_copy_where_there_are_no_hard_links(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "link", no_links)
     for epoch in (1, 2):
-        save_epoch(tmp_path, content(epoch), 1)
+        write_epoch(tmp_path, content(epoch), 1)
     assert read_checkpoint(tmp_path / "last.pth")["epoch"] == 2
     assert names(tmp_path) == ["epoch_0002.pth", "last.pth", "previous.pth"]  # of a copy it is kept needlessly
 
 
 def test_a_copy_that_the_user_made_is_no_epoch(tmp_path):
     (tmp_path / "epoch_0003_good.pth").write_bytes(b"the user's own")
-    save_epoch(tmp_path, content(4), 1)
+    write_epoch(tmp_path, content(4), 1)
     assert names(tmp_path) == ["epoch_0003_good.pth", "epoch_0004.pth", "last.pth"]
 
 
 def test_an_epoch_just_written_is_never_the_one_removed(tmp_path):
     for epoch in (3, 4, 5, 2):  # as after --resume epoch_0001.pth
-        save_epoch(tmp_path, content(epoch), 2)
+        write_epoch(tmp_path, content(epoch), 2)
     assert (tmp_path / "epoch_0002.pth").exists()
 
 
@@ -214,7 +214,7 @@ def test_newest_usable_passes_over_the_damaged_and_names_it(tmp_path, capsys):
     assert newest_usable(tmp_path) is None
     assert newest_usable(tmp_path / "absent") is None
     for epoch in (1, 2, 3):
-        save_epoch(tmp_path, content(epoch), 0)
+        write_epoch(tmp_path, content(epoch), 0)
     path, found = newest_usable(tmp_path)
     assert (path.name, found["epoch"]) == ("last.pth", 3)
     assert capsys.readouterr().out == ""
@@ -232,7 +232,7 @@ def test_newest_usable_passes_over_the_damaged_and_names_it(tmp_path, capsys):
 
 
 def test_newest_usable_is_none_where_all_are_damaged(tmp_path, capsys):
-    save_epoch(tmp_path, content(1), 0)
+    write_epoch(tmp_path, content(1), 0)
     os.truncate(tmp_path / "last.pth", 10)  # the same file as epoch_0001.pth
     assert newest_usable(tmp_path) is None
     assert "epoch_0001.pth" in capsys.readouterr().out
@@ -278,6 +278,32 @@ def test_moving_aside_twice_in_a_second_overwrites_nothing(tmp_path, monkeypatch
     assert [(aside / "last.pth").read_text() for aside in asides] == ["first", "second", "third"]
 
 
+def filled(folder: Path) -> Path:
+    """Three epochs and the step before them, and a newest checkpoint that is damaged."""
+    save(content(2, step=1), folder / "previous.pth")
+    for epoch in (1, 2, 3):
+        save(content(epoch), folder / f"epoch_{epoch:04d}.pth")
+    (folder / "last.pth").write_bytes(b"damaged")
+    (folder / "history.csv").touch()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("source", "epoch", "went_back", "moved"),
+    [
+        ("previous.pth", 3, True, ["last.pth"]),  # a link to it would take the place of the one that is whole
+        ("previous.pth", 3, False, ["last.pth"]),
+        ("epoch_0002.pth", 2, False, ["epoch_0003.pth", "last.pth"]),
+        ("epoch_0002.pth", 2, True, ["epoch_0003.pth", "history.csv", "last.pth", "previous.pth"]),
+        ("../elsewhere.pth", 2, True, ["epoch_0001.pth", "epoch_0002.pth", "epoch_0003.pth", "history.csv", "last.pth",
+                                       "previous.pth"]),
+    ],
+)  # fmt: skip
+def test_what_a_run_would_overwrite_and_does_not_go_on_from_is_in_the_way(source, epoch, went_back, moved, tmp_path):
+    found = in_the_way(filled(tmp_path), tmp_path / source, epoch, went_back)
+    assert sorted(path.name for path in found) == moved
+
+
 # --- the disk ---------------------------------------------------------------------------------------------
 
 
@@ -301,8 +327,8 @@ def largest_use(folder: Path, keep: int, num_epochs: int, monkeypatch) -> tuple[
             save(state, folder / "best_model.pth")
         whole = {**state, "optimizer": optimizer.state_dict()}
         for _ in range(2):
-            save_last(folder, whole)
-        save_epoch(folder, whole, keep)
+            write_last(folder, whole)
+        write_epoch(folder, whole, keep)
     return max(use), 4 * sum(parameter.numel() for parameter in model.parameters())
 
 

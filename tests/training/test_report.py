@@ -135,7 +135,7 @@ def slow_batches(time: Clock, count: int, seconds: float, images: int = 8):
 def test_speed_and_waiting_are_told_by_the_clock(time):
     progress = Progress([None] * 5, "epoch", False, 1)
     seen = 0
-    for batch in progress.watch(slow_batches(time, 5, 3.0)):
+    for batch in progress.over(slow_batches(time, 5, 3.0)):
         time.now += 1.0
         seen += len(batch)
     assert seen == 40
@@ -157,7 +157,7 @@ def fetched(monkeypatch) -> list:
 
 def test_the_loss_is_fetched_every_log_every_steps_only(time, fetched):
     progress, counts = Progress([None] * 9, "epoch", True, 3), []
-    for _ in progress.watch(slow_batches(time, 9, 0.1)):
+    for _ in progress.over(slow_batches(time, 9, 0.1)):
         progress.show(LOSS, TERMS, 1e-4)
         counts.append(len(fetched))
     assert counts == [0, 0, 1, 1, 1, 2, 2, 2, 3]
@@ -165,14 +165,14 @@ def test_the_loss_is_fetched_every_log_every_steps_only(time, fetched):
 
 def test_the_loss_is_not_fetched_where_nothing_is_shown(time, fetched):
     progress = Progress([None] * 9, "epoch", False, 3)
-    for _ in progress.watch(slow_batches(time, 9, 0.1)):
+    for _ in progress.over(slow_batches(time, 9, 0.1)):
         progress.show(LOSS, TERMS, 1e-4)
     assert fetched == []
 
 
 def lines_of_five_minutes(time, visible: bool, capsys) -> list[str]:
     progress = Progress([None] * 30, "epoch 2/9", visible, 1)
-    for _ in progress.watch(slow_batches(time, 30, 10.0)):
+    for _ in progress.over(slow_batches(time, 30, 10.0)):
         progress.show(LOSS, TERMS, 1e-4)
     return capsys.readouterr().out.splitlines()
 
@@ -190,7 +190,7 @@ def test_other_processes_are_silent(time, capsys):
 
 def test_a_line_counts_the_step_it_tells_of(time, capsys):
     progress = Progress([None] * 2, "epoch", True, 1)
-    for _ in progress.watch(slow_batches(time, 2, 70.0, images=70)):
+    for _ in progress.over(slow_batches(time, 2, 70.0, images=70)):
         progress.show(LOSS, TERMS, 1e-4)
     first, second = capsys.readouterr().out.splitlines()
     assert "step 1/2" in first

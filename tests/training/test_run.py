@@ -16,7 +16,7 @@ from utils import CheckpointError
 def stopped_run(model: nn.Module) -> dict:
     """What two processes left after two steps of an epoch, with five and six photos that could not be read."""
     run = run_of(model)
-    run.settings, run.step = {"batch_size": 4}, 2
+    run.settings, run.step = {"batch_size": 4, "accumulate": 1}, 2
     run.begin_epoch()
     states = []
     for rank in (0, 1):
@@ -29,7 +29,8 @@ def stopped_run(model: nn.Module) -> dict:
 
 def restored(content: dict, rank: int, world_size: int) -> Run:
     run = run_of(nn.Conv2d(3, 4, 1))
-    run.settings, run.processes = {"batch_size": 4}, dataclasses.replace(ALONE, rank=rank, world_size=world_size)
+    run.settings = {"batch_size": 4, "accumulate": 1}
+    run.processes = dataclasses.replace(ALONE, rank=rank, world_size=world_size)
     run.restore("last.pth", content)
     return run
 

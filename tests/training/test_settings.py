@@ -62,7 +62,8 @@ def test_a_default_may_be_written_as_python_takes_it(tmp_path, line, value, comm
         ("size: int = True", "Config.size True int"), ("size: bool = 1", "Config.size 1 bool"),
         ("size: float = None", "Config.size None float"), ("size: str = 8", "Config.size 8 str"),
         ("size: int = 8,", "Config.size (8,) int"), ("size: list = None", "Config.size list bool, int, float, str"),
-        ("size = 8", "Config.size size: int = 8"),
+        ("size = 8", "Config.size lost size: int"), ("size = 8,", "Config.size lost"),
+        ("size: int = float('inf')", "Config.size inf int"), ("size: float = 10**400", "Config.size float"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_gets_one_line(tmp_path, line, words):

@@ -46,7 +46,7 @@ def test_broken_steps_leave_no_trace():
         loss.backward()
         if BROKEN.get(number) == "gradient":
             one[0].weight.grad[0, 0] = float("inf")
-        finite.watch(loss)
+        finite.add_loss(loss)
         finite.step(optimizer, scaler, nn.utils.clip_grad_norm_(one.parameters(), 1.0))
         finite.fetch()
         counts.append((finite.skipped, finite.in_a_row))
@@ -80,7 +80,7 @@ def test_a_loss_that_is_not_finite_is_skipped_though_its_gradient_is(losses, sca
         scaler.scale(one(torch.ones(2, 3)).sum()).backward()
         scaler.unscale_(optimizer)
         for loss in broken:
-            finite.watch(torch.tensor(loss))
+            finite.add_loss(torch.tensor(loss))
         finite.step(optimizer, scaler, torch.tensor(1.0))
         same = [torch.equal(value, before[name]) for name, value in one.state_dict().items() if "num" not in name]
         assert all(same) == (broken == losses)
@@ -99,7 +99,7 @@ def test_an_overflow_by_which_float16_finds_its_scale_is_no_broken_step():
     scaler.scale(loss).backward()
     one[0].weight.grad[0, 0] = float("inf")
     scaler.unscale_(optimizer)
-    finite.watch(loss)
+    finite.add_loss(loss)
     finite.step(optimizer, scaler, torch.tensor(float("inf")))
     finite.fetch()
     assert finite.skipped == 0
