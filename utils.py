@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import errno
+import hashlib
 import io
+import math
 import os
 import re
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,6 +24,11 @@ from torch import Tensor, nn
 
 class UserError(Exception):
     """What only the user can mend: the message is one line that says what is wrong and what to do."""
+
+
+def counted(number: int, noun: str) -> str:
+    """1 photo, 2 photos."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 # --- loss -------------------------------------------------------------------------------------------------
@@ -167,7 +174,8 @@ def pick_device(setting: str, local_rank: int, gpus: int, has_mps: bool) -> tupl
         raise LaunchError(f"--device {setting} is not known: it is cpu, mps, cuda:0, cuda:1 and so on")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= gpus:
-        raise LaunchError(f"{name} was asked for and {gpus} GPUs are visible: start at most one process a GPU, "
+        there = f"{counted(gpus, 'GPU')} {'is' if gpus == 1 else 'are'}"
+        raise LaunchError(f"{name} was asked for and {there} visible: start at most one process a GPU, "
                           "or choose with --device or CUDA_VISIBLE_DEVICES")  # fmt: skip
     if device.type == "mps" and not has_mps:
         raise LaunchError("--device mps was asked for, and PyTorch finds no Apple GPU here")
@@ -247,11 +255,33 @@ def share_buffers(model: nn.Module) -> None:
 def usable_cores() -> int:
     """The cores that this process may use: its affinity, and a container's quota where there is one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return min(cores, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):  # no cgroup v2 here, or its quota reads "max"
-        return cores
+    quota = min(map(core_quota, control_groups()))
+    return min(cores, max(1, int(quota))) if math.isfinite(quota) else cores
+
+
+CONTROL_GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # of Linux
+
+
+def control_groups() -> Iterator[Path]:
+    """The groups of Linux whose limits may hold for this process, of both versions: its own, and all above it."""
+    own = {""}  # a container's own group is the topmost that it sees, whatever the host calls it
+    with suppress(OSError):  # no Linux
+        for line in OWN_GROUPS.read_text().splitlines():  # "4:cpu,cpuacct:/a/b"; version 2 has "0::/a/b"
+            kinds, _, place = line.partition(":")[2].partition(":")
+            own |= {place} if kinds == "" or "cpu" in kinds.split(",") else set()
+    for parts in (place.strip("/").split("/") for place in own):
+        for version in ("", "cpu", "cpu,cpuacct"):
+            yield from (CONTROL_GROUPS.joinpath(version, *parts[:depth]) for depth in range(len(parts) + 1))
+
+
+def core_quota(group: Path) -> float:
+    """The cores that a control group may use, of whichever version; infinite where it sets no limit."""
+    for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
+        with suppress(OSError, ValueError, ZeroDivisionError):  # without a limit version 2 says "max", version 1 "-1"
+            quota, period = " ".join((group / name).read_text() for name in names).split()
+            if int(quota) > 0:
+                return int(quota) / int(period)
+    return math.inf
 
 
 def autocast_dtype(device: torch.device, wanted: bool, on_cpu: bool = False) -> torch.dtype | None:
@@ -294,27 +324,69 @@ def needs_sync_batchnorm(processes: Processes, batch_size: int) -> bool:
 # --- files ------------------------------------------------------------------------------------------------
 
 
+LONGEST_NAME = 100  # bytes that a draft takes over from its file's name: file systems allow 143 to 255 for all of it
+# What a file system says that has no flushing: what was written is there all the same.
+NO_FLUSHING = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that takes its place only when it is complete and on the disk."""
-    draft = path.with_name(f".{path.name}.part")
+    """A binary file that takes its place only when it is complete and on the disk.
+
+    Raises:
+        OSError: it cannot be written; `filename` is its path.
+    """
+    draft = draft_of(path)
     try:
         draft.unlink(missing_ok=True)  # one that a killed run left may be a second name of a whole checkpoint
         with open(draft, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            flush(file.fileno())
         os.replace(draft, path)
-    except BaseException:
-        draft.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):  # the disk that is gone must not hide what went wrong
+            draft.unlink(missing_ok=True)
+        if isinstance(error, OSError) and str(error.filename) in ("None", str(draft)):
+            error.filename, error.filename2 = str(path), None
         raise
     flush_folder(path.parent)
 
 
-def flush_folder(folder: Path) -> None:
-    if os.name == "posix":  # elsewhere a folder cannot be opened, and a rename needs no flushing
-        descriptor = os.open(folder, os.O_RDONLY)
+def draft_of(path: Path) -> Path:
+    """Where a file is written before it takes its place. Its name is no longer than a file's may be."""
+    name = os.fsencode(path.name)
+    short = path.name if len(name) <= LONGEST_NAME else hashlib.blake2b(name, digest_size=8).hexdigest()
+    return path.with_name(f".{short}.part")
+
+
+def flush(descriptor: int) -> None:
+    """Onto the disk, as far as its file system can be asked for that."""
+    try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FLUSHING:
+            raise
+
+
+def flush_folder(folder: Path) -> None:
+    """The names in a folder, after one of them has taken its place.
+
+    Raises:
+        OSError: the disk fails; `filename` is the folder.
+    """
+    if os.name != "posix":  # elsewhere a folder cannot be opened, and a rename needs no flushing
+        return
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # one that may be written to and not be listed
+        return
+    try:
+        flush(descriptor)
+    except OSError as error:
+        error.filename = str(folder)
+        raise
+    finally:
         os.close(descriptor)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
+import stat
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -365,3 +368,110 @@ def test_batchnorm_is_shared_where_a_gpus_batch_is_small(device, world_size, nee
     processes = Processes(torch.device(device), world_size=world_size)
     assert utils.needs_sync_batchnorm(processes, batch_size=8) is needed
     assert not utils.needs_sync_batchnorm(processes, batch_size=32)
+
+
+# --- the cores of a container -----------------------------------------------------------------------------
+
+QUOTAS = {
+    "no control groups": ({}, "", 8),
+    "version 2, a container's own": ({"cpu.max": "250000 100000"}, "0::/\n", 2),
+    "version 2, no limit": ({"cpu.max": "max 100000"}, "0::/\n", 8),
+    "version 2, the group above": ({"a/cpu.max": "300000 100000", "a/b/cpu.max": "max 100000"}, "0::/a/b\n", 3),
+    "version 2, the strictest": ({"a/cpu.max": "300000 100000", "a/b/cpu.max": "150000 100000"}, "0::/a/b\n", 1),
+    "version 2, another's group": ({"a/cpu.max": "100000 100000"}, "0::/b\n", 8),
+    "version 2, of a host": ({"cpu.max": "400000 100000"}, "0::/../../elsewhere\n", 4),
+    "version 1, a container's own": ({"cpu/cpu.cfs_quota_us": "765000", "cpu/cpu.cfs_period_us": "100000"},
+                                     "5:memory:/docker/1\n4:cpu,cpuacct:/docker/1\n", 7),
+    "version 1, half a core": ({"cpu/cpu.cfs_quota_us": "50000", "cpu/cpu.cfs_period_us": "100000"}, "", 1),
+    "version 1, no limit": ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, "4:cpu:/\n", 8),
+    "version 1, nested": ({"cpu,cpuacct/a/cpu.cfs_quota_us": "40000", "cpu,cpuacct/a/cpu.cfs_period_us": "20000",
+                           "cpu,cpuacct/a/b/cpu.cfs_quota_us": "-1", "cpu,cpuacct/a/b/cpu.cfs_period_us": "20000"},
+                          "4:cpu,cpuacct:/a/b\n0::/c\n", 2),
+    "damaged": ({"cpu.max": "x", "cpu/cpu.cfs_quota_us": "100000", "cpu/cpu.cfs_period_us": "0"}, "nonsense\n", 8),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", QUOTAS)
+def test_a_quota_counts_in_both_versions_at_every_height(name, tmp_path, monkeypatch):
+    files, own, cores = QUOTAS[name]
+    for place, text in files.items():
+        (tmp_path / "groups" / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "groups" / place).write_text(text + "\n")
+    (tmp_path / "own").write_text(own)
+    monkeypatch.setattr(utils, "CONTROL_GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(utils, "OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {*range(8)}, raising=False)
+    assert utils.usable_cores() == cores
+
+
+# --- files ------------------------------------------------------------------------------------------------
+
+
+def refusing(monkeypatch, number: int, folders: bool) -> None:
+    """A file system that answers so when its folders, or its files, are to be flushed."""
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) == folders:
+            raise OSError(number, os.strerror(number))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+def write(path: Path, content: bytes = b"new") -> Path:
+    with utils.atomic_write(path) as file:
+        file.write(content)
+    return path
+
+
+@pytest.mark.parametrize("folders", [True, False])
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_flushing_is_no_failure(number, folders, tmp_path, monkeypatch):
+    refusing(monkeypatch, number, folders)
+    assert write(tmp_path / "last.pth").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("folders", [True, False])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_fails_is_one_and_the_path_is_named(number, folders, tmp_path, monkeypatch):
+    write(tmp_path / "last.pth", b"old")
+    refusing(monkeypatch, number, folders)
+    with pytest.raises(OSError, match=os.strerror(number)) as failure:
+        write(tmp_path / "last.pth")
+    assert failure.value.filename == str(tmp_path if folders else tmp_path / "last.pth")
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pth"]
+
+
+def test_whatever_fails_the_path_that_is_named_is_the_files_own(tmp_path):
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "folder", tmp_path / "none" / "last.pth", tmp_path / ("n" * 300)):
+        with pytest.raises(OSError, match=r"\[Errno") as failure:
+            write(path)
+        assert str(failure.value.filename) == str(path)
+
+
+def test_a_folder_that_may_not_be_listed_can_be_written_to(tmp_path, monkeypatch):
+    def refused(path, *_):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr(os, "open", refused)
+    assert write(tmp_path / "last.pth").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("name", ["a", "n" * 251 + ".png", "写真" * 41 + ".png", "\udcff" * 255, "😀" * 63])
+def test_a_file_may_have_as_long_a_name_as_the_file_system_allows(name, tmp_path):
+    with utils.atomic_write(tmp_path / name) as file:
+        file.write(b"new")
+        (draft,) = tmp_path.glob(".*.part")  # what is left of a killed run is known by that
+    assert len(os.fsencode(draft.name)) <= max(len(os.fsencode(name)) + 6, 143)
+    assert (tmp_path / name).read_bytes() == b"new"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_drafts_of_long_names_are_not_one(tmp_path):
+    assert utils.draft_of(tmp_path / ("n" * 250 + "1")) != utils.draft_of(tmp_path / ("n" * 250 + "2"))
+
+
+def test_counts_are_said_as_people_say_them():
+    assert [utils.counted(n, "photo") for n in (0, 1, 2)] == ["0 photos", "1 photo", "2 photos"]

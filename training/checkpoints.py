@@ -18,7 +18,7 @@ import torch
 from loading.unreadable import SKIPPED
 from training.launching import launcher
 from training.run import Run
-from utils import CheckpointError, atomic_write, flush_folder, read_checkpoint, write_csv, writing_to
+from utils import CheckpointError, atomic_write, draft_of, flush_folder, read_checkpoint, write_csv, writing_to
 
 LOCK = ".lock"
 EPOCH_FILE = re.compile(r"epoch_(\d+)\.pth")
@@ -131,7 +131,9 @@ def tried(save: Callable[[], None]) -> bool:
     try:
         save()
     except (CheckpointError, OSError) as error:
-        print(f"{error}: the training goes on, and it will be tried again", flush=True)
+        named = isinstance(error, OSError) and error.filename
+        what = f"{error.filename} cannot be written: {error.strerror}" if named else error
+        print(f"{what}: the training goes on, and it will be tried again", flush=True)
         return False
     return True
 
@@ -149,7 +151,8 @@ def save(content: dict, path: Path) -> None:
         with atomic_write(path) as file:
             torch.save(content, file)
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
-        raise CheckpointError(f"{path} cannot be written: {str(error).splitlines()[0]}") from error
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise CheckpointError(f"{path} cannot be written: {reason}") from error
 
 
 def write_epoch(folder: Path, content: dict, keep: int) -> None:
@@ -176,7 +179,7 @@ def keep_last(folder: Path) -> None:
 
 def link(path: Path, name: Path) -> None:
     """A second name for a file: no second copy on the disk, and replaced in one step."""
-    draft = name.with_name(f".{name.name}.part")
+    draft = draft_of(name)
     draft.unlink(missing_ok=True)
     try:
         os.link(path, draft)
