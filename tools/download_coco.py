@@ -27,6 +27,10 @@ from typing import NamedTuple, TextIO
 
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it is in tools/ that Python looks
+
+from training.streams import steady_streams
+
 URL = "http://images.cocodataset.org"
 WORK = ".download_coco"  # in the root, for what is not complete yet; nothing outside of it is ever deleted
 RETRY_DELAYS = (1, 3, 10, 30)  # seconds; they begin anew when an attempt brought something
@@ -204,6 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Download COCO 2017 for trainer.py; run it again to go on.")
     parser.add_argument("--root", type=Path, default=Path("data/coco"), help="the folder (%(default)s)")
     parser.add_argument("--url", default=URL, help="the server or a mirror of it (%(default)s)")
+    steady_streams()
     args = parser.parse_args(argv)
     try:
         lacking = [a for a in ARCHIVES if any(is_missing(args.root / target) for target in a.targets)]

@@ -23,6 +23,10 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it is in tools/ that Python looks
+
+from training.streams import steady_streams
+
 VERSION = 1  # to be raised when the drawing changes: a sample of an older version is drawn anew
 DRAWN_BY = "tools/make_sample.py"
 SPLITS = ("train2017", "val2017")
@@ -582,6 +586,7 @@ def main() -> int:
     parser.add_argument("--train", type=int, default=240, help="photos to train on (%(default)s)")
     parser.add_argument("--val", type=int, default=60, help="photos to validate on (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other photos (%(default)s)")
+    steady_streams()
     settings = parser.parse_args()
     try:
         print(f"The sample is in {draw_sample(**vars(settings))}")
