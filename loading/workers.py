@@ -20,8 +20,8 @@ def start_loader_worker(worker: int) -> None:
     at the program's end it would wait for them for ever.
     """
     start_worker(worker)
-    if hasattr(signal, "SIGUSR1"):
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for number in (getattr(signal, name) for name in ("SIGUSR1", "SIGHUP") if hasattr(signal, name)):
+        signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # Linux: it says who sent a signal
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()

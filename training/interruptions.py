@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
 import time
 from types import FrameType
 
@@ -12,7 +13,8 @@ from training.checkpoints import LAST, RETRY_SECONDS, RunFolder
 from training.run import Run
 from utils import UserError, largest_of_each
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
+# SIGHUP: the terminal or the ssh session has ended. Windows has neither it nor SIGUSR1.
+SIGNALS = tuple(getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, n))
 SAME_SIGNAL = 2.0  # seconds: Ctrl-C reaches every process, and torchrun passes it on once more
 MOST_BROKEN = 10  # steps in a row without a finite number: the training does not recover from that
 
@@ -46,7 +48,8 @@ class Watch:
         self.restart_clock()
 
     def __enter__(self) -> Watch:
-        self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
+        if threading.current_thread() is threading.main_thread():  # no signal reaches another one
+            self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS if not by_nohup(number)}
         return self
 
     def __exit__(self, *_error: object) -> None:
@@ -92,8 +95,8 @@ class Watch:
     def _stop(self, number: int) -> None:
         stop, saved = Stopped(number), self._save()
         largest_of_each([0])  # wait for all: torchrun, seeing one of them end, would end the one that saves
-        self._handlers = {}
-        for one in SIGNALS:
+        handled, self._handlers = self._handlers, {}
+        for one in handled:
             signal.signal(one, signal.SIG_IGN)  # for the last moments of the run, when all is saved
         if self._run.processes.is_main:
             place = f"after epoch {self._run.epochs_done}, step {self._run.step}"
@@ -104,3 +107,8 @@ class Watch:
     def _last_good(self) -> str:
         path = self._folder.path / LAST
         return f"{path} is the last good checkpoint" if path.exists() else "there is no checkpoint yet"
+
+
+def by_nohup(number: int) -> bool:
+    """Whether this run was started to outlive its session; torchrun passes SIGHUP on to its workers all the same."""
+    return signal.Signals(number).name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,6 +61,54 @@ def test_a_second_signal_ends_the_process_at_once():
     assert done.returncode == -signal.SIGTERM
     assert "first" in done.stdout
     assert "second" not in done.stdout
+
+
+def after_hangup(ignored: bool) -> subprocess.CompletedProcess:
+    """A run that is sent SIGHUP, as its session's end does it, and nohup or not before."""
+    code = (
+        "import os, signal, sys; from types import SimpleNamespace; from training import interruptions\n"
+        "run = SimpleNamespace(processes=SimpleNamespace(is_main=True), broken=lambda: 0, unfinished=list)\n"
+        "run.epochs_done = run.step = 1; folder = SimpleNamespace(save_unfinished=lambda *_: print('saved') or True)\n"
+        f"signal.signal(signal.SIGHUP, signal.{'SIG_IGN' if ignored else 'SIG_DFL'})\n"
+        "try:\n"
+        "    with interruptions.Watch(run, folder, 0) as watch:\n"
+        "        os.kill(os.getpid(), signal.SIGHUP); watch.between_steps(); print('next step')\n"
+        "except interruptions.Stopped as stop: sys.exit(stop.code)\n"
+    )
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no sessions")
+def test_the_end_of_a_session_saves_unless_the_run_was_started_to_outlive_it():
+    done = after_hangup(ignored=False)
+    assert (done.returncode, "saved" in done.stdout, "next step" in done.stdout) == (128 + signal.SIGHUP, True, False)
+    done = after_hangup(ignored=True)
+    assert (done.returncode, done.stdout) == (0, "next step\n")
+
+
+def in_a_thread(work) -> list:
+    results = []
+    thread = threading.Thread(target=lambda: results.append(work()))
+    thread.start()
+    thread.join()
+    return results
+
+
+def test_in_a_thread_there_are_no_signals_and_another_processs_still_stops_it(monkeypatch):
+    before = {n: signal.getsignal(n) for n in interruptions.SIGNALS}
+
+    def stopped() -> int:
+        try:
+            with Watch(run(), FOLDER, 0) as watch:
+                watch.between_steps()
+                monkeypatch.setattr(interruptions, "largest_of_each", lambda numbers: [signal.SIGTERM, 0, 0])
+                watch.between_steps()
+        except Stopped as stop:
+            return stop.code
+        return 0
+
+    assert in_a_thread(stopped) == [128 + signal.SIGTERM]
+    assert {n: signal.getsignal(n) for n in interruptions.SIGNALS} == before
 
 
 def test_a_checkpoint_is_due_by_the_clock_and_sooner_after_a_failure(monkeypatch):
