@@ -65,10 +65,21 @@ with our_modules():
     import utils
     from cutting.cutter import Cutter, load
     from cutting.edges import alpha_of, foreground, to_opacity
-    from cutting.photos import Photo, PhotoError, compose, encode_png, open_photo, photo_formats, reason
+    from cutting.photos import (
+        Photo,
+        PhotoError,
+        compose,
+        encode_png,
+        open_photo,
+        photo_formats,
+        readable_extensions,
+        reason,
+        what_helps,
+    )
     from loading.letterbox import letterbox
     from training.settings import OneLineParser
-    from utils import UserError, atomic_write, make_writable, usable_cores
+    from training.streams import steady_streams
+    from utils import UserError, atomic_write, counted, make_writable, usable_cores
 
 PIXELS_AT_WORK = 2**27  # of all photos that are read, cut or written at one moment
 BATCH_PIXELS = 2**25  # of the photos of one batch
@@ -83,6 +94,7 @@ class Style:
     mask: bool = False  # the alpha alone
     background: tuple[int, ...] | np.ndarray | None = None  # a colour, or a photo uint8 (H, W, 3), to compose onto
     threshold: float | None = None  # a hard edge at this probability
+    keep_background_colours: bool = False  # in a cutout, under an alpha of 0
 
     def draw(self, probabilities: np.ndarray, photo: Photo, square: np.ndarray, metadata: dict) -> list:
         """The pieces of a PNG file: mode L for a mask, RGB on a background, RGBA for a cutout. It uses up `photo`.
@@ -92,7 +104,8 @@ class Style:
         opacity = to_opacity(alpha_of(probabilities, square, metadata, photo.rgb), photo.alpha, self.threshold)
         if self.mask:
             return encode_png(opacity)
-        photo.rgb = foreground(photo.rgb, opacity, square, metadata, photo.alpha)  # frees the old colours
+        hide = self.background is None and not self.keep_background_colours
+        photo.rgb = foreground(photo.rgb, opacity, square, metadata, photo.alpha, hide)  # frees the old colours
         if self.background is not None:
             return encode_png(compose(photo.rgb, opacity, self.background), photo.icc)
         bgra = cv2.cvtColor(photo.rgb, cv2.COLOR_RGB2BGRA)
@@ -100,16 +113,21 @@ class Style:
         return encode_png(bgra, photo.icc)
 
 
-def plan(arguments: list[str], output: Path) -> list[Job]:
-    """What is to be done, decided by the photos' names alone, so that a second run decides alike.
+def plan(arguments: list[str], output: Path) -> tuple[list[Job], list[Path]]:
+    """What is to be done, decided by the photos' names alone, so that a second run decides alike; and what cannot be.
 
     Raises:
         UserError: no such path, no photo in a folder, two outputs of one name, an output among the photos.
     """
     names: dict[Path, Path] = {}  # in the output folder, by photo
+    unknown = {}
     for argument in map(Path, arguments):
         if os.path.isdir(argument):
-            names |= {photo: photo.relative_to(argument) for photo in photos_in(argument, output)}
+            photos, others = photos_in(argument, output)
+            if not photos and not others:
+                raise UserError(f"there is no photo in {argument}")
+            names |= {photo: photo.relative_to(argument) for photo in photos}
+            unknown |= dict.fromkeys(others)
         elif os.path.isfile(argument):
             names[argument] = Path(argument.name)
         else:
@@ -118,26 +136,43 @@ def plan(arguments: list[str], output: Path) -> list[Job]:
     refuse_collisions(jobs)
     for folder in filter(os.path.isdir, arguments):
         refuse_mixing(folder, jobs, output)
-    return jobs
+    return jobs, list(unknown)
 
 
-def photos_in(folder: Path, output: Path) -> list[Path]:
-    """The photos in a folder and its subfolders, but for hidden ones and those in the output folder.
+def photos_in(folder: Path, output: Path) -> tuple[list[Path], list[Path]]:
+    """The photos in a folder and its subfolders, and those of kinds that cannot be read here.
+
+    Without hidden ones and those in the output folder.
 
     Raises:
-        UserError: there is none.
+        UserError: the folder cannot be opened.
     """
-    formats, output = photo_formats(), os.path.realpath(output)
-    extensions = {extension for extension, name in Image.registered_extensions().items() if name in formats}
-    found, closed = [], []
-    for place, folders, files in os.walk(folder, onerror=closed.append):
-        folders[:] = sorted(n for n in folders if n[0] != "." and os.path.realpath(os.path.join(place, n)) != output)
-        found += [Path(place, n) for n in sorted(files) if n[0] != "." and os.path.splitext(n)[1].lower() in extensions]
-    # A subfolder that cannot be opened goes on the list as well: reading it fails, and is named and counted.
-    found += [Path(error.filename) for error in closed]
-    if not found or folder in found:
-        raise UserError(f"there is no photo in {folder}" if not found else f"{folder} cannot be opened")
-    return found
+    files, closed = files_in(folder, output)
+    if folder in closed:
+        raise UserError(f"{folder} cannot be opened")
+    # What cannot be opened goes on the list as well, a folder or a link: reading it fails, and is named and counted.
+    readable = readable_extensions()
+    photos = [file for file in files if file.suffix.lower() in readable or not os.path.exists(file)]
+    return photos + closed, [file for file in files if what_helps(file)]
+
+
+def files_in(folder: Path, output: Path) -> tuple[list[Path], list[Path]]:
+    """The files in a folder, its subfolders and those that are linked there; and the folders that cannot be opened."""
+    output, files, closed = os.path.realpath(output), [], []
+    for place, folders, names in os.walk(folder, onerror=closed.append, followlinks=True):
+        shown = [Path(place, name) for name in sorted(folders) if name[0] != "."]
+        folders[:] = [path.name for path in shown if os.path.realpath(path) != output and not leads_back(path, folder)]
+        files += [Path(place, name) for name in sorted(names) if name[0] != "."]
+    return files, [Path(error.filename) for error in closed]
+
+
+def leads_back(path: Path, folder: Path) -> bool:
+    """Whether a linked folder holds one that it was reached through, and so itself again and again."""
+    if not path.is_symlink():
+        return False
+    passed = [Path(os.path.realpath(place)) for place in path.parents if place == folder or folder in place.parents]
+    target = Path(os.path.realpath(path))
+    return any(target == place or target in place.parents for place in passed)
 
 
 def with_png(names: dict[Path, Path]) -> dict[Path, Path]:
@@ -263,6 +298,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     kind.add_argument("--mask", action="store_true", help="write the mask alone, in grey")
     kind.add_argument("--background", metavar="COLOUR_OR_PHOTO", help="compose onto e.g. white, #3366cc or beach.jpg")
     add("--threshold", type=float, help="a hard edge: opaque where the probability of a person exceeds it (0 to 1)")
+    keep = "--keep-background-colours", "--keep_background_colours"
+    add(*keep, action="store_true", help="leave in a cutout the photo's colours under an alpha of 0")
     add("--device", default=utils.EACH_ITS_GPU, help="cpu, cuda:1, mps (the first GPU, or the CPU)")
     add("--batch-size", "--batch_size", type=int, default=8, help="photos at a time on a GPU (%(default)s)")
     options = parser.parse_args(argv)
@@ -286,9 +323,10 @@ def read_background(text: str | None) -> tuple[int, ...] | np.ndarray | None:
 def main(options: argparse.Namespace) -> int:
     """Returns how many photos could not be done."""
     output, failed = Path(options.output), 0
-    jobs = plan(options.photos, output)
+    jobs, unknown = plan(options.photos, output)
     todo = [(photo, made) for photo, made in jobs if options.overwrite or not os.path.exists(made)]
-    style = Style(options.mask, read_background(options.background), options.threshold)
+    background = read_background(options.background)
+    style = Style(options.mask, background, options.threshold, options.keep_background_colours)
     if todo:
         cutter = load(options.checkpoint, options.device)
         try:
@@ -296,15 +334,27 @@ def main(options: argparse.Namespace) -> int:
         except OSError as error:
             raise UserError(f"--output {output} cannot be written: {error.strerror}") from None
         failed = cut_all(cutter, todo, style, options.batch_size)
+    for advice, paths in by_advice(unknown).items():
+        kinds = ", ".join(sorted({path.suffix.lower() for path in paths}))
+        print(f"{counted(len(paths), 'photo')} ({kinds}) cannot be read here: {advice}", file=sys.stderr)
+    failed, photos = failed + len(unknown), len(jobs) + len(unknown)
     kept = len(jobs) - len(todo)
     notes = f", {kept} were there already (--overwrite makes them again)" if kept else ""
     notes += f", {failed} could not be done" if failed else ""
-    print(f"{len(todo) - failed} of {len(jobs)} photos written to {output}{notes}", flush=True)
+    print(f"{photos - kept - failed} of {counted(photos, 'photo')} written to {output}{notes}", flush=True)
     return failed
+
+
+def by_advice(paths: list[Path]) -> dict[str, list[Path]]:
+    found = {}
+    for path in paths:
+        found.setdefault(what_helps(path), []).append(path)
+    return found
 
 
 def run_command(argv: list[str]) -> int:
     """The whole program. Returns its exit code: 0, 1 where photos failed, 2 for a user's mistake, 130 after Ctrl-C."""
+    steady_streams()
     cv2.setNumThreads(1)  # each thread is a core's worth of work already
     warnings.filterwarnings("ignore", module="PIL")  # of odd metadata in photos that can be read all the same
     try:

@@ -58,8 +58,14 @@ class Cutter:
         # A GPU holds one batch at a time, whichever thread brings it; on a CPU every thread computes for itself.
         self._turn = contextlib.nullcontext() if device.type == "cpu" else threading.Lock()
 
-    def __call__(self, photo: str | Path | Image.Image | np.ndarray) -> np.ndarray:
+    def __call__(
+        self, photo: str | Path | Image.Image | np.ndarray, keep_background_colours: bool = False
+    ) -> np.ndarray:
         """A photo to uint8 RGBA (H, W, 4): the persons as straight alpha, the colours its own but at soft edges.
+
+        Args:
+            photo: what `open_photo` takes.
+            keep_background_colours: where alpha is 0, which they are gone from otherwise.
 
         Raises:
             PhotoError: the photo cannot be read.
@@ -68,7 +74,8 @@ class Cutter:
         square, metadata = letterbox(photo.rgb, self.image_size)
         alpha = alpha_of(self.probabilities([square])[0], square, metadata, photo.rgb)
         opacity = to_opacity(alpha, photo.alpha)
-        return to_rgba(foreground(photo.rgb, opacity, square, metadata, photo.alpha), opacity)
+        colours = foreground(photo.rgb, opacity, square, metadata, photo.alpha, not keep_background_colours)
+        return to_rgba(colours, opacity)
 
     @torch.inference_mode()
     def probabilities(self, squares: list[np.ndarray]) -> np.ndarray:

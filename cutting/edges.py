@@ -18,6 +18,7 @@ GUIDE_EPSILON = 1e-4  # variance of the colours, in [0, 1], below which they say
 FLAT = 1e-6  # variance of alpha below which there is no edge
 HAZE = 0.05  # probabilities this near to 0 or 1 are taken for it
 COLOUR_RADII = (6, 2)  # pixels of the square: from how far the colours of both sides of an edge are taken
+NOTHING = 1e-3  # a mean of weights in [0, 1] below which there is nothing to be averaged
 
 
 def alpha_of(probabilities: np.ndarray, square: np.ndarray, metadata: dict, rgb: np.ndarray) -> np.ndarray:
@@ -121,7 +122,12 @@ def to_opacity(alpha: np.ndarray, photo_alpha: np.ndarray | None, threshold: flo
 
 
 def foreground(
-    rgb: np.ndarray, opacity: np.ndarray, square: np.ndarray, metadata: dict, photo_alpha: np.ndarray | None = None
+    rgb: np.ndarray,
+    opacity: np.ndarray,
+    square: np.ndarray,
+    metadata: dict,
+    photo_alpha: np.ndarray | None = None,
+    hide_background: bool = False,
 ) -> np.ndarray:
     """The persons' own colours: at a soft edge, without what the old background adds to them.
 
@@ -129,22 +135,47 @@ def foreground(
         rgb, opacity: of the photo, uint8 (H, W, 3) and (H, W).
         square, metadata: what `letterbox` returned for the photo.
         photo_alpha: the photo's own, if it has one: where it is not opaque, its colours are pure already.
+        hide_background: black where opacity is 0, but for a band along the persons that goes on with their colours:
+            whoever scales a cutout mixes in what lies beside its edge.
 
     Returns:
-        uint8 (H, W, 3); the photo's own pixels wherever opacity is 0 or 255.
+        uint8 (H, W, 3); the photo's own pixels wherever opacity is 255, or 0 and the background not hidden.
     """
     content = unpadded(square, metadata["padding"])
     coarse = resize(opacity, content.shape[1::-1])
     mixed = cv2.inRange(opacity, 1, 254) & enlarged_mask(between_sides(coarse), opacity.shape)
     if photo_alpha is not None:
         mixed[photo_alpha < 255] = 0
-    if not mixed.any():
+    hide = hide_background and cv2.countNonZero(opacity) < opacity.size
+    if not mixed.any() and not hide:
         return rgb
-    pure, sides = rgb.copy(), colours_of_both_sides(content, coarse)
-    enlarged = (enlarged_at(mixed, colours, opacity.shape) for colours in sides)
+    pure = without_background(rgb, opacity, content, coarse) if hide else rgb.copy()
+    enlarged = (enlarged_at(mixed, colours, opacity.shape) for colours in colours_of_both_sides(content, coarse))
     for (rows, columns, inside), (_, _, outside) in zip(*enlarged, strict=True):
         pure[rows, columns] = unmix(rgb[rows, columns], opacity[rows, columns], inside, outside)
     return pure
+
+
+def without_background(rgb: np.ndarray, opacity: np.ndarray, content: np.ndarray, coarse: np.ndarray) -> np.ndarray:
+    """A copy without the colours where opacity is 0; around persons theirs, as they are on the square, go on."""
+    pure, (colours, known) = cv2.bitwise_and(rgb, rgb, mask=opacity), colours_beyond(content, coarse)
+    band = cv2.inRange(opacity, 0, 0) & enlarged_mask(known, opacity.shape)
+    for rows, columns, values in enlarged_at(band, colours, opacity.shape):
+        pure[rows, columns] = values + 0.5
+    return pure
+
+
+def colours_beyond(picture: np.ndarray, opacity: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The persons' mean colours around each pixel, float32 (h, w, 3); where they and those beside are known, 0 or 255.
+
+    The power all but leaves out the pixels that the background has a part in, wherever there are others.
+    """
+    weights = cv2.cvtColor(opacity, cv2.COLOR_GRAY2RGB).astype(np.float32) / 255
+    weights **= 4
+    total = mean_around(weights, COLOUR_RADII[0])
+    colours = weighted_mean(picture.astype(np.float32), weights, total, np.float32(0), COLOUR_RADII[0])
+    known = (total[..., 0] > NOTHING).astype(np.uint8) * 255
+    return colours, cv2.erode(known, np.ones((3, 3), np.uint8))
 
 
 def between_sides(opacity: np.ndarray) -> np.ndarray:
@@ -174,7 +205,7 @@ def weighted_mean(
     colours: np.ndarray, weights: np.ndarray, total: np.ndarray, otherwise: np.ndarray, radius: int
 ) -> np.ndarray:
     """Of the colours around each pixel; `otherwise` where the weights there come to nothing."""
-    return np.where(total > 1e-3, mean_around(colours * weights, radius) / np.maximum(total, 1e-3), otherwise)
+    return np.where(total > NOTHING, mean_around(colours * weights, radius) / np.maximum(total, NOTHING), otherwise)
 
 
 def unmix(mixed: np.ndarray, opacity: np.ndarray, persons: np.ndarray, background: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import struct
 import zlib
 from collections.abc import Iterator
@@ -12,12 +13,23 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from loading.letterbox import resize
 from utils import UserError
 
 LARGEST_PROFILE = 2**20  # bytes: Pillow refuses to open a PNG with a larger colour profile
+RAW = (
+    *(".3fr", ".ari", ".arw", ".cr2", ".cr3", ".crw", ".dcr", ".dng", ".erf", ".fff", ".gpr", ".iiq", ".kdc", ".mef"),
+    *(".mos", ".mrw", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".rwl", ".sr2", ".srf", ".srw", ".x3f"),
+)
+OTHER_KINDS = {  # photos, by extension, that Pillow cannot decode by itself, or not everywhere; and what helps
+    **dict.fromkeys((".heic", ".heics", ".heif", ".heifs", ".hif"), "pip install pillow-heif"),
+    **dict.fromkeys((".avif", ".avifs"), "pip install --upgrade pillow"),
+    ".jxl": "pip install pillow-jxl-plugin",
+    **dict.fromkeys(RAW, "camera raw, develop them to JPEG, PNG or TIFF"),
+    **dict.fromkeys((".bpg", ".jxr", ".wdp", ".hdp", ".xcf"), "save them as JPEG, PNG or TIFF"),
+}
 NO_PHOTOS = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")  # Pillow names them, but cannot decode them by itself
 
 
@@ -51,8 +63,10 @@ def open_photo(photo: str | Path | Image.Image | np.ndarray) -> Photo:
         with Image.open(photo, formats=photo_formats()) as image:
             return to_photo(image)
     except Exception as error:  # whatever a damaged file makes one of forty decoders raise
-        name = "the photo" if isinstance(photo, Image.Image) else photo
-        raise PhotoError(f"{name} cannot be read: {reason(error)}") from None
+        if isinstance(photo, Image.Image):
+            raise PhotoError(f"the photo cannot be read: {reason(error)}") from None
+        advice = what_helps(photo) if isinstance(error, UnidentifiedImageError) else ""
+        raise PhotoError(f"{photo} cannot be read: {advice or reason(error)}") from None
 
 
 def from_array(pixels: np.ndarray) -> Photo:
@@ -68,12 +82,26 @@ def reason(error: Exception) -> str:
 
 @functools.cache
 def photo_formats() -> tuple[str, ...]:
-    with contextlib.suppress(ImportError):  # HEIC is an extra: pip install pillow-heif
+    with contextlib.suppress(ImportError):  # an extra, as `OTHER_KINDS` has it
         from pillow_heif import register_heif_opener
 
         register_heif_opener()
+    with contextlib.suppress(ImportError):
+        import pillow_jxl  # noqa: F401 - that registers it
     Image.init()
     return tuple(name for name in Image.ID if name not in NO_PHOTOS)
+
+
+@functools.cache
+def readable_extensions() -> frozenset[str]:
+    formats = photo_formats()
+    return frozenset(extension for extension, name in Image.registered_extensions().items() if name in formats)
+
+
+def what_helps(path: str | Path) -> str:
+    """Against a photo's being of a kind that cannot be read here; "" where it can, and for what is no photo."""
+    extension = os.path.splitext(path)[1].lower()
+    return "" if extension in readable_extensions() else OTHER_KINDS.get(extension, "")
 
 
 def to_photo(image: Image.Image) -> Photo:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -18,6 +20,7 @@ from conftest import PICTURE, fresh_python, save_picture
 from PIL import Image, ImageCms
 
 import predict
+from cutting import photos
 from cutting.cutter import load
 from predict import run_command
 
@@ -233,19 +236,101 @@ def test_folder_that_cannot_be_opened_is_named(tmp_path, run, stub, monkeypatch)
 
 def test_writing_that_fails(tmp_path, run, stub, monkeypatch):
     stub()
-    save_picture(tmp_path / "in" / f"{'n' * 249}.jpg")  # its output's draft has too long a name
-    save_picture(tmp_path / "in" / "a.jpg")
+    save_picture(tmp_path / "in" / f"{'n' * 251}.jpg")
+    save_picture(tmp_path / "in" / f"{'n' * 252}.im", format="BMP")  # .png is one letter more
     code, _, errors = run(tmp_path / "in", "--output", tmp_path / "out")
-    assert (code, len(errors), outputs(tmp_path / "out")) == (1, 1, {"a.png"})
-    assert errors[0].endswith("cannot be written: File name too long")
+    assert (code, len(errors), outputs(tmp_path / "out")) == (1, 1, {"n" * 251 + ".png"})
+    assert errors[0] == f"{tmp_path / 'out' / ('n' * 252)}.png cannot be written: File name too long"
 
     def full(path):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(predict, "atomic_write", full)
-    code, lines, errors = run(tmp_path / "in" / "a.jpg", "--output", tmp_path / "out2")
+    code, lines, errors = run(save_picture(tmp_path / "a.jpg"), "--output", tmp_path / "out2")
     assert (code, lines) == (2, [])
     assert errors == [f"predict.py: error: {tmp_path / 'out2' / 'a.png'} cannot be written: No space left on device"]
+
+
+# --- nothing is passed over in silence --------------------------------------------------------------------
+
+UNKNOWN = ("a.HEIC", "sub/b.heif", "c.nef", "d.CR3", "e.dng", "f.jxl")  # whatever is in them
+
+
+@pytest.fixture
+def without_extras(monkeypatch):
+    """As where neither of Pillow's plug-ins is installed."""
+    known = frozenset(e for e in photos.readable_extensions() if e not in photos.OTHER_KINDS or e == ".avif")
+    monkeypatch.setattr(photos, "readable_extensions", lambda: known)
+    monkeypatch.setattr(predict, "readable_extensions", lambda: known)
+
+
+@pytest.mark.usefixtures("without_extras")
+def test_photos_of_kinds_that_cannot_be_read_are_counted_with_what_helps(tmp_path, run, stub):
+    stub()
+    save_picture(tmp_path / "in" / "a.jpg")
+    for name in (*UNKNOWN, "notes.txt", ".hidden.heic"):
+        (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(b"\0\0\0\x18ftypheic")
+    out = tmp_path / "out"
+    for said in ("1 of 7 photos written to", "0 of 7 photos written to"):  # a second run says it again
+        code, lines, errors = run(tmp_path / "in", tmp_path / "in", "--output", out)
+        assert (code, outputs(out)) == (1, {"a.png"})
+        assert errors == [
+            "2 photos (.heic, .heif) cannot be read here: pip install pillow-heif",
+            "3 photos (.cr3, .dng, .nef) cannot be read here: camera raw, develop them to JPEG, PNG or TIFF",
+            "1 photo (.jxl) cannot be read here: pip install pillow-jxl-plugin",
+        ]
+        assert lines[0].startswith(said)
+        assert lines[0].endswith(", 6 could not be done")
+    shutil.rmtree(out)
+    (tmp_path / "in" / "a.jpg").unlink()
+    code, lines, errors = run(tmp_path / "in", "--output", out)  # nothing else is there
+    assert (code, lines, len(errors)) == (1, [f"0 of 6 photos written to {out}, 6 could not be done"], 3)
+    code, _, errors = run(tmp_path / "in" / "a.HEIC", "--output", out)  # given by name
+    assert (code, errors) == (1, [f"{tmp_path / 'in' / 'a.HEIC'} cannot be read: pip install pillow-heif"])
+
+
+def test_linked_folders_are_followed_and_loops_are_not(tmp_path, run, stub):
+    stub()
+    for name in ("in/a.jpg", "in/sub/b.jpg", "album/c.jpg", "album/deep/d.jpg", "beside.jpg"):
+        save_picture(tmp_path / name)
+    links = {"in/album": "album", "in/again": "in/sub", "in/self": "in", "in/up": "", "in/sub/back": "in/sub",
+             "album/deep/round": "in", "album/deep/album": "album", "in/off": "not_mounted"}  # fmt: skip
+    for link, target in links.items():
+        (tmp_path / link).symlink_to(tmp_path / target)
+    code, _, errors = run(tmp_path / "in", "--output", tmp_path / "in" / "out")
+    expected = {"a.png", "sub/b.png", "album/c.png", "album/deep/d.png", "again/b.png"}
+    assert outputs(tmp_path / "in" / "out") == expected
+    assert (code, errors) == (1, [f"{tmp_path / 'in' / 'off'} cannot be read: No such file or directory"])
+    (tmp_path / "in" / "off").unlink()
+    (tmp_path / "in" / "results").symlink_to(tmp_path / "in" / "out")  # the output folder is none of the photos'
+    code, lines, _ = run(tmp_path / "in", "--output", tmp_path / "in" / "out")
+    assert (code, lines[0].split(",")[0]) == (0, f"0 of 5 photos written to {tmp_path / 'in' / 'out'}")
+
+
+def test_a_folder_that_is_a_link_itself_or_is_given_from_within(tmp_path, run, stub, monkeypatch):
+    stub()
+    save_picture(tmp_path / "photos" / "sub" / "a.jpg")
+    (tmp_path / "link").symlink_to(tmp_path / "photos")
+    (tmp_path / "photos" / "sub" / "loop").symlink_to("..")
+    assert run(tmp_path / "link", "--output", tmp_path / "out")[0] == 0
+    monkeypatch.chdir(tmp_path / "photos" / "sub")
+    for given, made in ((".", "a.png"), ("..", "sub/a.png")):
+        assert run(given, "--output", tmp_path / f"out{len(given)}")[0] == 0
+        assert outputs(tmp_path / f"out{len(given)}") == {made}
+    assert outputs(tmp_path / "out") == {"sub/a.png"}
+
+
+def test_an_output_folder_that_cannot_be_flushed_is_no_failure(tmp_path, run, stub, monkeypatch):
+    stub()
+    save_picture(tmp_path / "a.jpg")
+
+    def fsync(_descriptor):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert run(tmp_path / "a.jpg", "--output", tmp_path / "out")[0] == 0
+    assert outputs(tmp_path / "out") == {"a.png"}
 
 
 def test_work_is_bounded_by_pixels(tmp_path, cut, monkeypatch):
@@ -296,7 +381,9 @@ def test_mask_threshold_and_background_by_hand(tmp_path, run, stub):
     assert (made("--mask").mode, bands(made("--mask"))) == ("L", [0, 57, 128, 255])  # 0.2 / 0.9 is 57
     assert bands(made("--mask", "--threshold", "0.5")) == [0, 0, 0, 255]
     assert bands(made("--mask", "--threshold", "0.25")) == [0, 0, 255, 255]
-    assert bands(made("--threshold", "0")) == [(200, 100, 0, alpha) for alpha in (0, 255, 255, 255)]
+    assert bands(made("--threshold", "0")) == [(0, 0, 0, 0), *[(200, 100, 0, 255)] * 3]
+    kept = made("--threshold", "0", "--keep-background-colours")
+    assert bands(kept) == [(200, 100, 0, alpha) for alpha in (0, 255, 255, 255)]
     # 57 and 128 of 255 of the photo over blue: 200 * 57 / 255 = 44.7, 255 * 198 / 255 = 198, and so on
     assert made("--background", "blue").mode == "RGB"
     assert bands(made("--background", "#00f")) == [(0, 0, 255), (45, 22, 198), (100, 50, 127), (200, 100, 0)]
@@ -343,7 +430,7 @@ def test_as_a_program(tmp_path, small_checkpoint):
     photo = save_picture(tmp_path / "a.jpg")
     command = [sys.executable, predict.__file__, photo, "--checkpoint", small_checkpoint, "--device", "cpu"]
     done = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "1 of 1 photos written to cutouts\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1 of 1 photo written to cutouts\n", "")
     assert outputs(tmp_path / "cutouts") == {"a.png"}
 
 
@@ -421,4 +508,4 @@ def test_genuine_photos_keep_size_mode_and_colours(tmp_path, run, stub, shared_c
         assert Image.open(path).mode == "RGBA"
         assert {0, 255} <= set(np.unique(found[..., 3]))
         changed = (found[..., :3] != cv2.imread(str(photo), cv2.IMREAD_COLOR_RGB)).any(axis=2)
-        assert not changed[(found[..., 3] == 0) | (found[..., 3] == 255)].any(), photo
+        assert not changed[found[..., 3] == 255].any(), photo

@@ -26,7 +26,8 @@ def test_nobody_stays_empty_and_faint_stays_faint(cut, stub):
         stub(constant(probability))
         rgba = cut(PICTURE)
         assert (rgba[..., 3] == alpha).all()
-        np.testing.assert_array_equal(rgba[..., :3], PICTURE)  # where nothing is opaque as well
+        np.testing.assert_array_equal(rgba[..., :3], PICTURE if alpha else 0)  # what was cut away is not in it
+        np.testing.assert_array_equal(cut(PICTURE, keep_background_colours=True)[..., :3], PICTURE)
 
 
 def test_padding_is_cropped_and_the_rest_enlarged(cut, stub):

@@ -164,3 +164,65 @@ def test_an_unsure_area_keeps_the_photos_colours():
     photo = RNG.integers(0, 256, (128, 128, 3), dtype=np.uint8)
     square, metadata = letterbox(photo, 64)
     assert foreground(photo, np.full((128, 128), 128, np.uint8), square, metadata) is photo
+
+
+# --- what was cut away ------------------------------------------------------------------------------------
+
+
+def cut_out(size: tuple[int, int], hard: bool = False) -> tuple[np.ndarray, ...]:
+    """Of a photo the colours with the background hidden and with it, the opacity, the person's true colours."""
+    photo, alpha, person = scene(*size)
+    if hard:
+        alpha = (alpha > 0.5).astype(np.float32)
+        photo = np.where(alpha[..., None] > 0, person, np.uint8([40, 130, 70]))
+    opacity = (alpha * 255).round().astype(np.uint8)
+    square, metadata = letterbox(photo, 128)
+    colours = [foreground(photo, opacity, square, metadata, None, hide) for hide in (True, False)]
+    return *colours, opacity, person
+
+
+def distance(colours: np.ndarray, truth: np.ndarray) -> float:
+    return np.abs(colours.astype(np.float32) - truth).mean()
+
+
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("size", [(300, 400), (60, 80), (500, 40), (1200, 1600)])
+def test_what_was_cut_away_is_gone_and_what_is_seen_stays(size, hard):
+    found, kept, opacity, person = cut_out(size, hard)
+    np.testing.assert_array_equal(found[opacity > 0], kept[opacity > 0])
+    reach = round((edges.COLOUR_RADII[0] + 1) * max(size) / 128) + 1  # as far from the persons as the band goes
+    far = cv2.dilate(cv2.inRange(opacity, 1, 255), np.ones((2 * reach + 1,) * 2, np.uint8)) == 0
+    assert (found[far] == 0).all()
+    band = (opacity == 0) & found.any(axis=2)
+    assert distance(found[band], person[band]) < 0.5 * distance(kept[band], person[band])
+    touching = cv2.dilate(cv2.inRange(opacity, 128, 255), np.ones((3, 3), np.uint8)) & cv2.inRange(opacity, 0, 0)
+    assert band[touching > 0].all()  # wherever an edge is no soft one
+
+
+def scaled(picture: np.ndarray, size: tuple[int, int], how: int) -> np.ndarray:
+    """As a program does it that knows nothing of alpha, each channel by itself."""
+    return cv2.resize(picture.astype(np.float32), size, interpolation=how)
+
+
+def over(ground: float, colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    return colours * alpha[..., None] / 255 + ground * (1 - alpha[..., None] / 255)
+
+
+@pytest.mark.parametrize(("size", "how"), [((40, 30), cv2.INTER_AREA), ((160, 120), cv2.INTER_LINEAR),
+                                           ((390, 290), cv2.INTER_CUBIC), ((1000, 800), cv2.INTER_CUBIC)])  # fmt: skip
+@pytest.mark.parametrize("ground", [0, 255])
+def test_a_cutout_that_is_scaled_has_no_dark_seam(size, how, ground):
+    found, _, opacity, person = cut_out((300, 400), hard=True)
+    black = np.where(opacity[..., None] > 0, found, 0)
+    truth, alpha = scaled(person, size, how), np.clip(scaled(opacity, size, how), 0, 255)
+    edge = (alpha > 5) & (alpha < 250)
+    seen = over(ground, truth, alpha)[edge]
+    errors = [distance(over(ground, scaled(colours, size, how), alpha)[edge], seen) for colours in (found, black)]
+    assert errors[0] < 0.25 * errors[1]
+
+
+def test_nobody_leaves_nothing_and_a_person_everywhere_leaves_all():
+    photo = RNG.integers(1, 256, (90, 120, 3), dtype=np.uint8)
+    square, metadata = letterbox(photo, 64)
+    assert not foreground(photo, np.zeros((90, 120), np.uint8), square, metadata, None, True).any()
+    assert foreground(photo, np.full((90, 120), 255, np.uint8), square, metadata, None, True) is photo

@@ -46,7 +46,7 @@ def one_at_a_time(cutter: Cutter, files: list[Path], output: Path, threads: int)
 
 
 def all_at_once(cutter: Cutter, files: list[Path], output: Path) -> int:
-    jobs = predict.plan([str(file) for file in files], output)
+    jobs, _ = predict.plan([str(file) for file in files], output)
     if predict.cut_all(cutter, jobs, predict.Style(), batch_size=8):
         raise RuntimeError("a photo could not be cut out")
     return len(files)
