@@ -21,6 +21,8 @@ from loading.index import DataError
 from models import UNetAutoencoder
 from training import checkpoints
 
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # tests that import onnxruntime do so before the tool that sets it
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 torch.set_num_threads(1)  # the figures must not depend on the cores, and threads spin on a busy machine

@@ -18,6 +18,7 @@ import argparse
 import copy
 import importlib.util
 import logging
+import os
 import sys
 import tempfile
 import time
@@ -31,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it is in tools/ that Python looks
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before onnxruntime's import: it would note events and send them
 
 from cutting.cutter import Cutter, load
 from cutting.photos import open_photo
@@ -39,7 +41,8 @@ from loading.letterbox import letterbox, resize
 from models import UNetAutoencoder
 from predict import photos_in
 from training.settings import OneLineParser
-from utils import SegmentationMetrics, UserError, atomic_write, read_checkpoint
+from training.streams import steady_streams
+from utils import SegmentationMetrics, UserError, atomic_write, counted, read_checkpoint
 
 if TYPE_CHECKING:
     import onnx
@@ -229,12 +232,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def choose_photos(options: argparse.Namespace, dataset: COCOPersonDataset | None) -> tuple[list[np.ndarray], str]:
     """A few photos, uint8 RGB (H, W, 3), to check on, and what they are."""
     if options.check:
-        files = photos_in(options.check, options.output)
-        return [open_photo(file).rgb for file in evenly(files)], f"photos of {options.check}"
+        files, _ = photos_in(options.check, options.output)
+        if not files:
+            raise UserError(f"there is no photo in {options.check}")
+        chosen = evenly(files)
+        return [open_photo(file).rgb for file in chosen], f"{counted(len(chosen), 'photo')} of {options.check}"
     if dataset is not None:
-        return [dataset.original(i)[..., :3] for i in evenly(range(len(dataset)))], f"photos of {options.split}"
+        chosen = evenly(range(len(dataset)))
+        photos = [dataset.original(i)[..., :3] for i in chosen]
+        return photos, f"{counted(len(chosen), 'photo')} of {options.split}"
     noise = np.random.default_rng(0).integers(0, 256, (CHECKED_PHOTOS, 6, 9, 3), dtype=np.uint8)
-    return [resize(picture, (640, 427)) for picture in noise], "pictures of noise (give photos with --check FOLDER)"
+    photos = [resize(picture, (640, 427)) for picture in noise]
+    return photos, f"{len(photos)} pictures of noise (give photos with --check FOLDER)"
 
 
 def evenly(items: list | range, count: int = CHECKED_PHOTOS) -> list:
@@ -287,7 +296,7 @@ def check_export(exported: onnx.ModelProto, precision: str, cutter: Cutter, phot
     found = disagreements(exported, cutter.model, photos, cutter.image_size)
     largest, mean = found.max(axis=0)
     print(f"{precision} against PyTorch: largest difference {largest:.2g}, alpha's mean {mean:.2g}, "
-          f"in {len(found)} batches of several sizes, {len(photos)} {kind}", flush=True)  # fmt: skip
+          f"in {len(found)} batches of several sizes, {kind}", flush=True)  # fmt: skip
     value, limit = (largest, TOLERANCE) if precision == "float32" else (mean, MEAN_TOLERANCE)
     if not value <= limit:
         raise UserError(f"{precision} disagrees with PyTorch by {value:.2g}, more than {limit}: nothing was written")
@@ -296,8 +305,8 @@ def check_export(exported: onnx.ModelProto, precision: str, cutter: Cutter, phot
 def measure_loss(reference: onnx.ModelProto, reduced: onnx.ModelProto, dataset: COCOPersonDataset, name: str) -> None:
     whole, less = measure_both(reference, reduced, dataset)
     loss = whole["iou"] - less["iou"]
-    print(f"mean IoU on {len(dataset)} photos: float32 {whole['iou']:.4f}, {name} {less['iou']:.4f}, loss {loss:+.4f}; "
-          f"ms a photo: float32 {whole['ms']:.1f}, {name} {less['ms']:.1f}", flush=True)  # fmt: skip
+    print(f"mean IoU on {counted(len(dataset), 'photo')}: float32 {whole['iou']:.4f}, {name} {less['iou']:.4f}, "
+          f"loss {loss:+.4f}; ms a photo: float32 {whole['ms']:.1f}, {name} {less['ms']:.1f}", flush=True)  # fmt: skip
     if loss > LARGEST_LOSS:
         raise UserError(f"{name} loses {loss:.3f} of IoU, more than {LARGEST_LOSS}: nothing was written")
 
@@ -314,6 +323,7 @@ def write_onnx(model: onnx.ModelProto, path: Path) -> None:
 
 def run_command(argv: list[str]) -> int:
     """The whole program. Returns its exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
+    steady_streams()
     try:
         main(parse(argv[1:]))
     except UserError as error:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +81,20 @@ def test_onnx_equals_pytorch_at_any_size_and_batch(exported, model, shape):
     assert rgba.dtype == np.float32
     assert expected[:, 3].std() > 0.01  # an alpha that says something
     np.testing.assert_allclose(rgba, expected, rtol=0, atol=1e-4)
+
+
+def test_a_whole_run_leaves_nothing_but_its_output(checkpoint, tmp_path):
+    """No device id, no events, no caches: neither in the home folder nor in the one for temporary files."""
+    places = {name: tmp_path / name for name in ("HOME", "XDG_CACHE_HOME", "XDG_STATE_HOME", "TMPDIR", "work")}
+    for place in places.values():
+        place.mkdir()
+    # onnxruntime keeps quiet by itself where it takes the machine for one that runs tests
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("ORT_") and k not in ("CI", "GITHUB_ACTIONS")}
+    environment = kept | {name: str(place) for name, place in places.items()} | {"PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, export.__file__, str(checkpoint)]
+    done = subprocess.run(command, cwd=places["work"], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [path for path in tmp_path.rglob("*") if not path.is_dir()] == [places["work"] / "model.onnx"]
 
 
 def test_file_says_what_a_consumer_needs(exported):
