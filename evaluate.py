@@ -20,12 +20,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P, or PYTHONSAFEPATH, does not look here by itself
+
 import utils
 from cutting.cutter import Cutter, load
 from cutting.edges import alpha_of, to_opacity
 from datasets import COCOPersonDataset, DataError, letterbox
 from training import launching, pictures
 from training.settings import OneLineParser
+from training.streams import steady_streams
 from utils import Processes, UserError, atomic_write, read_checkpoint, usable_cores, write_csv, writing_to
 
 BOUNDARY_SHARE = 0.02  # of the image's diagonal: how far from the contour its boundary reaches (Cheng et al. 2021)
@@ -217,6 +220,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def run_command(argv: list[str]) -> int:
     """The whole program. Returns its exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
+    steady_streams()
     try:
         options = parse(argv[1:])
         launching.use_every_gpu(argv, options.device)

@@ -26,6 +26,8 @@ from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 from torch.utils.data import DataLoader
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P, or PYTHONSAFEPATH, does not look here by itself
+
 import utils
 from datasets import COCOPersonDataset, batches, make_loader
 from loading.unreadable import TolerantDataset, dead_worker, name_bad_photos
@@ -36,6 +38,7 @@ from training.interruptions import Stopped, Watch
 from training.run import Run
 from training.settings import UsageError, flag, read_settings
 from training.step import Tally, autocast, find_parts, gradients_shared, groups, split, to_device
+from training.streams import steady_streams
 from utils import LossCalculator, Processes, UserError, usable_cores
 
 
@@ -279,7 +282,8 @@ def begin(run: Run, config: Config, folder: RunFolder, train_loader: DataLoader,
     changed = {name: value for name, value in run.settings.items() if value != getattr(Config, name)}
     print(report.describe(run, changed, folder.path, train_loader, val_loader), flush=True)
     if run.epochs_done >= config.num_epochs:
-        print(f"all {config.num_epochs} epochs are done: a higher --num-epochs goes on", flush=True)
+        done = "the epoch is" if config.num_epochs == 1 else f"all {config.num_epochs} epochs are"
+        print(f"{done} done: a higher --num-epochs goes on", flush=True)
     else:
         tried(lambda: report.write_run(run, folder.path / RUN_JSON))
 
@@ -341,6 +345,7 @@ def check(config: Config) -> None:
 
 def run_command(argv: list[str]) -> int:
     """The whole program. Returns its exit code: 0, 2 for a user's mistake, 128 and its number after a signal."""
+    steady_streams()
     try:
         config = parse(argv[1:])
         launching.use_every_gpu(argv, config.device)

@@ -400,7 +400,7 @@ def writing_to(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise CheckpointError(f"{what} cannot be written: {error.strerror}") from None
+        raise CheckpointError(f"{error.filename or what} cannot be written: {error.strerror}") from None
 
 
 def make_writable(folder: Path) -> None:

@@ -25,7 +25,7 @@ from loading.index import describe_left_out
 from loading.unreadable import SKIPPED
 from training.checkpoints import BEST, disk_needed
 from training.run import Run
-from utils import atomic_write
+from utils import atomic_write, counted
 
 TABLE_HEAD = "  epoch | train loss   IoU  Dice | val loss   IoU  Dice |      lr    time wait"  # and a star
 PACKAGES = ("torch", "torchvision", "albumentations", "numpy", "cv2", "simplejpeg", "PIL")  # that bits may depend on
@@ -48,23 +48,28 @@ def describe(run: Run, changed: dict, folder: Path, train_loader: DataLoader, va
     disk = disk_needed(4 * parameters, keep, settings["num_epochs"])
     facts = {
         "settings": " ".join(f"{name}={value}" for name, value in changed.items()) or "all as in the file",
-        "data": f"{len(train)} photos to train on, {len(val)} to validate, in {train.photos.parent}",
+        "data": f"{counted(len(train), 'photo')} to train on, {len(val)} to validate, in {train.photos.parent}",
         "samples": f"letterboxed once, in {train.cache.path.parent}" if train.cache else "from the photos every time",
         "left out": "; ".join(f"{part.photos.name}: {describe_left_out(part.index.left_out)}" for part in (train, val)
                               if part.index.left_out),
         "device": f"{processes.device}, {precision(run.amp_dtype)}, {processes.world_size} process"
-                  f"{'es' if processes.world_size > 1 else ''}, {train_loader.num_workers} workers each",
+                  f"{'es' if processes.world_size > 1 else ''}, {counted(train_loader.num_workers, 'worker')} each",
         "note": "; ".join(filter(None, [processes.note, unfinished_cycle(run.scheduler, settings["num_epochs"])])),
-        "batch": f"{batch_size * accumulate * processes.world_size} photos a step, "
-                 f"{math.ceil(len(train_loader) / accumulate)} steps an epoch",
+        "batch": f"{counted(batch_size * accumulate * processes.world_size, 'photo')} a step, "
+                 f"{counted(math.ceil(len(train_loader) / accumulate), 'step')} an epoch",
         "memory": f"{batch_size} photos at once do not fit in the free memory of {processes.device}: "
                   f"each batch is computed in {run.parts} parts" if run.parts > 1 else "",
         "model": f"{settings['encoder']}, {parameters / 1e6:.1f} million parameters",
         "disk": f"up to {readable_size(disk)} of checkpoints in {folder} "
-                f"({f'the {keep} newest' if keep else 'all'} epochs are kept), "
-                f"{readable_size(shutil.disk_usage(folder).free)} free",
+                f"({what_is_kept(keep)} kept), {readable_size(shutil.disk_usage(folder).free)} free",
     }  # fmt: skip
     return banner({name: text for name, text in facts.items() if text}) + "\n" + TABLE_HEAD
+
+
+def what_is_kept(keep: int) -> str:
+    if keep == 1:
+        return "the newest epoch is"
+    return f"the {keep} newest epochs are" if keep else "all epochs are"
 
 
 def precision(dtype: torch.dtype | None) -> str:
@@ -80,7 +85,8 @@ def unfinished_cycle(scheduler: CosineAnnealingWarmRestarts, num_epochs: int) ->
     if end == num_epochs:
         return ""
     ends = f"{end - length} and {end}" if end > length else end
-    return f"{num_epochs} epochs end within a cosine cycle (cycles end after {ends})"
+    run = f"{num_epochs} epochs end" if num_epochs > 1 else "1 epoch ends"
+    return f"{run} within a cosine cycle (cycles end after {ends})"
 
 
 def write_run(run: Run, path: Path) -> None:
@@ -196,7 +202,8 @@ def epoch_lines(row: dict, num_epochs: int, is_best: bool, folder: Path) -> str:
     if bad := [f"{row[name]} {what}" for name, what in said.items() if row[name]]:
         lines.append(f"{'':7} | unreadable photos: {', '.join(bad)} ({folder / SKIPPED})")
     if row["skipped_steps"]:
-        lines.append(f"{row['skipped_steps']} steps had no finite loss or gradient and were skipped")
+        were = "was" if row["skipped_steps"] == 1 else "were"
+        lines.append(f"{counted(row['skipped_steps'], 'step')} had no finite loss or gradient and {were} skipped")
     return "\n".join(lines)
 
 
