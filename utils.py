@@ -400,7 +400,8 @@ def writing_to(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise CheckpointError(f"{error.filename or what} cannot be written: {error.strerror}") from None
+        where = f" ({error.filename})" if error.filename and str(error.filename) not in what else ""
+        raise CheckpointError(f"{what} cannot be written: {error.strerror}{where}") from None
 
 
 def make_writable(folder: Path) -> None:
