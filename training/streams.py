@@ -38,14 +38,15 @@ def _nowhere(mode: str) -> io.TextIOWrapper:
 def _steady(stream: io.TextIOWrapper) -> io.TextIOWrapper:
     """The same stream, without failures."""
     stream.reconfigure(errors="backslashreplace")  # of a letter that the encoding lacks its number is shown
-    raw = getattr(stream.buffer, "raw", stream.buffer)  # python -u has no buffer
+    raw = getattr(stream.buffer, "raw", stream.buffer)
     if type(raw) is not io.FileIO:  # a console of Windows: its reader does not go without the program
         return stream
     with contextlib.suppress(OSError):
         stream.flush()
     options = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
-    file = io.BufferedWriter(_Forgiving(stream.fileno(), "w", closefd=False))
-    return io.TextIOWrapper(file, stream.encoding, "backslashreplace", **options)
+    file = _Forgiving(stream.fileno(), "w", closefd=False)
+    buffered = file if raw is stream.buffer else io.BufferedWriter(file)  # python -u has no buffer
+    return io.TextIOWrapper(buffered, stream.encoding, "backslashreplace", **options)
 
 
 class _Forgiving(io.FileIO):

@@ -28,7 +28,8 @@ for number in range(3000):
 def talk(shell: str = "", code: str = TALKER, *options: str, **environment: str) -> subprocess.CompletedProcess:
     """Runs the code in a shell that makes something of its streams."""
     command = ["bash", "-c", f'"$@" {shell}', "bash", sys.executable, *options, "-c", code, str(ROOT)]
-    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, timeout=60)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.run(command, env={**buffered, **environment}, capture_output=True, timeout=60)
 
 
 @pytest.mark.parametrize("options", [[], ["-u"]])
@@ -48,6 +49,16 @@ def test_a_reader_that_ends_is_no_failure(both):
     assert done.returncode == 0
     assert len(done.stdout.splitlines()) == 2
     assert b"Error" not in done.stderr
+
+
+@pytest.mark.parametrize("options", [[], ["-u"]])
+def test_errors_are_said_at_once_and_all_else_as_python_itself_would(options):
+    code = (
+        "import os, sys; sys.path.insert(0, sys.argv[1]); from training.streams import steady_streams\n"
+        "steady_streams(); print('error', file=sys.stderr); print('part', end=''); os.write(1, b' between ')"
+    )
+    said = talk("2>&1", code, *options).stdout.decode().split()
+    assert said == (["error", "part", "between"] if options else ["error", "between", "part"])
 
 
 def test_all_is_said_where_all_can_be_and_lacking_letters_by_their_numbers():
