@@ -20,6 +20,7 @@ except ImportError:  # Windows
     fcntl = None
 
 SKIPPED = "skipped.txt"  # names them, in the run's folder
+FEW = 200  # photos: of fewer one may be broken, whatever its share, unless none may
 NAMED_IN_ERROR = 3  # photos; the list has them all
 
 
@@ -98,12 +99,14 @@ class TolerantDataset(Dataset):
 
     def _check(self, bad: int, reasons: Callable[[], dict[str, str]]) -> None:
         """Ends the run with an error; the list is written first, since nobody may come to it later."""
-        if bad <= self.limit * len(self) and bad < len(self):
+        allowed = max(self.limit * len(self), self.limit > 0 and len(self) < FEW)  # True is 1
+        if bad <= allowed and bad < len(self):
             return
         problem = add_names(self.list, reasons())
         paths = [str(self.dataset.photos.parent / name) for name in sorted(reasons())]
         named = ", ".join([*paths[:NAMED_IN_ERROR], *["..."][: len(paths) - NAMED_IN_ERROR]])
-        raise DataError(f"{bad} of {len(self)} photos cannot be read, and --max-bad-photos is {self.limit:g}: {named} "
+        number = f"{bad} of {len(self)} photo{'s' * (len(self) > 1)}"
+        raise DataError(f"{number} cannot be read, and --max-bad-photos is {self.limit:g}: {named} "
                         f"({problem or f'{self.list} says why'})")  # fmt: skip
 
     def _reasons(self) -> dict[str, str]:
