@@ -79,7 +79,8 @@ class COCOPersonDataset(Dataset):
         return to_rgba(self._photo(index), self.index.alpha(index))
 
     def _photo(self, index: int) -> np.ndarray:
-        return read_photo(self.photos / self.index.file_name(index), self.index.size(index))
+        path, size = self.photos / self.index.file_name(index), self.index.size(index)
+        return read_photo(path, size, self.index.is_shown)
 
     def _square(self, index: int) -> tuple[np.ndarray, np.ndarray, dict]:
         """The letterboxed photo, uint8 (S, S, 3), its mask (S, S), 0 or 255, and the metadata of `letterbox`."""
@@ -100,7 +101,7 @@ class COCOPersonDataset(Dataset):
 
         return open_cache(
             name=f"{self.photos.name}.{size}",
-            state=repr(self.index.fingerprint),
+            state=repr((self.index.fingerprint, self.index.is_shown)),
             folders=list(dict.fromkeys([self.index.path.parent, *(place.parent for place in places)])),
             files=[self.photos / self.index.file_name(index) for index in everything],
             sizes=np.array([fitted_size(self.index.size(index), size) for index in everything]),

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import socket
 import sys
+import unicodedata
 import zipfile
 import zlib
-from collections import Counter
+from collections import defaultdict
 from concurrent.futures.process import BrokenProcessPool
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from loading.run_lengths import Drawing, Mask, draw_all, draw_mask
+from loading.headers import MAX_PIXELS, which_way_up
+from loading.run_lengths import Drawing, Mask, draw_all, draw_mask, fits
 from utils import UserError, usable_cores
 
-INDEX_VERSION = 3  # of the index file's content; another version is built anew
+INDEX_VERSION = 4  # of the index file's content; another version is built anew
 MANY_PHOTOS, MOST_PROCESSES = 2**12, 4  # from as many on processes share the drawing; more would add nothing to it
-MAX_SIDE, MAX_PIXELS = 2**20, 2**28  # of a photo: more is taken for a broken record, not for a photo
+MAX_SIDE = 2**20  # of a photo: more is taken for a broken record, not for a photo
 
 
 class DataError(UserError):
@@ -37,7 +40,8 @@ class PersonIndex:
 
     Attributes:
         path: the index file.
-        left_out: what the annotation file holds and the index does not, `{reason: count}`.
+        left_out: what the annotation file holds and the index does not, `{what and why, with an example: count}`.
+        is_shown: whether the set was annotated on the photos as shown; None: no photo tells.
     """
 
     def __init__(self, path: Path):
@@ -45,6 +49,7 @@ class PersonIndex:
         content = torch.load(path, mmap=True, weights_only=True)
         self.fingerprint: dict = content["fingerprint"]
         self.left_out: dict[str, int] = content["left_out"]
+        self.is_shown: bool | None = content["is_shown"]
         self._arrays = {name: tensor.numpy() for name, tensor in content["arrays"].items()}
 
     def __reduce__(self):
@@ -75,7 +80,7 @@ class PersonIndex:
 
     def checksum(self) -> str:
         """Of all photos' ids, names, sizes and masks in their order, wherever they lie: 8 hexadecimal digits."""
-        crc = 0
+        crc = zlib.crc32(b"shown" if self.is_shown else b"")
         for name in ("image_ids", "sizes", "names", "names_offsets", "masks", "masks_offsets"):
             crc = zlib.crc32(self._arrays[name], crc)
         return f"{crc:08x}"
@@ -197,6 +202,7 @@ class _Annotation(msgspec.Struct, gc=False):
 class _Category(msgspec.Struct, gc=False):
     id: int
     name: str
+    supercategory: Any = None
 
 
 class _CocoFile(msgspec.Struct, gc=False):
@@ -205,20 +211,34 @@ class _CocoFile(msgspec.Struct, gc=False):
     categories: list[_Category]
 
 
+_coco_file = msgspec.json.Decoder(_CocoFile)
+
+
+_Person = tuple[_Photo, list[msgspec.Raw]]  # a photo with persons: their segmentations
+_LeftOut = dict[str, list[str]]  # names by the reason, in which {s} is the plural's
+
+
 def _build(annotations: Path, photos: Path) -> dict:
-    left_out: Counter[str] = Counter()
+    left_out: _LeftOut = defaultdict(list)
     stat = annotations.stat()  # before the reading: a change during it must show
     persons = _persons(_parse(annotations), annotations, left_out)
-    folders = sorted({os.path.dirname(_safe_name(photo, annotations)) for photo, _ in persons})
-    fingerprint = _fingerprint(stat, photos, folders)  # and so before the listing
-    rows = _drawn(_present(persons, photos, folders, left_out), left_out)
-    left_out += Counter()  # drops the reasons that never occurred
+    named = {os.path.dirname(_safe_name(photo, annotations)) for photo, _ in persons}
+    folders = {folder: _on_disk(photos, folder) for folder in named}
+    fingerprint = _fingerprint(stat, photos, sorted({*folders.values()}))  # and so before the listing
+    is_shown, upright = _upright(_present(persons, photos, folders, left_out), photos, left_out)
+    rows = _drawn(upright, left_out)
+    counts = {described(reason, names): len(names) for reason, names in left_out.items() if names}
     if not rows:
         raise DataError(
-            f"no photo with a person: {annotations} names {len(persons)} photos of persons, "
-            f"none of which can be used in {photos}" + (f" ({describe_left_out(left_out)})" if left_out else "")
+            f"no photo with a person: of {len(persons)} in {annotations} none can be used in {photos}"
+            + (f" ({describe_left_out(counts)})" if counts else "")
         )
-    return {"fingerprint": fingerprint, "left_out": dict(left_out), "arrays": _flat_arrays(rows)}
+    return {"fingerprint": fingerprint, "left_out": counts, "is_shown": is_shown, "arrays": _flat_arrays(rows)}
+
+
+def described(reason: str, names: list[str]) -> str:
+    """A reason with its first example; a name may hold a line's end."""
+    return f"{reason.format(s='s' * (len(names) != 1))} ({repr(names[0])[1:-1]}{', ...' * (len(names) > 1)})"
 
 
 def describe_left_out(left_out: dict[str, int]) -> str:
@@ -227,39 +247,74 @@ def describe_left_out(left_out: dict[str, int]) -> str:
 
 def _parse(annotations: Path) -> _CocoFile:
     try:
-        return msgspec.json.decode(annotations.read_bytes(), type=_CocoFile)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        text = annotations.read_bytes()
+        if (encoding := json.detect_encoding(text[:4])) != "utf-8":  # a byte order mark, or UTF-16 or UTF-32
+            text = text.decode(encoding).encode()
+        try:
+            return _coco_file.decode(text)
+        except msgspec.DecodeError as error:
+            if isinstance(error, msgspec.ValidationError) or not re.search(b"NaN|Infinity", text):
+                raise
+        # Python's json writes and reads them. As null they do no harm where nobody looks; elsewhere the key is named.
+        return _coco_file.decode(json.dumps(json.loads(text, parse_constant=lambda _: None)))
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{annotations} is cut short or not a COCO annotation file: {error}") from None
     except MemoryError:
         raise DataError(f"{annotations} does not fit into the memory") from None
 
 
-def _persons(coco: _CocoFile, annotations: Path, left_out: Counter[str]) -> list[tuple[_Photo, list[msgspec.Raw]]]:
+def _persons(coco: _CocoFile, annotations: Path, left_out: _LeftOut) -> list[_Person]:
     """The photos with persons and their persons' segmentations, as copies: the rest of the file can go."""
-    categories = {category.id for category in coco.categories if category.name == "person"}
-    if not categories:
-        raise DataError(f"{annotations} has no category named 'person' among its {len(coco.categories)}")
-    photos, grouped = _photos_by_id(coco.images, left_out), {}
+    is_named, photos = _categories(coco.categories, annotations), _photos_by_id(coco.images, left_out)
+    grouped: dict[int, list[msgspec.Raw]] = {}
+    unclear: set[int] = set()
     for annotation in coco.annotations:
-        if annotation.category_id not in categories:
+        if (is_person := is_named.get(annotation.category_id)) is None:
             continue
-        if annotation.image_id in photos:
+        if annotation.image_id not in photos:
+            left_out["annotation{s} of an unknown photo"].append(f"image_id {annotation.image_id}")
+        elif is_person:
             grouped.setdefault(annotation.image_id, []).append(annotation.segmentation)
         else:
-            left_out["annotations of an unknown photo"] += 1
-    return [(photos[image_id], segmentations) for image_id, segmentations in grouped.items()]
+            unclear.add(annotation.image_id)
+    usable = {image_id: photos[image_id] for image_id in grouped if photos[image_id]}
+    reason = "photo{s} with what is a person by its supercategory alone"
+    left_out[reason] += [photo.file_name for image_id, photo in usable.items() if image_id in unclear]
+    return [(photo, grouped[image_id]) for image_id, photo in usable.items() if image_id not in unclear]
 
 
-def _photos_by_id(images: list[_Photo], left_out: Counter[str]) -> dict[int, _Photo]:
-    photos: dict[int, _Photo] = {}
+def _categories(categories: list[_Category], annotations: Path) -> dict[int, bool]:
+    """True for what is named person, in whatever spelling; False for what is one by its supercategory alone.
+
+    The latter may be a man or a helmet: that depends on the tool that wrote the file.
+    """
+    names = {(category.id, _spelling(category.name)) for category in categories}
+    persons = {number for number, name in names if name == "person"}
+    if not persons:
+        raise DataError(f"{annotations} has no category named 'person' among its {len(categories)}")
+    for number, name in names:
+        if number in persons and name != "person":
+            raise DataError(f"{annotations} gives the category id {number} to 'person' and to {name!r}")
+    kin = {category.id for category in categories if _spelling(category.supercategory) == "person"}
+    return {number: number in persons for number in persons | kin}
+
+
+def _spelling(name: Any) -> str:
+    return str(name).strip().casefold()
+
+
+def _photos_by_id(images: list[_Photo], left_out: _LeftOut) -> dict[int, _Photo | None]:
+    """None for an id that no photo can be had by."""
+    photos: dict[int, _Photo | None] = {}
     for photo in images:
         sides = sorted((photo.width, photo.height))
-        if photo.id in photos:
-            left_out["photo records with an id that was taken"] += 1
+        first = photos.setdefault(photo.id, photo)
+        if first != photo:  # nobody can tell whose the persons are
+            left_out["photo{s} under an id that another has"] += [it.file_name for it in (first, photo) if it]
+            photos[photo.id] = None
         elif sides[0] <= 0 or sides[1] > MAX_SIDE or sides[0] * sides[1] > MAX_PIXELS:
-            left_out["photo records of an impossible size"] += 1
-        else:
-            photos[photo.id] = photo
+            left_out["photo record{s} of an impossible size"].append(photo.file_name)
+            photos[photo.id] = None
     return photos
 
 
@@ -271,25 +326,41 @@ def _safe_name(photo: _Photo, annotations: Path) -> str:
     return name
 
 
-def _present(
-    persons: list[tuple[_Photo, list[msgspec.Raw]]], photos: Path, folders: list[str], left_out: Counter[str]
-) -> list[tuple[_Photo, list[msgspec.Raw]]]:
-    """Those whose file lies in the photo folder, which itself may lie wherever its owner wants it."""
-    home, present = os.path.realpath(photos), []
-    inside = {folder: _files_in(photos / folder, home) for folder in folders}
+def _on_disk(photos: Path, folder: str) -> str:
+    """A folder's plain name in the Unicode form of the disk: macOS takes letters apart that JSON writes as one."""
+    forms = [folder, *(unicodedata.normalize(form, folder) for form in ("NFC", "NFD"))]
+    found = next((form for form in forms if (photos / form).is_dir()), folder)
+    return os.path.normpath(found) if found else ""
+
+
+def _present(persons: list[_Person], photos: Path, folders: dict[str, str], left_out: _LeftOut) -> list[_Person]:
+    """Those whose file lies in the photo folder, which itself may lie wherever its owner wants it, and is no other's.
+
+    A file of several records may belong to one of them, to none, or be annotated in parts: all are left out.
+    """
+    home, present = os.path.realpath(photos), {}
+    inside = {folder: _files_in(photos / folder, home) for folder in {*folders.values()}}
     for photo, segmentations in persons:
         folder, name = os.path.split(photo.file_name)
-        is_inside = False if inside[folder] is None else inside[folder].get(name)
-        if is_inside:
-            present.append((photo, segmentations))
+        files = inside[folders[folder]]
+        found = "" if files is None else files.get(name, files.get(unicodedata.normalize("NFC", name)))
+        if found:
+            photo.file_name = f"{folders[folder]}/{found}" if folder else found
+            present.setdefault(photo.file_name, []).append((photo, segmentations))
         else:
-            reason = "are not on disk" if is_inside is None else "are links out of the photo folder"
-            left_out[f"photos that {reason}"] += 1
-    return present
+            reason = "not on disk" if found is None else "behind a link out of the photo folder"
+            left_out[f"photo{{s}} {reason}"].append(photo.file_name)
+    left_out["photo record{s} of a file that has several"] += [
+        photo.file_name for records in present.values() if len(records) > 1 for photo, _ in records
+    ]
+    return [records[0] for records in present.values() if len(records) == 1]
 
 
-def _files_in(folder: Path, home: str) -> dict[str, bool] | None:
-    """Whether each file lies under `home`; None for a folder that does not: it is not even listed."""
+def _files_in(folder: Path, home: str) -> dict[str, str] | None:
+    """The files by their names, and by the composed Unicode form of them; "" for one that does not lie under `home`.
+
+    None for a folder that does not: it is not even listed.
+    """
     if not folder.is_dir():
         return {}
     if not _lies_in(folder, home):
@@ -298,25 +369,43 @@ def _files_in(folder: Path, home: str) -> dict[str, bool] | None:
     with os.scandir(folder) as entries:  # tells files and links apart without opening any
         for entry in entries:
             if entry.is_file(follow_symlinks=False):  # a pipe or a device would never end
-                files[entry.name] = True
+                files[entry.name] = entry.name
             elif entry.is_symlink() and os.path.isfile(entry.path):
-                files[entry.name] = _lies_in(entry.path, home)
-    return files
+                files[entry.name] = entry.name if _lies_in(entry.path, home) else ""
+    return {unicodedata.normalize("NFC", name): found for name, found in files.items() if not name.isascii()} | files
 
 
 def _lies_in(path: str | Path, home: str) -> bool:
     return Path(os.path.realpath(path)).is_relative_to(home)
 
 
-def _drawn(persons: list[tuple[_Photo, list[msgspec.Raw]]], left_out: Counter[str]) -> list[tuple[_Photo, Mask]]:
-    """Each photo with its merged mask, without those where nothing can be drawn."""
+def _upright(persons: list[_Person], photos: Path, left_out: _LeftOut) -> tuple[bool | None, list[_Person]]:
+    """Whether the set was annotated as shown, and the photos without those of which nobody can tell."""
+    files = [f"{photos}/{photo.file_name}" for photo, _ in persons]
+    sizes = [(photo.width, photo.height) for photo, _ in persons]
+    is_shown, turned = which_way_up(files, sizes, lambda place, size: fits(persons[place][1], *size))
+    names = [persons[place][0].file_name for place in turned]
+    if is_shown is None:
+        left_out["photo{s} that EXIF turns, and nothing tells whether the annotation is turned as well"] += names
+        return None, [person for place, person in enumerate(persons) if place not in turned]
+    for place, size in turned.items():
+        persons[place][0].width, persons[place][0].height = size
+    if names:
+        print(f"{len(names)} {described('photo{s}', names)} that EXIF turns: taken as annotated on the "
+              f"{'turned' if is_shown else 'stored'} pixels, as others of the set are", flush=True)  # fmt: skip
+    return is_shown, persons
+
+
+def _drawn(persons: list[_Person], left_out: _LeftOut) -> list[tuple[_Photo, Mask]]:
+    """Each photo with its merged mask, without those where a person cannot be drawn."""
     processes, rows = min(usable_cores(), MOST_PROCESSES) if len(persons) >= MANY_PHOTOS else 1, []
     masks = draw_all([Drawing(shapes, photo.height, photo.width) for photo, shapes in persons], processes)
     bar = tqdm(masks, "Drawing the masks", len(persons), False, unit="photo", delay=1, disable=not sys.stderr.isatty())
     for (photo, _), mask in zip(persons, bar, strict=True):
-        left_out["annotations that cannot be drawn"] += mask.undrawable
-        if mask.counts:
+        if mask:
             rows.append((photo, mask))
+        else:
+            left_out["photo{s} with a person who cannot be drawn"].append(photo.file_name)
     return rows
 
 

@@ -3,43 +3,44 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 from pathlib import Path
 
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image
 
-from loading.index import MAX_PIXELS, DataError
+from loading.headers import JPEG_START, claimed_size, orientation, shown_size
+from loading.index import DataError
 
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns above this and refuses above its double
 MAX_FILE_SIZE = 2**30  # bytes of a photo: more is taken for a broken file
-PHOTO_KINDS = ("PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")  # that OpenCV reads, JPEG apart
-JPEG_START = b"\xff\xd8"
+FLIPS = {2: 1, 3: -1, 4: 0, 6: 1, 7: -1, 8: 0}  # OpenCV's, of an EXIF orientation; above 4 it is transposed first
 
 
-def read_photo(path: Path, size: tuple[int, int]) -> np.ndarray:
+def read_photo(path: Path, size: tuple[int, int], is_shown: bool | None = None) -> np.ndarray:
     """Reads a photo as uint8 RGB (height, width, 3) in the orientation that its annotations were drawn in.
-
-    COCO's masks lie on the pixels as stored; sets drawn on the photo as shown (EXIF orientation applied)
-    give themselves away by the size.
 
     Args:
         size: (width, height), the annotation's.
+        is_shown: whether the set was annotated on the photos as shown (EXIF orientation applied), not as stored;
+            None: no photo tells. It decides where the size does not.
 
     Raises:
-        DataError: the file cannot be read, or its size is not the annotation's; names the file.
+        DataError: the file cannot be read, its size is not the annotation's, or nothing tells its orientation;
+            names the file.
     """
     encoded = _read(path)
-    found = claimed_size(encoded)
+    found, turn = claimed_size(encoded), orientation(encoded.tobytes())
     if found in (size, size[::-1]):  # before it is decoded: a few kilobytes may claim to be gigabytes
-        for flags in (cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION, cv2.IMREAD_COLOR_RGB):
-            photo = _decode(encoded, flags)
-            found = photo.shape[1::-1] if photo is not None else None
-            if found in (size, None):
-                break
+        if found != shown_size(found, turn):
+            is_shown = size != found
+        if turn > 1 and is_shown is None:
+            raise DataError(f"the photo {path} is turned by its EXIF orientation, and no other tells whether its "
+                            "annotation is as well: write the turned pixels to the file")  # fmt: skip
+        photo = _decode(encoded)
+        if photo is not None and turn > 1 and is_shown:
+            photo = _turned(photo, turn)
+        found = photo.shape[1::-1] if photo is not None else None
     if found is None:
         raise DataError(f"the photo {path} cannot be read: not an image, or damaged")
     if found != size:
@@ -57,23 +58,18 @@ def _read(path: Path) -> np.ndarray:
         raise DataError(f"the photo {path} cannot be read: {error.strerror}") from None
 
 
-def claimed_size(encoded: np.ndarray) -> tuple[int, int] | None:
-    """The (width, height) in the header of an encoded photo, uint8 (bytes,); None where there is no such header."""
+def _decode(encoded: np.ndarray) -> np.ndarray | None:
+    """The pixels as stored."""
     try:
-        if encoded[:2].tobytes() == JPEG_START:  # a tenth of the time that Pillow takes
-            height, width, *_ = simplejpeg.decode_jpeg_header(encoded, strict=False)
-            return width, height
-        with Image.open(io.BytesIO(encoded), formats=PHOTO_KINDS) as image:
-            return image.size
-    except Exception:  # whatever a damaged header makes one of these readers raise
-        return None
-
-
-def _decode(encoded: np.ndarray, flags: int) -> np.ndarray | None:
-    try:
-        if flags & cv2.IMREAD_IGNORE_ORIENTATION and encoded[:2].tobytes() == JPEG_START:
+        if encoded[:2].tobytes() == JPEG_START:
             with contextlib.suppress(ValueError):  # whatever is unusual about a JPEG: OpenCV decides what to make of it
                 return simplejpeg.decode_jpeg(encoded, "RGB")  # the same pixels as OpenCV's, 8 % sooner
-        return cv2.imdecode(encoded, flags)
+        return cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
     except cv2.error:  # nothing to decode, or more pixels than OpenCV lets a file claim
         return None
+
+
+def _turned(photo: np.ndarray, orientation: int) -> np.ndarray:
+    """The pixels as shown."""
+    photo = cv2.transpose(photo) if orientation > 4 else photo
+    return cv2.flip(photo, FLIPS[orientation]) if orientation in FLIPS else photo

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -20,6 +21,7 @@ from pycocotools import mask as coco_mask
 
 LONGEST_OUTLINE = 2**21  # pixels: drawing a polygon takes about 120 bytes for each
 MERGED_AT_ONCE = 16
+OVERHANG = 1.05  # of a photo's side: so far a polygon may reach over it without having been drawn on a larger one
 CHUNK = 256  # photos that are sent to a process at once
 MOST_CHARACTERS = 7  # of a number: 35 bits, and COCO's have 32
 
@@ -33,11 +35,10 @@ class Drawing(NamedTuple):
 
 
 class Mask(NamedTuple):
-    """The union of what could be drawn, as COCO's compressed run lengths (None: nothing could)."""
+    """The union of a photo's segmentations, as COCO's compressed run lengths."""
 
-    counts: bytes | None
+    counts: bytes
     largest: int  # pixels of the largest annotation
-    undrawable: int  # annotations that could not be drawn
 
 
 class _RunLengths(msgspec.Struct, gc=False):
@@ -51,18 +52,13 @@ _segmentation = msgspec.json.Decoder(list[list[float]] | _RunLengths)
 # --- from an annotation file ------------------------------------------------------------------------------
 
 
-def draw(segmentations: list[msgspec.Raw], height: int, width: int) -> Mask:
-    """The union of a photo's segmentations; those that cannot be drawn are counted."""
-    drawn, undrawable = [], 0
-    for segmentation in segmentations:
-        try:
-            drawn.append(_draw_one(segmentation, height, width))
-        except (ValueError, OverflowError, RecursionError, msgspec.DecodeError):
-            undrawable += 1
-    if not drawn:
-        return Mask(None, 0, undrawable)
-    masks, areas = zip(*drawn, strict=True)
-    return Mask(_merge(masks)["counts"], max(areas), undrawable)
+def draw(segmentations: list[msgspec.Raw], height: int, width: int) -> Mask | None:
+    """The union of a photo's segmentations; None where one cannot be drawn: without it the union would be wrong."""
+    try:
+        masks, areas = zip(*(_draw_one(segmentation, height, width) for segmentation in segmentations), strict=True)
+    except (ValueError, OverflowError, RecursionError):
+        return None
+    return Mask(_merge(masks)["counts"], max(areas))
 
 
 def _merge(drawn: Sequence[dict]) -> dict:
@@ -76,20 +72,22 @@ def _draw_one(segmentation: msgspec.Raw, height: int, width: int) -> tuple[dict,
     """One annotation's run lengths and its pixels, drawn by pycocotools after the checks that it leaves out.
 
     Raises:
-        ValueError: run lengths that do not fill the photo, a polygon that `_check_polygon` refuses, or none inside.
+        ValueError: run lengths that do not fill the photo, a polygon that `_check_polygon` refuses, or no pixel inside.
     """
     shape = _segmentation.decode(segmentation)
     if isinstance(shape, _RunLengths):
         counts = shape.counts if isinstance(shape.counts, list) else decode_counts(shape.counts.encode()).tolist()
         if shape.size != (height, width) or min(counts, default=-1) < 0 or sum(counts) != height * width:
             raise ValueError("the run lengths are not of the photo's size")
-        return coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width), sum(counts[1::2])
-    if not shape:
-        raise ValueError("there is no polygon")
-    for polygon in shape:
-        _check_polygon(polygon, height, width)
-    drawn = _merge(coco_mask.frPyObjects(shape, height, width))
-    if not (area := int(coco_mask.area(drawn))):
+        drawn = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
+        area = sum(counts[1::2])
+    else:
+        polygons = [part for part in shape if len(part) > 4]  # beside an outline a stray point or two enclose nothing
+        for polygon in polygons:
+            _check_polygon(polygon, height, width)
+        drawn = _merge(coco_mask.frPyObjects(polygons, height, width)) if polygons else None
+        area = int(coco_mask.area(drawn)) if polygons else 0
+    if not area:
         raise ValueError("nothing of it lies inside the photo")
     return drawn, area
 
@@ -111,7 +109,22 @@ def _check_polygon(polygon: list[float], height: int, width: int) -> None:
             raise ValueError("a polygon's outline is too long for the photo")
 
 
-def draw_all(drawings: list[Drawing], processes: int) -> Iterator[Mask]:
+def fits(segmentations: list[msgspec.Raw], width: int, height: int) -> bool:
+    """Whether they may have been drawn on a photo of that size: run lengths are of it, no polygon is far outside."""
+    for segmentation in segmentations:
+        with contextlib.suppress(ValueError):  # of what cannot be drawn nothing can be told
+            shape = _segmentation.decode(segmentation)
+            if isinstance(shape, _RunLengths):
+                inside = shape.size == (height, width)
+            else:
+                reach = [max((max(part[axis::2], default=0) for part in shape), default=0) for axis in (0, 1)]
+                inside = reach[0] <= OVERHANG * width and reach[1] <= OVERHANG * height
+            if not inside:
+                return False
+    return True
+
+
+def draw_all(drawings: list[Drawing], processes: int) -> Iterator[Mask | None]:
     """`draw` for each, in order, by that many processes besides this one, or by this one where it is 1.
 
     What they are worth at COCO's size: 10 s of work, of which 8 s are the drawing, take 6 s on two quiet cores.

@@ -55,9 +55,11 @@ def twins(coco_root) -> Path:
     """Ten samples of the same pixels and the same mask."""
 
     def copy(content: dict) -> None:
-        person = persons_of(content, 1)[0]
+        person, first = persons_of(content, 1)[0], content["images"][0]
         content["annotations"] = [person | {"image_id": n} for n in range(1, 11)]
-        content["images"] = [content["images"][0] | {"id": n} for n in range(1, 11)]
+        content["images"] = [first | {"id": n, "file_name": f"twin_{n}.jpg"} for n in range(1, 11)]
+        for n in range(1, 11):
+            os.link(coco_root / TRAIN / FIRST, coco_root / TRAIN / f"twin_{n}.jpg")
 
     return edit(coco_root, copy).parents[1]
 

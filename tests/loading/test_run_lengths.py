@@ -22,19 +22,24 @@ from loading.run_lengths import Drawing, decode_counts, draw_mask
 
 
 def drawings(count: int) -> list[Drawing]:
-    """Three triangles each, one of which lies outside."""
+    """Two triangles each, of which a few are too thin to be drawn."""
     dice = random.Random(0)
     triangles = [[[[dice.uniform(0, 48) for _ in range(6)]] for _ in range(2)] for _ in range(count)]
-    return [Drawing([json.dumps(t).encode() for t in [*two, [[90] * 6]]], 64, 48) for two in triangles]
+    return [Drawing([json.dumps(triangle).encode() for triangle in two], 64, 48) for two in triangles]
 
 
 def test_the_masks_are_the_unions_of_what_pycocotools_draws():
-    for drawing in drawings(20):
-        each = [coco_mask.frPyObjects(json.loads(text), 64, 48) for text in drawing.segmentations[:2]]
+    undrawn = 0
+    for drawing in drawings(200):
+        each = [coco_mask.frPyObjects(json.loads(text), 64, 48) for text in drawing.segmentations]
         union = np.any([coco_mask.decode(polygons) for polygons in each], axis=(0, 3))
         mask = run_lengths.draw(*drawing)
-        assert np.array_equal(coco_mask.decode({"size": [64, 48], "counts": mask.counts}), union)
-        assert mask.undrawable == 1 + sum(coco_mask.area(polygons)[0] == 0 for polygons in each)
+        if any(coco_mask.area(polygons)[0] == 0 for polygons in each):
+            assert mask is None
+            undrawn += 1
+        else:
+            assert np.array_equal(coco_mask.decode({"size": [64, 48], "counts": mask.counts}), union)
+    assert 0 < undrawn < 20
 
 
 def test_many_persons_of_one_photo_are_merged_into_one_mask():
@@ -48,17 +53,38 @@ def test_an_outline_may_cross_the_photo_many_times_but_not_without_end():
     def crossing(times: int) -> bytes:
         return json.dumps([[value for n in range(times) for value in ((0, 47)[n % 2], n % 64)]]).encode()
 
-    assert run_lengths.draw([crossing(100)], 64, 48).undrawable == 0
-    assert run_lengths.draw([crossing(200)], 64, 48).undrawable == 1
+    assert run_lengths.draw([crossing(100)], 64, 48)
+    assert run_lengths.draw([crossing(200)], 64, 48) is None
     side = json.dumps([[0, 0, 2**20, 0, 0, 200] * 9]).encode()
-    assert run_lengths.draw([side], 256, 2**20).undrawable == 1
+    assert run_lengths.draw([side], 256, 2**20) is None
 
 
 def test_the_largest_annotation_is_counted_in_pixels_and_many_polygons_of_one_are_drawn():
     square, wide = [10, 10, 14, 10, 14, 14, 10, 14], [20, 20, 40, 20, 40, 30, 20, 30]  # 16 and 200 pixels
     drawings = [json.dumps(polygons).encode() for polygons in ([square], [wide, square], [square] * 300)]
-    mask = run_lengths.draw(drawings, 64, 48)
-    assert (mask.largest, mask.undrawable) == (216, 0)
+    assert run_lengths.draw(drawings, 64, 48).largest == 216
+
+
+def test_beside_an_outline_stray_points_are_passed_over_and_damage_is_not():
+    outline, other = [10.0, 10, 30, 10, 30, 30, 10, 30], [2.0, 40, 20, 40, 20, 60]
+    whole = run_lengths.draw([json.dumps([outline, other]).encode()], 64, 48)
+    for stray in ([], [7], [7, 7], [7, 7, 9], [7, 7, 40, 50]):
+        for parts in ([stray, outline, other], [outline, stray, other, stray]):
+            assert run_lengths.draw([json.dumps(parts).encode()], 64, 48) == whole
+        assert run_lengths.draw([json.dumps([outline, other]).encode(), json.dumps([stray]).encode()], 64, 48) is None
+    damaged = ([7, 7, 9, 9, 11], [7, 7, 9, 9, 11, 7, 8], [1, 1, 1e9, 1, 9, 9], ["7"] * 6)
+    for part in damaged:
+        assert run_lengths.draw([json.dumps([outline, part]).encode()], 64, 48) is None
+
+
+def test_what_a_size_holds_tells_on_which_photo_it_was_drawn():
+    tall, run_lengths_of_it = [10, 2, 40, 2, 40, 90], {"size": [96, 64], "counts": [6144]}
+    for segmentation in ([tall], [[5], tall], run_lengths_of_it):
+        text = json.dumps(segmentation).encode()
+        assert run_lengths.fits([text], 64, 96)
+        assert not run_lengths.fits([b"[[1, 1, 9, 9, 1, 9]]", text], 96, 64)
+    for nothing in (b"null", b"[]", b"[[]]", b"7", b"[[1, 1, 96, 1, 96, 65]]"):  # the last is a slip of the hand
+        assert run_lengths.fits([nothing], 96, 64)
 
 
 # --- as pixels --------------------------------------------------------------------------------------------

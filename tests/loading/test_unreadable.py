@@ -152,7 +152,7 @@ def test_more_than_the_limit_stops_the_pass_at_once(coco_root, tmp_path, monkeyp
     for place in range(broken):
         photo(coco_root, TRAIN, place).write_bytes(b"")
     read = datasets.read_photo
-    monkeypatch.setattr(datasets, "read_photo", lambda path, size: (tried.append(path), read(path, size))[1])
+    monkeypatch.setattr(datasets, "read_photo", lambda path, *rest: (tried.append(path), read(path, *rest))[1])
     if not stops:
         assert torch.equal(dataset[0], dataset[broken])
         return

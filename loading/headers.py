@@ -1,0 +1,103 @@
+"""What the headers of photos say: their sizes, and how EXIF turns them where they are shown."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+MAX_PIXELS = 2**28  # of a photo: more is taken for a broken one
+PHOTO_KINDS = ("PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")  # that OpenCV reads, JPEG apart
+JPEG_START = b"\xff\xd8"
+EXIF = ((b"Exif\0\0", 6), (b"eXIf", 4), (b"EXIF", 8))  # in a JPEG, PNG, WebP: what stands before it
+ORIENTATION, HEAD = 0x0112, 2**16  # EXIF's tag; bytes: EXIF is no longer, and begins as early in all but a WebP
+EXAMINED, THREADS = 2000, 16  # files that are opened, evenly spread, to learn whether any is turned; those at a time
+
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns above this and refuses above its double
+
+Size = tuple[int, int]  # width, height
+
+
+def claimed_size(encoded: np.ndarray) -> Size | None:
+    """The (width, height) in the header of an encoded photo, uint8 (bytes,); None where there is no such header."""
+    try:
+        if encoded[:2].tobytes() == JPEG_START:  # a tenth of the time that Pillow takes
+            height, width, *_ = simplejpeg.decode_jpeg_header(encoded, strict=False)
+            return width, height
+        with Image.open(io.BytesIO(encoded), formats=PHOTO_KINDS) as image:
+            return image.size
+    except Exception:  # whatever a damaged header makes one of these readers raise
+        return None
+
+
+def orientation(encoded: bytes) -> int:
+    """EXIF's: 3 a half turn, 6 and 8 quarter turns, 2, 4, 5 and 7 mirrored; 1 as stored, or nothing is said.
+
+    A TIFF has none here: every reader turns it as it says.
+    """
+    for mark, length in EXIF:
+        at = encoded.find(mark, 0, HEAD if encoded.startswith(JPEG_START) else len(encoded))
+        if at >= 0:
+            exif = Image.Exif()
+            with contextlib.suppress(Exception):  # whatever damage makes Pillow raise
+                exif.load(encoded[at + length : at + length + HEAD])
+                return exif[ORIENTATION] if exif[ORIENTATION] in range(1, 9) else 1
+    return 1
+
+
+def shown_size(stored: Size, orientation: int) -> Size:
+    return stored[::-1] if orientation > 4 else stored
+
+
+def which_way_up(
+    files: Sequence[str], sizes: Sequence[Size], fits: Callable[[int, Size], bool]
+) -> tuple[bool | None, dict[int, Size | None]]:
+    """Whether a set was annotated on the photos as shown, not as stored: told by those that a quarter turn resizes.
+
+    Some annotation tools write the stored size beside outlines drawn on the photo as shown. Where one outline gives
+    that away, the outlines decide.
+
+    Args:
+        files: of the photos.
+        sizes: in the annotation file.
+        fits: whether the outlines of the photo at a place lie inside a size.
+
+    Returns:
+        The answer, None where no photo tells or they disagree; and by their places the sizes of those turned photos
+        that it is needed for, None where there is no answer.
+    """
+    turned = {place: both for place, both in _turned(files).items() if sizes[place] in both}
+    by_size = {place: sizes[place] == shown for place, (stored, shown) in turned.items() if stored != shown}
+    inside = {place: [fits(place, size) for size in turned[place]] for place in by_size}
+    by_outline = {place: shown for place, (stored, shown) in inside.items() if stored != shown}
+    misled = any(by_size[place] != shown for place, shown in by_outline.items())
+    told = {*(by_outline if misled else by_size).values()}
+    is_shown = told.pop() if len(told) == 1 else None
+    needed = {place: both for place, both in turned.items() if misled or place not in by_size}
+    return is_shown, {place: None if is_shown is None else both[is_shown] for place, both in needed.items()}
+
+
+def _turned(files: Sequence[str]) -> dict[int, tuple[Size, Size]]:
+    """The sizes, stored and shown, of the files that EXIF turns, by their places; a few tell whether there are any."""
+    some = range(0, len(files), len(files) // EXAMINED + 1)
+    with ThreadPoolExecutor(THREADS) as pool:  # on a network disk they wait, most of the time
+        found = dict(zip(some, pool.map(_both_sizes, files[:: some.step]), strict=True))
+        if any(found.values()):
+            found = dict(enumerate(pool.map(_both_sizes, files)))
+    return {place: both for place, both in found.items() if both}
+
+
+def _both_sizes(path: str) -> tuple[Size, Size] | None:
+    """None for a photo that is not turned, or cannot be read: whoever reads it will say so."""
+    with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:
+        encoded = file.read(HEAD)
+        if encoded[8:12] == b"WEBP" or orientation(encoded) > 1:
+            encoded += file.read()
+            turn, stored = orientation(encoded), claimed_size(np.frombuffer(encoded, np.uint8))
+            return (stored, shown_size(stored, turn)) if turn > 1 and stored else None
+    return None
