@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import struct
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,7 +16,8 @@ MAX_PIXELS = 2**28  # of a photo: more is taken for a broken one
 PHOTO_KINDS = ("PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")  # that OpenCV reads, JPEG apart
 JPEG_START = b"\xff\xd8"
 EXIF = ((b"Exif\0\0", 6), (b"eXIf", 4), (b"EXIF", 8))  # in a JPEG, PNG, WebP: what stands before it
-ORIENTATION, HEAD = 0x0112, 2**16  # EXIF's tag; bytes: EXIF is no longer, and begins as early in all but a WebP
+ORIENTATION, SHORT = 0x0112, 3  # EXIF's tag and its type
+HEAD = 2**16  # bytes: EXIF is no longer, and begins within so many in all but a WebP
 EXAMINED, THREADS = 2000, 16  # files that are opened, evenly spread, to learn whether any is turned; those at a time
 
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns above this and refuses above its double
@@ -43,10 +45,20 @@ def orientation(encoded: bytes) -> int:
     for mark, length in EXIF:
         at = encoded.find(mark, 0, HEAD if encoded.startswith(JPEG_START) else len(encoded))
         if at >= 0:
-            exif = Image.Exif()
-            with contextlib.suppress(Exception):  # whatever damage makes Pillow raise
-                exif.load(encoded[at + length : at + length + HEAD])
-                return exif[ORIENTATION] if exif[ORIENTATION] in range(1, 9) else 1
+            return _orientation(encoded[at + length : at + length + HEAD])
+    return 1
+
+
+def _orientation(exif: bytes) -> int:
+    """Read here, because Pillow warns of every oddity."""
+    order = "<" if exif.startswith(b"II") else ">"
+    with contextlib.suppress(struct.error):  # it ends before that
+        (directory,) = struct.unpack_from(f"{order}I", exif, 4)
+        (entries,) = struct.unpack_from(f"{order}H", exif, directory)
+        for entry in range(entries):
+            tag, kind, _, value = struct.unpack_from(f"{order}HHIH", exif, directory + 2 + 12 * entry)
+            if (tag, kind) == (ORIENTATION, SHORT):
+                return value if value in range(1, 9) else 1
     return 1
 
 

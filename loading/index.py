@@ -329,8 +329,8 @@ def _safe_name(photo: _Photo, annotations: Path) -> str:
 def _on_disk(photos: Path, folder: str) -> str:
     """A folder's plain name in the Unicode form of the disk: macOS takes letters apart that JSON writes as one."""
     forms = [folder, *(unicodedata.normalize(form, folder) for form in ("NFC", "NFD"))]
-    found = next((form for form in forms if (photos / form).is_dir()), folder)
-    return os.path.normpath(found) if found else ""
+    found = os.path.normpath(next((form for form in forms if (photos / form).is_dir()), folder))
+    return "" if found == "." else found
 
 
 def _present(persons: list[_Person], photos: Path, folders: dict[str, str], left_out: _LeftOut) -> list[_Person]:
@@ -342,10 +342,11 @@ def _present(persons: list[_Person], photos: Path, folders: dict[str, str], left
     inside = {folder: _files_in(photos / folder, home) for folder in {*folders.values()}}
     for photo, segmentations in persons:
         folder, name = os.path.split(photo.file_name)
-        files = inside[folders[folder]]
+        folder = folders[folder]
+        files = inside[folder]
         found = "" if files is None else files.get(name, files.get(unicodedata.normalize("NFC", name)))
         if found:
-            photo.file_name = f"{folders[folder]}/{found}" if folder else found
+            photo.file_name = f"{folder}/{found}" if folder else found
             present.setdefault(photo.file_name, []).append((photo, segmentations))
         else:
             reason = "not on disk" if found is None else "behind a link out of the photo folder"

@@ -40,9 +40,9 @@ def drawn(monkeypatch) -> list[str]:
     """The photos that are read, by name."""
     names, read = [], datasets.read_photo
 
-    def note(path, size):
+    def note(path, *rest):
         names.append(Path(path).name)
-        return read(path, size)
+        return read(path, *rest)
 
     monkeypatch.setattr(datasets, "read_photo", note)
     return names
@@ -154,11 +154,11 @@ def test_what_is_made_stays_after_a_kill(coco_root, drawn):
         import datasets
         from loading import cache
         cache.CHUNK, slow = 2, datasets.read_photo
-        def read(path, size):
+        def read(path, *rest):
             if "05.jpg" in str(path):
                 print("the fifth", flush=True)
                 time.sleep(60)
-            return slow(path, size)
+            return slow(path, *rest)
         datasets.read_photo, datasets.usable_cores = read, lambda: 1
         datasets.COCOPersonDataset({str(coco_root)!r}, "{TRAIN}", 48, cache=True)"""
     process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(datasets.__file__).parent, stdout=subprocess.PIPE)

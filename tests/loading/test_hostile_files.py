@@ -6,6 +6,7 @@ by a crash is seen. `HOSTILE_FILES=50000 pytest tests/test_hostile_files.py` tri
 
 from __future__ import annotations
 
+import codecs
 import faulthandler
 import functools
 import io
@@ -272,7 +273,9 @@ def child(kind: str, number: int, root: Path) -> None:
     import resource
 
     faulthandler.enable()
-    Image.init()  # its readers are modules, imported when they are needed
+    Image.init()  # its readers are modules, imported when they are needed, as are the encodings
+    for encoding in ("utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"):
+        codecs.lookup(encoding)
     warnings.simplefilter("ignore")  # a warning opens the module that it comes from, to show the line
     cv2.setNumThreads(1)
     reader = Reader(root.resolve())

@@ -9,6 +9,7 @@ import random
 import re
 import shutil
 import sys
+import unicodedata
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -297,6 +298,157 @@ def test_a_photo_with_a_person_who_cannot_be_drawn_is_left_out_and_counted(coco_
         assert (len(index), index.image_id(0)) == (9, 2), beside
         assert index.left_out == {f"photo with a person who cannot be drawn ({FIRST})": 1}
         edit(coco_root, lambda content: [a.update(segmentation=segmentation) for a in persons_of(content, 1)])
+
+
+@pytest.mark.parametrize(
+    "others",
+    [[{"file_name": "000000000002.jpg"}], [{"width": 64, "height": 48}], [{"file_name": "absent.jpg"}] * 2,
+     [{"width": 0}, {}], [{"file_name": "000000000011.jpg"}, {}, {"height": 65}]],
+    ids=["another file", "another size", "absent", "no size", "three"],
+)  # fmt: skip
+@pytest.mark.parametrize("first", [True, False])
+def test_of_photos_under_one_id_none_is_trusted(coco_root, others, first):
+    def take_id_1(content: dict) -> None:
+        place = 0 if first else len(content["images"])
+        content["images"][place:place] = [content["images"][0] | other for other in others]
+
+    edit(coco_root, take_id_1)
+    index = open_index(coco_root, TRAIN)
+    assert [index.image_id(i) for i in range(len(index))] == [*range(2, 11)]
+    assert [*index.left_out][-1].startswith("photos under an id that another has (")
+
+
+def test_a_record_that_is_written_twice_is_one(coco_root):
+    edit(coco_root, lambda content: content["images"].append(content["images"][0]))
+    index = open_index(coco_root, TRAIN)
+    assert (len(index), index.left_out) == (10, {})
+
+
+@pytest.mark.parametrize("name", [FIRST, f"./{FIRST}", f".//{FIRST}"])
+def test_of_several_records_of_a_file_with_persons_none_is_trusted(coco_root, name):
+    """Its persons may be shared out among them, or belong to another file: that nobody can tell."""
+
+    def record_again(content: dict) -> None:
+        content["images"].append(content["images"][0] | {"id": 77, "file_name": name})
+        content["images"].append(content["images"][1] | {"id": 78})  # no persons: the other has them all
+        add_person(content, [[1, 1, 9, 1, 9, 9]], 77)
+
+    edit(coco_root, record_again)
+    index = open_index(coco_root, TRAIN)
+    assert [index.image_id(i) for i in range(len(index))] == [*range(2, 11)]
+    assert index.left_out == {f"photo records of a file that has several ({FIRST}, ...)": 2}
+
+
+@pytest.mark.parametrize("names", [("person", "Person"), ("PERSON", " person\t"), ("person", "person")])
+def test_categories_that_differ_in_case_and_spaces_are_one(coco_root, names):
+    whole = [open_index(coco_root, TRAIN).alpha(i) for i in range(10)]
+
+    def rename(content: dict) -> None:
+        content["categories"] += [{"id": 5, "name": names[1], "supercategory": None}]
+        content["categories"][0]["name"] = names[0]
+        for annotation in content["annotations"][::3]:  # the first of each photo's persons
+            annotation["category_id"] = 5
+
+    edit(coco_root, rename)
+    index = open_index(coco_root, TRAIN)
+    assert all(np.array_equal(index.alpha(i), whole[i]) for i in range(10))
+    assert index.left_out == {}
+
+
+def test_what_is_a_person_by_its_supercategory_alone_is_neither_person_nor_background(coco_root):
+    def add_a_child(content: dict) -> None:
+        content["categories"] += [{"id": 5, "name": "child", "supercategory": "Person"}]
+        for number in (1, 11):  # on the last there is no other
+            add_person(content, [[1, 1, 9, 1, 9, 9]], number)
+            content["annotations"][-1]["category_id"] = 5
+
+    edit(coco_root, add_a_child)
+    index = open_index(coco_root, TRAIN)
+    assert [index.image_id(i) for i in range(len(index))] == [*range(2, 11)]
+    assert index.left_out == {f"photo with what is a person by its supercategory alone ({FIRST})": 1}
+
+
+def test_one_category_id_for_a_person_and_another_thing_is_refused(coco_root):
+    edit(coco_root, lambda content: content["categories"].append({"id": 1, "name": "Dog "}))
+    assert all(word in refusal(open_index, coco_root, TRAIN) for word in ("category id 1", "'person'", "'dog'"))
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC"), ("NFC", None)])
+def test_names_are_found_in_another_unicode_form(coco_root, forms):
+    written, there = (unicodedata.normalize(form or "NFC", "Fotos äé/Việt Å.jpg") for form in forms)
+    if forms[1] is None:  # of some Windows keyboards: neither composed nor decomposed
+        there = "Fotos äé/Vi" + unicodedata.normalize("NFC", "ê") + "\u0323t Å.jpg"
+    (coco_root / TRAIN / there).parent.mkdir()
+    (coco_root / TRAIN / FIRST).rename(coco_root / TRAIN / there)
+    edit(coco_root, lambda content: content["images"][0].update(file_name=written))
+    index = open_index(coco_root, TRAIN)
+    assert (len(index), index.left_out, index.file_name(0)) == (10, {}, there)
+    os.utime(coco_root / TRAIN / Path(there).parent, ns=(0, 0))
+    assert open_index(coco_root, TRAIN).fingerprint != index.fingerprint  # its folder is watched under its own name
+
+
+def test_the_exact_name_comes_before_another_form_and_one_file_is_not_two(coco_root):
+    names = [unicodedata.normalize(form, "é.jpg") for form in ("NFC", "NFD")]
+    for number, name in enumerate(names):
+        (coco_root / TRAIN / f"{number + 1:012d}.jpg").rename(coco_root / TRAIN / name)
+
+    def rename(content: dict) -> None:
+        for number, name in enumerate(names):
+            content["images"][number]["file_name"] = name
+
+    edit(coco_root, rename)
+    index = open_index(coco_root, TRAIN)
+    assert [index.file_name(i) for i in range(2)] == names
+    (coco_root / TRAIN / names[0]).unlink()
+    index = open_index(coco_root, TRAIN)
+    assert (len(index), [*index.left_out.values()]) == (8, [2])
+
+
+def test_every_reason_has_an_example_and_the_number_its_grammar(coco_root):
+    def spoil(content: dict) -> None:
+        content["images"][0].update(file_name="gone\n.jpg")
+        for number in (2, 3):
+            content["images"][number - 1].update(width=0)
+        for number in (998, 999):
+            add_person(content, [[1, 1, 9, 1, 9, 9]], number)
+
+    edit(coco_root, spoil)
+    assert person_index.describe_left_out(open_index(coco_root, TRAIN).left_out) == (
+        "2 photo records of an impossible size (000000000002.jpg, ...), "
+        "2 annotations of an unknown photo (image_id 998, ...), 1 photo not on disk (gone\\n.jpg)"
+    )
+
+
+# --- how the file is written ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be"])
+def test_a_byte_order_mark_and_other_encodings_are_read(coco_root, encoding):
+    path = edit(coco_root, lambda content: content.update(info={"description": "Fotos äé"}))
+    checksum = open_index(coco_root, TRAIN).checksum()
+    mark = "\ufeff" if encoding == "utf-16-le" else ""
+    path.write_bytes((mark + path.read_text()).encode(encoding))
+    assert open_index(coco_root, TRAIN).checksum() == checksum
+    path.write_bytes(path.read_bytes()[:-3])
+    assert str(path) in refusal(open_index, coco_root, TRAIN)
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
+def test_numbers_that_json_has_not_are_harmless_where_nobody_reads_them_and_named_elsewhere(coco_root, number):
+    def spoil(content: dict) -> None:
+        content["annotations"][0].update(area=float(number), note="NaN, Infinity")
+        content["info"] = {"version": float(number)}
+
+    checksum = open_index(coco_root, TRAIN).checksum()
+    path = edit(coco_root, spoil)
+    whole = path.read_bytes()
+    path.write_bytes(b"\xef\xbb\xbf" + whole)
+    assert open_index(coco_root, TRAIN).checksum() == checksum
+    path.write_bytes(whole)
+    edit(coco_root, lambda content: add_person(content, [[1, 1, 9, float(number), 9, 9]], 2))
+    assert open_index(coco_root, TRAIN).left_out == {"photo with a person who cannot be drawn (000000000002.jpg)": 1}
+    edit(coco_root, lambda content: content["images"][3].update(width=float(number)))
+    assert "$.images[3].width" in refusal(open_index, coco_root, TRAIN)
 
 
 @pytest.mark.parametrize(
