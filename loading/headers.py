@@ -15,9 +15,10 @@ from PIL import Image
 MAX_PIXELS = 2**28  # of a photo: more is taken for a broken one
 PHOTO_KINDS = ("PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")  # that OpenCV reads, JPEG apart
 JPEG_START = b"\xff\xd8"
-EXIF = ((b"Exif\0\0", 6), (b"eXIf", 4), (b"EXIF", 8))  # in a JPEG, PNG, WebP: what stands before it
+JPEG_EXIF = b"Exif\0\0"
+EXIF = {b"\x89PNG": (b"eXIf", 4), b"RIFF": (b"EXIF", 8)}  # by the file's start, the mark and its length
 ORIENTATION, SHORT = 0x0112, 3  # EXIF's tag and its type
-HEAD = 2**16  # bytes: EXIF is no longer, and begins within so many in all but a WebP
+HEAD, LAST_SEGMENT = 2**16, 2**20  # bytes: EXIF is no longer and as a rule begins before; before there it must
 EXAMINED, THREADS = 2000, 16  # files that are opened, evenly spread, to learn whether any is turned; those at a time
 
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns above this and refuses above its double
@@ -40,26 +41,28 @@ def claimed_size(encoded: np.ndarray) -> Size | None:
 def orientation(encoded: bytes) -> int:
     """EXIF's: 3 a half turn, 6 and 8 quarter turns, 2, 4, 5 and 7 mirrored; 1 as stored, or nothing is said.
 
-    A TIFF has none here: every reader turns it as it says.
+    A TIFF has none here: every reader turns it as it says. Pillow would warn of every oddity.
     """
-    for mark, length in EXIF:
-        at = encoded.find(mark, 0, HEAD if encoded.startswith(JPEG_START) else len(encoded))
-        if at >= 0:
-            return _orientation(encoded[at + length : at + length + HEAD])
-    return 1
-
-
-def _orientation(exif: bytes) -> int:
-    """Read here, because Pillow warns of every oddity."""
+    exif = _exif(encoded)
     order = "<" if exif.startswith(b"II") else ">"
     with contextlib.suppress(struct.error):  # it ends before that
         (directory,) = struct.unpack_from(f"{order}I", exif, 4)
-        (entries,) = struct.unpack_from(f"{order}H", exif, directory)
-        for entry in range(entries):
+        for entry in range(struct.unpack_from(f"{order}H", exif, directory)[0]):
             tag, kind, _, value = struct.unpack_from(f"{order}HHIH", exif, directory + 2 + 12 * entry)
             if (tag, kind) == (ORIENTATION, SHORT):
                 return value if value in range(1, 9) else 1
     return 1
+
+
+def _exif(encoded: bytes) -> bytes:
+    at = 2
+    if not encoded.startswith(JPEG_START):
+        mark, length = EXIF.get(encoded[:4], (b"", len(encoded)))
+        at = encoded.find(mark)
+        return encoded[at + length : at + length + HEAD].removeprefix(JPEG_EXIF) if at >= 0 else b""
+    while at < LAST_SEGMENT and encoded[at : at + 1] == b"\xff" and encoded[at + 4 : at + 10] != JPEG_EXIF:
+        at += 2 + int.from_bytes(encoded[at + 2 : at + 4], "big")
+    return encoded[at + 10 : at + 10 + HEAD] if encoded[at + 4 : at + 10] == JPEG_EXIF else b""
 
 
 def shown_size(stored: Size, orientation: int) -> Size:
@@ -75,13 +78,12 @@ def which_way_up(
     that away, the outlines decide.
 
     Args:
-        files: of the photos.
-        sizes: in the annotation file.
+        sizes: of the files, in the annotation file.
         fits: whether the outlines of the photo at a place lie inside a size.
 
     Returns:
-        The answer, None where no photo tells or they disagree; and by their places the sizes of those turned photos
-        that it is needed for, None where there is no answer.
+        The answer, None where no photo tells or they disagree; by their places the sizes of the turned photos that
+        need it, None where there is none.
     """
     turned = {place: both for place, both in _turned(files).items() if sizes[place] in both}
     by_size = {place: sizes[place] == shown for place, (stored, shown) in turned.items() if stored != shown}

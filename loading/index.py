@@ -288,19 +288,16 @@ def _categories(categories: list[_Category], annotations: Path) -> dict[int, boo
 
     The latter may be a man or a helmet: that depends on the tool that wrote the file.
     """
-    names = {(category.id, _spelling(category.name)) for category in categories}
-    persons = {number for number, name in names if name == "person"}
+    persons, others, kin = set(), set(), set()
+    for category in categories:
+        name, above = (str(it).strip().casefold() for it in (category.name, category.supercategory))
+        (persons if name == "person" else others).add(category.id)
+        kin |= {category.id} if above == "person" else set()
     if not persons:
         raise DataError(f"{annotations} has no category named 'person' among its {len(categories)}")
-    for number, name in names:
-        if number in persons and name != "person":
-            raise DataError(f"{annotations} gives the category id {number} to 'person' and to {name!r}")
-    kin = {category.id for category in categories if _spelling(category.supercategory) == "person"}
+    if persons & others:
+        raise DataError(f"{annotations} has one id for 'person' and another category, {min(persons & others)}")
     return {number: number in persons for number in persons | kin}
-
-
-def _spelling(name: Any) -> str:
-    return str(name).strip().casefold()
 
 
 def _photos_by_id(images: list[_Photo], left_out: _LeftOut) -> dict[int, _Photo | None]:

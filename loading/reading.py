@@ -29,8 +29,9 @@ def read_photo(path: Path, size: tuple[int, int], is_shown: bool | None = None) 
         DataError: the file cannot be read, its size is not the annotation's, or nothing tells its orientation;
             names the file.
     """
-    encoded = _read(path)
-    found, turn = claimed_size(encoded), orientation(encoded.tobytes())
+    content = _read(path)
+    encoded, turn = np.frombuffer(content, np.uint8), orientation(content)
+    found = claimed_size(encoded)
     if found in (size, size[::-1]):  # before it is decoded: a few kilobytes may claim to be gigabytes
         if found != shown_size(found, turn):
             is_shown = size != found
@@ -48,12 +49,12 @@ def read_photo(path: Path, size: tuple[int, int], is_shown: bool | None = None) 
     return photo
 
 
-def _read(path: Path) -> np.ndarray:
+def _read(path: Path) -> bytes:
     try:
         with open(path, "rb", buffering=0) as file:
             if os.fstat(file.fileno()).st_size > MAX_FILE_SIZE:
                 raise DataError(f"the photo {path} cannot be read: it is larger than {MAX_FILE_SIZE >> 20} MiB")
-            return np.frombuffer(file.read(), np.uint8)
+            return file.read()
     except OSError as error:
         raise DataError(f"the photo {path} cannot be read: {error.strerror}") from None
 

@@ -92,6 +92,9 @@ def test_an_orientation_that_is_none_turns_nothing(order):
     others = [(0x0112, 3, 0), (0x0112, 3, 9), (0x0112, 3, 65535), (0x0112, 2, 6), (0x0111, 3, 6), (0x0112, 3, 6, 2**31)]
     assert orientation(good) == 6
     assert {orientation(photo(*other)) for other in others} == {1}
+    behind = good[:2] + b"\xff\xed\xff\xff" + bytes(2**16 - 3) + good[2:]  # what Photoshop puts there
+    assert orientation(behind) == 6
+    assert orientation(good[:2] + b"\xff\xe1\0\2" * 10**7) == 1
     assert {orientation(good[:length]) for length in range(len(good) - 2)} == {1}
 
 

@@ -370,7 +370,7 @@ def test_what_is_a_person_by_its_supercategory_alone_is_neither_person_nor_backg
 
 def test_one_category_id_for_a_person_and_another_thing_is_refused(coco_root):
     edit(coco_root, lambda content: content["categories"].append({"id": 1, "name": "Dog "}))
-    assert all(word in refusal(open_index, coco_root, TRAIN) for word in ("category id 1", "'person'", "'dog'"))
+    assert "one id for 'person' and another category, 1" in refusal(open_index, coco_root, TRAIN)
 
 
 @pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC"), ("NFC", None)])

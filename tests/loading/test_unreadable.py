@@ -162,6 +162,28 @@ def test_more_than_the_limit_stops_the_pass_at_once(coco_root, tmp_path, monkeyp
     assert [line.partition(":")[0] for line in lines(tmp_path)] == [f"{TRAIN}/{n + 1:012d}.jpg" for n in range(broken)]
 
 
+@pytest.mark.parametrize(
+    ("photos", "limit", "allowed"),
+    [(2, 0.01, 1), (199, 0.004, 1), (199, 0.02, 3), (200, 0.004, 0), (200, 0.01, 2), (100, 0, 0), (1, 0.01, 0)],
+)
+def test_of_few_photos_one_may_be_broken(tmp_path, photos, limit, allowed):
+    class Broken(torch.utils.data.Dataset):
+        seed, photos = 0, tmp_path / TRAIN
+        index = type("Index", (), {"file_name": lambda self, index: f"{index}.jpg"})()
+
+        def __len__(self) -> int:
+            return photos
+
+        def __getitem__(self, index: int) -> None:
+            raise datasets.DataError("broken")
+
+    dataset = TolerantDataset(Broken(), False, limit, tmp_path)
+    assert dataset.__getitems__([*range(allowed)]) == []
+    error = refusal(dataset.__getitems__, [allowed])
+    number = f"{allowed + 1} of {photos} photo{'s' if photos > 1 else ''}"
+    assert error.startswith(f"{number} cannot be read, and --max-bad-photos is {limit:g}: {tmp_path / TRAIN}")
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_with_too_many_ends_with_one_line_and_the_list(coco_root, tmp_path, monkeypatch, capsys, workers):
     monkeypatch.setattr(trainer, "UNetAutoencoder", Tiny)
