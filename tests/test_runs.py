@@ -162,7 +162,7 @@ def test_neither_a_repeat_nor_the_workers_change_a_bit(coco_root, tmp_path, monk
     for place, workers in enumerate((0, 0, 1, 3)):
         run = tmp_path / f"run{place}"
         trainer.main(small(coco_root, run, num_epochs=2, num_workers=workers))
-        assert f"{workers} workers" in capsys.readouterr().out
+        assert f"{workers} worker{'' if workers == 1 else 's'} each" in capsys.readouterr().out
         states.append(state(run))
     assert all(same(states[0], other) for other in states[1:])
     trainer.main(small(coco_root, tmp_path / "other", num_epochs=2, seed=1))
@@ -364,7 +364,7 @@ def test_a_finished_run_says_so_and_changes_nothing(coco_root, tmp_path, capsys)
     trainer.main(settings)
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     trainer.main(dataclasses.replace(settings, resume="newest"))
-    assert "all 1 epochs are done" in capsys.readouterr().out
+    assert "the epoch is done" in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
 
