@@ -19,6 +19,7 @@ JPEG_EXIF = b"Exif\0\0"
 EXIF = {b"\x89PNG": (b"eXIf", 4), b"RIFF": (b"EXIF", 8)}  # by the file's start, the mark and its length
 ORIENTATION, SHORT = 0x0112, 3  # EXIF's tag and its type
 HEAD, LAST_SEGMENT = 2**16, 2**20  # bytes: EXIF is no longer and as a rule begins before; before there it must
+MOST = 2**25  # bytes that are read of a file to learn its size
 EXAMINED, THREADS = 2000, 16  # files that are opened, evenly spread, to learn whether any is turned; those at a time
 
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns above this and refuses above its double
@@ -98,12 +99,19 @@ def which_way_up(
 
 def _turned(files: Sequence[str]) -> dict[int, tuple[Size, Size]]:
     """The sizes, stored and shown, of the files that EXIF turns, by their places; a few tell whether there are any."""
-    some = range(0, len(files), len(files) // EXAMINED + 1)
-    with ThreadPoolExecutor(THREADS) as pool:  # on a network disk they wait, most of the time
-        found = dict(zip(some, pool.map(_both_sizes, files[:: some.step]), strict=True))
-        if any(found.values()):
-            found = dict(enumerate(pool.map(_both_sizes, files)))
-    return {place: both for place, both in found.items() if both}
+    found = _look_at(files, range(0, len(files), len(files) // EXAMINED + 1))
+    return _look_at(files, range(len(files))) if found else {}
+
+
+def _look_at(files: Sequence[str], places: range) -> dict[int, tuple[Size, Size]]:
+    """In threads, which on a network disk wait most of the time; each has a share, since to hand out costs more."""
+
+    def look(share: range) -> list[tuple[int, tuple[Size, Size]]]:
+        return [(place, both) for place in share if (both := _both_sizes(files[place]))]
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        shares = pool.map(look, (places[k::THREADS] for k in range(THREADS)))
+        return dict(sorted(found for share in shares for found in share))
 
 
 def _both_sizes(path: str) -> tuple[Size, Size] | None:
@@ -111,7 +119,7 @@ def _both_sizes(path: str) -> tuple[Size, Size] | None:
     with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:
         encoded = file.read(HEAD)
         if encoded[8:12] == b"WEBP" or orientation(encoded) > 1:
-            encoded += file.read()
+            encoded += file.read(MOST)
             turn, stored = orientation(encoded), claimed_size(np.frombuffer(encoded, np.uint8))
             return (stored, shown_size(stored, turn)) if turn > 1 and stored else None
     return None

@@ -95,7 +95,8 @@ def test_several_threads_may_cut_with_one_model(cut):
 ])  # fmt: skip
 def test_checkpoint_of_another_kind_is_refused(tmp_path, small_checkpoint, change):
     checkpoints.save(read_checkpoint(small_checkpoint) | change, tmp_path / "other.pth")
-    with pytest.raises(CheckpointError, match=r"\A.*other.pth (holds no model that can be used here|is not a checkpoint).{1,200}\Z"):
+    line = r"\A.*other.pth (holds no model that can be used here|is not a checkpoint).{1,200}\Z"
+    with pytest.raises(CheckpointError, match=line):
         load(tmp_path / "other.pth", "cpu")
 
 

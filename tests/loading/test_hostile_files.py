@@ -34,6 +34,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from datasets import COCOPersonDataset
+from loading.headers import which_way_up
 from loading.index import DataError, open_index
 from loading.reading import claimed_size, read_photo
 
@@ -339,6 +340,11 @@ def test_a_photo_that_claims_to_be_larger_is_refused_before_it_is_decoded(tmp_pa
     harmless = b"\xff\xc0\0\x11\x08" + struct.pack(">HH", 64, 48)
     (tmp_path / "bomb.jpg").write_bytes(bare.ljust(2 + 2 + 0xFFFE, b"\0") + harmless)
     assert "cannot be read" in refusal(read_photo, tmp_path / "bomb.jpg", (48, 64))
+    with (tmp_path / "sparse.webp").open("wb") as file:
+        file.write(b"RIFF\0\0\0\0WEBP")
+        file.truncate(2**40)
+    unread = [str(tmp_path / name) for name in ("sparse.webp", "absent.jpg")]
+    assert which_way_up(unread, [(48, 64)] * 2, None) == (None, {})
     with (tmp_path / "sparse.jpg").open("wb") as file:
         file.truncate(2**40)
     assert "sparse.jpg" in refusal(read_photo, tmp_path / "sparse.jpg", (48, 64))
