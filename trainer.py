@@ -56,7 +56,7 @@ class Config:
     accumulate: int = 1  # batches whose gradients are added up before each step
     num_workers: int = 12  # processes per process that load photos; never more than its share of the cores
     cache: bool = False  # keep letterboxed photos on disk once, for faster epochs
-    max_bad_photos: float = 0.01  # share of a split's photos; more that cannot be read stop the run
+    max_bad_photos: float = 0.01  # share of a split's photos; more that cannot be read stop the run (below 200 one may)
     pin_memory: bool = True  # page-locked batches, for faster copies to a CUDA GPU
     # --- the device
     device: str = utils.EACH_ITS_GPU  # every process its own GPU; without a GPU it is mps or cpu; or e.g. cuda:1, cpu
