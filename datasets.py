@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
+from loading.annotations import DataError
 from loading.cache import PhotoCache, open_cache
-from loading.index import DataError, index_places, open_index
+from loading.index import index_places, open_index
 from loading.letterbox import fitted_size, letterbox, pad, placement, restore, to_rgba, unpadded
 from loading.reading import read_photo
 from loading.workers import start_loader_worker

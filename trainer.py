@@ -37,7 +37,17 @@ from training.checkpoints import RUN_JSON, RunFolder, tried
 from training.interruptions import Stopped, Watch
 from training.run import Run
 from training.settings import UsageError, flag, read_settings
-from training.step import Tally, autocast, find_parts, gradients_shared, groups, split, to_device
+from training.step import (
+    Tally,
+    autocast,
+    find_parts,
+    gradients_shared,
+    groups,
+    needs_sync_batchnorm,
+    share_buffers,
+    split,
+    to_device,
+)
 from training.streams import steady_streams
 from utils import LossCalculator, Processes, UserError, usable_cores
 
@@ -117,7 +127,7 @@ def main(config: Config) -> None:
         with Watch(run, folder, config.checkpoint_minutes) as watch:
             for epoch in range(run.epochs_done, config.num_epochs):
                 training = train_one_epoch(run, train_loader, epoch, config, watch)
-                utils.share_buffers(run.model)
+                share_buffers(run.model)
                 validation = validate(run, val_loader, watch)
                 saved = write_down(run, training, validation, val_loader.dataset, folder)
                 watch.restart_clock(saved)
@@ -242,7 +252,7 @@ def start_run(config: Config, processes: Processes, found: tuple[Path, dict] | N
     model = model.to(processes.device, memory_format=utils.memory_format(processes.device))
     amp_dtype = utils.autocast_dtype(processes.device, config.amp, config.bfloat16_on_cpu)
     parts = find_parts(model, config.batch_size, config.image_size, processes.device, amp_dtype) if on_gpu else 1
-    if utils.needs_sync_batchnorm(processes, config.batch_size // parts):
+    if needs_sync_batchnorm(processes, config.batch_size // parts):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     # Fused, it skips float16's overflows on the GPU itself, where others would wait for the answer at every step.
     optimizer = Adam(model.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True)

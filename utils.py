@@ -245,13 +245,6 @@ def from_all(rows: list) -> list:
     return [row for box in boxes for row in box]
 
 
-def share_buffers(model: nn.Module) -> None:
-    """Gives every process the main one's BatchNorm averages: those that are saved are those that are measured."""
-    if dist.is_initialized():
-        for buffer in model.buffers():
-            dist.broadcast(buffer, src=0)
-
-
 def usable_cores() -> int:
     """The cores that this process may use: its affinity, and a container's quota where there is one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -314,11 +307,6 @@ def cpu_has_bfloat16() -> bool:
 def memory_format(device: torch.device) -> torch.memory_format:
     """How a model's weights are laid out: channels last, but for Apple's MPS, where they stay as they are."""
     return torch.preserve_format if device.type == "mps" else torch.channels_last
-
-
-def needs_sync_batchnorm(processes: Processes, batch_size: int) -> bool:
-    """Whether a process's own batch is too small for BatchNorm's statistics; PyTorch can share them on GPUs only."""
-    return processes.device.type == "cuda" and processes.world_size > 1 and batch_size < 16
 
 
 # --- files ------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from loading.index import DataError
+from loading.annotations import DataError
 
 CACHE_VERSION = 1  # of a file's content; another version is made anew
 CHUNK = 256  # photos between two moments at which what is made is safe from a kill and from a power cut

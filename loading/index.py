@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import re
 import socket
 import sys
 import unicodedata
@@ -15,24 +13,19 @@ from collections import defaultdict
 from concurrent.futures.process import BrokenProcessPool
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any
 
 import msgspec
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from loading.headers import MAX_PIXELS, which_way_up
+from loading.annotations import DataError, LeftOut, Person, Photo, describe_left_out, described, read_persons, safe_name
+from loading.headers import which_way_up
 from loading.run_lengths import Drawing, Mask, draw_all, draw_mask, fits
-from utils import UserError, usable_cores
+from utils import usable_cores
 
 INDEX_VERSION = 4  # of the index file's content; another version is built anew
 MANY_PHOTOS, MOST_PROCESSES = 2**12, 4  # from as many on processes share the drawing; more would add nothing to it
-MAX_SIDE = 2**20  # of a photo: more is taken for a broken record, not for a photo
-
-
-class DataError(UserError):
-    """The data on disk cannot be used; the message is one line for the user."""
 
 
 class PersonIndex:
@@ -183,46 +176,11 @@ def _write(content: dict, path: Path) -> bool:
 
 # --- what it is built from --------------------------------------------------------------------------------
 
-_Id = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]  # what an array can hold
-
-
-class _Photo(msgspec.Struct, gc=False):
-    id: _Id
-    file_name: str
-    width: int
-    height: int
-
-
-class _Annotation(msgspec.Struct, gc=False):
-    image_id: int
-    category_id: int
-    segmentation: msgspec.Raw = msgspec.Raw(b"null")  # parsed only for persons: most of the file is not
-
-
-class _Category(msgspec.Struct, gc=False):
-    id: int
-    name: str
-    supercategory: Any = None
-
-
-class _CocoFile(msgspec.Struct, gc=False):
-    images: list[_Photo]
-    annotations: list[_Annotation]
-    categories: list[_Category]
-
-
-_coco_file = msgspec.json.Decoder(_CocoFile)
-
-
-_Person = tuple[_Photo, list[msgspec.Raw]]  # a photo with persons: their segmentations
-_LeftOut = dict[str, list[str]]  # names by the reason, in which {s} is the plural's
-
-
 def _build(annotations: Path, photos: Path) -> dict:
-    left_out: _LeftOut = defaultdict(list)
+    left_out: LeftOut = defaultdict(list)
     stat = annotations.stat()  # before the reading: a change during it must show
-    persons = _persons(_parse(annotations), annotations, left_out)
-    named = {os.path.dirname(_safe_name(photo, annotations)) for photo, _ in persons}
+    persons = read_persons(annotations, left_out)
+    named = {os.path.dirname(safe_name(photo, annotations)) for photo, _ in persons}
     folders = {folder: _on_disk(photos, folder) for folder in named}
     fingerprint = _fingerprint(stat, photos, sorted({*folders.values()}))  # and so before the listing
     is_shown, upright = _upright(_present(persons, photos, folders, left_out), photos, left_out)
@@ -236,93 +194,6 @@ def _build(annotations: Path, photos: Path) -> dict:
     return {"fingerprint": fingerprint, "left_out": counts, "is_shown": is_shown, "arrays": _flat_arrays(rows)}
 
 
-def described(reason: str, names: list[str]) -> str:
-    """A reason with its first example; a name may hold a line's end."""
-    return f"{reason.format(s='s' * (len(names) != 1))} ({repr(names[0])[1:-1]}{', ...' * (len(names) > 1)})"
-
-
-def describe_left_out(left_out: dict[str, int]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in left_out.items())
-
-
-def _parse(annotations: Path) -> _CocoFile:
-    try:
-        text = annotations.read_bytes()
-        if (encoding := json.detect_encoding(text[:4])) != "utf-8":  # a byte order mark, or UTF-16 or UTF-32
-            text = text.decode(encoding).encode()
-        try:
-            return _coco_file.decode(text)
-        except msgspec.DecodeError as error:
-            if isinstance(error, msgspec.ValidationError) or not re.search(b"NaN|Infinity", text):
-                raise
-        # Python's json writes and reads them. As null they do no harm where nobody looks; elsewhere the key is named.
-        return _coco_file.decode(json.dumps(json.loads(text, parse_constant=lambda _: None)))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{annotations} is cut short or not a COCO annotation file: {error}") from None
-    except MemoryError:
-        raise DataError(f"{annotations} does not fit into the memory") from None
-
-
-def _persons(coco: _CocoFile, annotations: Path, left_out: _LeftOut) -> list[_Person]:
-    """The photos with persons and their persons' segmentations, as copies: the rest of the file can go."""
-    is_named, photos = _categories(coco.categories, annotations), _photos_by_id(coco.images, left_out)
-    grouped: dict[int, list[msgspec.Raw]] = {}
-    unclear: set[int] = set()
-    for annotation in coco.annotations:
-        if (is_person := is_named.get(annotation.category_id)) is None:
-            continue
-        if annotation.image_id not in photos:
-            left_out["annotation{s} of an unknown photo"].append(f"image_id {annotation.image_id}")
-        elif is_person:
-            grouped.setdefault(annotation.image_id, []).append(annotation.segmentation)
-        else:
-            unclear.add(annotation.image_id)
-    usable = {image_id: photos[image_id] for image_id in grouped if photos[image_id]}
-    reason = "photo{s} with what is a person by its supercategory alone"
-    left_out[reason] += [photo.file_name for image_id, photo in usable.items() if image_id in unclear]
-    return [(photo, grouped[image_id]) for image_id, photo in usable.items() if image_id not in unclear]
-
-
-def _categories(categories: list[_Category], annotations: Path) -> dict[int, bool]:
-    """True for what is named person, in whatever spelling; False for what is one by its supercategory alone.
-
-    The latter may be a man or a helmet: that depends on the tool that wrote the file.
-    """
-    persons, others, kin = set(), set(), set()
-    for category in categories:
-        name, above = (str(it).strip().casefold() for it in (category.name, category.supercategory))
-        (persons if name == "person" else others).add(category.id)
-        kin |= {category.id} if above == "person" else set()
-    if not persons:
-        raise DataError(f"{annotations} has no category named 'person' among its {len(categories)}")
-    if persons & others:
-        raise DataError(f"{annotations} has one id for 'person' and another category, {min(persons & others)}")
-    return {number: number in persons for number in persons | kin}
-
-
-def _photos_by_id(images: list[_Photo], left_out: _LeftOut) -> dict[int, _Photo | None]:
-    """None for an id that no photo can be had by."""
-    photos: dict[int, _Photo | None] = {}
-    for photo in images:
-        sides = sorted((photo.width, photo.height))
-        first = photos.setdefault(photo.id, photo)
-        if first != photo:  # nobody can tell whose the persons are
-            left_out["photo{s} under an id that another has"] += [it.file_name for it in (first, photo) if it]
-            photos[photo.id] = None
-        elif sides[0] <= 0 or sides[1] > MAX_SIDE or sides[0] * sides[1] > MAX_PIXELS:
-            left_out["photo record{s} of an impossible size"].append(photo.file_name)
-            photos[photo.id] = None
-    return photos
-
-
-def _safe_name(photo: _Photo, annotations: Path) -> str:
-    name = photo.file_name
-    parts = name.replace("\\", "/").split("/")
-    if ".." in parts or not parts[-1] or os.path.isabs(name) or re.match("[A-Za-z]:|.*\0", name):
-        raise DataError(f"{annotations} names a photo outside the photo folder: {name!r}")
-    return name
-
-
 def _on_disk(photos: Path, folder: str) -> str:
     """A folder's plain name in the Unicode form of the disk: macOS takes letters apart that JSON writes as one."""
     forms = [folder, *(unicodedata.normalize(form, folder) for form in ("NFC", "NFD"))]
@@ -330,7 +201,7 @@ def _on_disk(photos: Path, folder: str) -> str:
     return "" if found == "." else found
 
 
-def _present(persons: list[_Person], photos: Path, folders: dict[str, str], left_out: _LeftOut) -> list[_Person]:
+def _present(persons: list[Person], photos: Path, folders: dict[str, str], left_out: LeftOut) -> list[Person]:
     """Those whose file lies in the photo folder, which itself may lie wherever its owner wants it, and is no other's.
 
     A file of several records may belong to one of them, to none, or be annotated in parts: all are left out.
@@ -377,7 +248,7 @@ def _lies_in(path: str | Path, home: str) -> bool:
     return Path(os.path.realpath(path)).is_relative_to(home)
 
 
-def _upright(persons: list[_Person], photos: Path, left_out: _LeftOut) -> tuple[bool | None, list[_Person]]:
+def _upright(persons: list[Person], photos: Path, left_out: LeftOut) -> tuple[bool | None, list[Person]]:
     """Whether the set was annotated as shown, and the photos without those of which nobody can tell."""
     files = [f"{photos}/{photo.file_name}" for photo, _ in persons]
     sizes = [(photo.width, photo.height) for photo, _ in persons]
@@ -394,7 +265,7 @@ def _upright(persons: list[_Person], photos: Path, left_out: _LeftOut) -> tuple[
     return is_shown, persons
 
 
-def _drawn(persons: list[_Person], left_out: _LeftOut) -> list[tuple[_Photo, Mask]]:
+def _drawn(persons: list[Person], left_out: LeftOut) -> list[tuple[Photo, Mask]]:
     """Each photo with its merged mask, without those where a person cannot be drawn."""
     processes, rows = min(usable_cores(), MOST_PROCESSES) if len(persons) >= MANY_PHOTOS else 1, []
     masks = draw_all([Drawing(shapes, photo.height, photo.width) for photo, shapes in persons], processes)
@@ -407,7 +278,7 @@ def _drawn(persons: list[_Person], left_out: _LeftOut) -> list[tuple[_Photo, Mas
     return rows
 
 
-def _flat_arrays(rows: list[tuple[_Photo, Mask]]) -> dict[str, torch.Tensor]:
+def _flat_arrays(rows: list[tuple[Photo, Mask]]) -> dict[str, torch.Tensor]:
     names, names_offsets = _joined([photo.file_name.encode() for photo, _ in rows])
     masks, masks_offsets = _joined([mask.counts for _, mask in rows])
     return {

@@ -10,8 +10,8 @@ import cv2
 import numpy as np
 import simplejpeg
 
+from loading.annotations import DataError
 from loading.headers import JPEG_START, claimed_size, orientation, shown_size
-from loading.index import DataError
 
 MAX_FILE_SIZE = 2**30  # bytes of a photo: more is taken for a broken file
 FLIPS = {2: 1, 3: -1, 4: 0, 6: 1, 7: -1, 8: 0}  # OpenCV's, of an EXIF orientation; above 4 it is transposed first

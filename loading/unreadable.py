@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
-from loading.index import DataError
+from loading.annotations import DataError
 from utils import Processes, atomic_write, from_all
 
 try:

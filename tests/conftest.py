@@ -17,7 +17,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from cutting.cutter import Cutter, load
-from loading.index import DataError
+from loading.annotations import DataError
 from models import UNetAutoencoder
 from training import checkpoints
 

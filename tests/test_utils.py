@@ -188,7 +188,7 @@ def one_of_two(rank: int, folder: Path) -> None:
     norm, metrics, meter, idle = nn.BatchNorm2d(3), SegmentationMetrics(), LossMeter(TERMS), LossMeter(TERMS)
     norm.running_mean.fill_(rank + 1)
     norm.num_batches_tracked.fill_(rank + 5)
-    utils.share_buffers(norm)
+    step.share_buffers(norm)
     metrics.update(*(values[(slice(4), slice(4, 6))[rank]] for values in guesses()))
     meter.update(*spent([2.0, 5.0][rank]), images=[4, 2][rank])
     metrics.synchronize()
@@ -366,8 +366,8 @@ def test_a_cpu_says_whether_it_has_bfloat16(monkeypatch, flags, has_it):
 @pytest.mark.parametrize(("device", "world_size", "needed"), [("cuda", 2, True), ("cuda", 1, False), ("cpu", 2, False)])
 def test_batchnorm_is_shared_where_a_gpus_batch_is_small(device, world_size, needed):
     processes = Processes(torch.device(device), world_size=world_size)
-    assert utils.needs_sync_batchnorm(processes, batch_size=8) is needed
-    assert not utils.needs_sync_batchnorm(processes, batch_size=32)
+    assert step.needs_sync_batchnorm(processes, batch_size=8) is needed
+    assert not step.needs_sync_batchnorm(processes, batch_size=32)
 
 
 # --- the cores of a container -----------------------------------------------------------------------------

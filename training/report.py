@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from loading.index import describe_left_out
+from loading.annotations import describe_left_out
 from loading.unreadable import SKIPPED
 from training.checkpoints import BEST, disk_needed
 from training.run import Run

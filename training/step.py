@@ -8,12 +8,14 @@ from copy import deepcopy
 from itertools import islice
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Adam
 
 from utils import (
     LaunchError,
     LossCalculator,
+    Processes,
     SegmentationMetrics,
     empty_sums,
     largest_of_each,
@@ -43,11 +45,6 @@ def split(batches: list[Tensor], parts: int, batch_size: int) -> list[Tensor]:
     """The same photos in smaller batches: a full one as evenly as can be into `parts`, a shorter one into fewer."""
     batches = [batch for batch in batches if len(batch)]  # all photos of one may have been left out
     return [part for batch in batches for part in batch.tensor_split(-(-len(batch) * parts // batch_size))]
-
-
-def gradients_shared(model: nn.Module, now: bool) -> AbstractContextManager:
-    """Several processes average their gradients in a step's last backward pass, not in those that only add to them."""
-    return nullcontext() if now or not hasattr(model, "no_sync") else model.no_sync()
 
 
 def find_parts(
@@ -90,6 +87,26 @@ def fits(model: nn.Module, photos: int, image_size: int, device: torch.device, d
     finally:
         model.zero_grad(set_to_none=True)
     return True
+
+
+# --- several processes ------------------------------------------------------------------------------------
+
+
+def gradients_shared(model: nn.Module, now: bool) -> AbstractContextManager:
+    """Several processes average their gradients in a step's last backward pass, not in those that only add to them."""
+    return nullcontext() if now or not hasattr(model, "no_sync") else model.no_sync()
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Gives every process the main one's BatchNorm averages: those that are saved are those that are measured."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def needs_sync_batchnorm(processes: Processes, batch_size: int) -> bool:
+    """Whether a process's own batch is too small for BatchNorm's statistics; PyTorch can share them on GPUs only."""
+    return processes.device.type == "cuda" and processes.world_size > 1 and batch_size < 16
 
 
 # --- an epoch's figures -----------------------------------------------------------------------------------

@@ -34,8 +34,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from datasets import COCOPersonDataset
+from loading.annotations import DataError
 from loading.headers import which_way_up
-from loading.index import DataError, open_index
+from loading.index import open_index
 from loading.reading import claimed_size, read_photo
 
 TRAIN = "train2017"

@@ -28,6 +28,7 @@ from conftest import (
 
 from datasets import COCOPersonDataset
 from loading import index as person_index
+from loading.annotations import describe_left_out
 from loading.index import PersonIndex, open_index
 from tools.bench.full_size import make_split
 
@@ -47,7 +48,7 @@ def drop_photo_1(content: dict) -> None:
 def test_the_index_is_built_once_and_mapped_and_leaves_nothing_else_behind(coco_root, capsys, monkeypatch):
     index = open_index(coco_root, TRAIN)
     assert "Reading" in capsys.readouterr().out
-    monkeypatch.setattr(person_index, "_parse", lambda _path: pytest.fail("read again"))
+    monkeypatch.setattr(person_index, "read_persons", lambda *_: pytest.fail("read again"))
     again = open_index(coco_root, TRAIN)
     assert all(np.array_equal(again.alpha(i), index.alpha(i)) for i in range(10))
     assert capsys.readouterr().out == ""
@@ -413,7 +414,7 @@ def test_every_reason_has_an_example_and_the_number_its_grammar(coco_root):
             add_person(content, [[1, 1, 9, 1, 9, 9]], number)
 
     edit(coco_root, spoil)
-    assert person_index.describe_left_out(open_index(coco_root, TRAIN).left_out) == (
+    assert describe_left_out(open_index(coco_root, TRAIN).left_out) == (
         "2 photo records of an impossible size (000000000002.jpg, ...), "
         "2 annotations of an unknown photo (image_id 998, ...), 1 photo not on disk (gone\\n.jpg)"
     )
@@ -502,15 +503,15 @@ def test_a_photo_as_thin_as_a_thread_does_not_crash(coco_root):  # pycocotools o
 
 
 def test_a_change_while_the_annotations_are_read_is_not_missed(coco_root, monkeypatch):
-    def parse_then_change(path: Path) -> object:
-        content = genuine_parse(path)
+    def parse_then_change(*args: object) -> object:
+        content = genuine_parse(*args)
         edit(coco_root, hide_photo_1)
         return content
 
-    genuine_parse = person_index._parse
-    monkeypatch.setattr(person_index, "_parse", parse_then_change)
+    genuine_parse = person_index.read_persons
+    monkeypatch.setattr(person_index, "read_persons", parse_then_change)
     open_index(coco_root, TRAIN)
-    monkeypatch.setattr(person_index, "_parse", genuine_parse)
+    monkeypatch.setattr(person_index, "read_persons", genuine_parse)
     assert len(open_index(coco_root, TRAIN)) == 9
 
 
