@@ -336,7 +336,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         with suppress(OSError):  # the disk that is gone must not hide what went wrong
             draft.unlink(missing_ok=True)
         if isinstance(error, OSError) and str(error.filename) in ("None", str(draft)):
-            error.filename, error.filename2 = str(path), None
+            error.filename = str(path)
         raise
     flush_folder(path.parent)
 
@@ -419,7 +419,7 @@ def read_checkpoint(path: str | Path) -> dict:
                 raise zipfile.BadZipFile
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise CheckpointError(f"there is no checkpoint {path}") from None
+        raise CheckpointError(f"there is no checkpoint {path}: trainer.py makes one, or name another") from None
     except Exception as error:  # whatever a damaged or foreign file makes the readers raise
         raise CheckpointError(f"the checkpoint {path} is damaged or no checkpoint ({type(error).__name__})") from None
     if not isinstance(content, dict) or not {"model", "config", "epoch"} <= content.keys() \

@@ -15,11 +15,12 @@ from PIL import Image
 MAX_PIXELS = 2**28  # of a photo: more is taken for a broken one
 PHOTO_KINDS = ("PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")  # that OpenCV reads, JPEG apart
 JPEG_START = b"\xff\xd8"
-JPEG_EXIF = b"Exif\0\0"
+JPEG_EXIF, JPEG_SCAN = b"Exif\0\0", b"\xda"
 EXIF = {b"\x89PNG": (b"eXIf", 4), b"RIFF": (b"EXIF", 8)}  # by the file's start, the mark and its length
 ORIENTATION, SHORT = 0x0112, 3  # EXIF's tag and its type
 HEAD, LAST_SEGMENT = 2**16, 2**20  # bytes: EXIF is no longer and as a rule begins before; before there it must
 MOST = 2**25  # bytes that are read of a file to learn its size
+FEW = 10  # of so many photos one is a few
 EXAMINED, THREADS = 2000, 16  # files that are opened, evenly spread, to learn whether any is turned; those at a time
 
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns above this and refuses above its double
@@ -62,8 +63,17 @@ def _exif(encoded: bytes) -> bytes:
         at = encoded.find(mark)
         return encoded[at + length : at + length + HEAD].removeprefix(JPEG_EXIF) if at >= 0 else b""
     while at < LAST_SEGMENT and encoded[at : at + 1] == b"\xff" and encoded[at + 4 : at + 10] != JPEG_EXIF:
-        at += 2 + int.from_bytes(encoded[at + 2 : at + 4], "big")
+        is_fill = encoded[at + 1 : at + 2] == b"\xff"
+        at += 1 if is_fill else 2 + int.from_bytes(encoded[at + 2 : at + 4], "big")
     return encoded[at + 10 : at + 10 + HEAD] if encoded[at + 4 : at + 10] == JPEG_EXIF else b""
+
+
+def leads_on(encoded: bytes) -> bool:
+    """Whether a JPEG's first segments, in one of which EXIF lies, reach beyond what was read of it."""
+    at = 2
+    while encoded[at : at + 1] == b"\xff" and encoded[at + 1 : at + 2] != JPEG_SCAN:
+        at += 2 + int.from_bytes(encoded[at + 2 : at + 4], "big")
+    return at >= len(encoded)
 
 
 def shown_size(stored: Size, orientation: int) -> Size:
@@ -75,8 +85,8 @@ def which_way_up(
 ) -> tuple[bool | None, dict[int, Size | None]]:
     """Whether a set was annotated on the photos as shown, not as stored: told by those that a quarter turn resizes.
 
-    Some annotation tools write the stored size beside outlines drawn on the photo as shown. Where one outline gives
-    that away, the outlines decide.
+    Some annotation tools write the stored size beside outlines drawn on the photo as shown. Where the outlines give
+    that away, they decide.
 
     Args:
         sizes: of the files, in the annotation file.
@@ -90,7 +100,8 @@ def which_way_up(
     by_size = {place: sizes[place] == shown for place, (stored, shown) in turned.items() if stored != shown}
     inside = {place: [fits(place, size) for size in turned[place]] for place in by_size}
     by_outline = {place: shown for place, (stored, shown) in inside.items() if stored != shown}
-    misled = any(by_size[place] != shown for place, shown in by_outline.items())
+    against = sum(by_size[place] != shown for place, shown in by_outline.items())
+    misled = against > max(len(by_outline) - against, len(by_size) / FEW)  # and not by a careless outline or two
     told = {*(by_outline if misled else by_size).values()}
     is_shown = told.pop() if len(told) == 1 else None
     needed = {place: both for place, both in turned.items() if misled or place not in by_size}
@@ -118,6 +129,8 @@ def _both_sizes(path: str) -> tuple[Size, Size] | None:
     """None for a photo that is not turned, or cannot be read: whoever reads it will say so."""
     with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:
         encoded = file.read(HEAD)
+        if encoded.startswith(JPEG_START) and orientation(encoded) == 1 and leads_on(encoded):
+            encoded += file.read(LAST_SEGMENT)
         if encoded[8:12] == b"WEBP" or orientation(encoded) > 1:
             encoded += file.read(MOST)
             turn, stored = orientation(encoded), claimed_size(np.frombuffer(encoded, np.uint8))

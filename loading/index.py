@@ -73,7 +73,7 @@ class PersonIndex:
 
     def checksum(self) -> str:
         """Of all photos' ids, names, sizes and masks in their order, wherever they lie: 8 hexadecimal digits."""
-        crc = zlib.crc32(b"shown" if self.is_shown else b"")
+        crc = zlib.crc32({None: b"", False: b"stored", True: b"shown"}[self.is_shown])
         for name in ("image_ids", "sizes", "names", "names_offsets", "masks", "masks_offsets"):
             crc = zlib.crc32(self._arrays[name], crc)
         return f"{crc:08x}"

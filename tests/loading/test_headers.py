@@ -154,6 +154,26 @@ def test_an_outline_over_a_side_gives_away_sizes_of_the_other_reading(content, t
     assert [*dataset.index.left_out.values()] == [4]
 
 
+def test_a_careless_outline_does_not_outvote_the_sizes(content, tmp_path):
+    for number in range(12):
+        add(content, tmp_path, f"{number}.jpg", WIDE, 6)
+    content["annotations"][0]["segmentation"][0][0] = 1.07 * WIDE[0]  # it reaches over a side
+    content["annotations"][0]["segmentation"][0][3] = 1.2 * WIDE[1]
+    dataset = opened(content, tmp_path)
+    assert dataset.index.is_shown
+    assert len(dataset) == 12
+
+
+def test_exif_behind_other_segments_is_found_by_the_index_as_by_the_reader(content, tmp_path):
+    add(content, tmp_path, "turned.jpg", WIDE, 6)
+    add(content, tmp_path, "half.jpg", WIDE, 3)
+    for name in ("turned.jpg", "half.jpg"):
+        plain = (tmp_path / TRAIN / name).read_bytes()
+        between = b"\xff\xed\xff\xff" + bytes(65533) + b"\xff\xff"  # a long segment, and a fill byte before the next
+        (tmp_path / TRAIN / name).write_bytes(plain[:2] + between[:-1] + plain[2:])
+    assert names_that_agree(opened(content, tmp_path)) == ["turned.jpg", "half.jpg"]
+
+
 def test_a_large_set_is_opened_in_part_and_as_a_whole_where_a_photo_is_turned(content, tmp_path, monkeypatch):
     looked, look = [], headers._both_sizes
     monkeypatch.setattr(headers, "_both_sizes", lambda path: (looked.append(Path(path).name), look(path))[1])
