@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from loading.annotations import DataError
+from utils import flush
 
 CACHE_VERSION = 1  # of a file's content; another version is made anew
 CHUNK = 256  # photos between two moments at which what is made is safe from a kill and from a power cut
@@ -138,7 +139,7 @@ def _fill(
         _write_stamps(file.fileno(), missing, np.zeros_like(missing))
         for chunk in np.split(missing, range(CHUNK, len(missing), CHUNK)):
             made = list(pool.map(lambda index: _write_row(file.fileno(), int(offsets[index]), draw, index), chunk))
-            os.fsync(file.fileno())  # the rows before the stamps that vouch for them
+            flush(file.fileno())  # the rows before the stamps that vouch for them
             _write_stamps(file.fileno(), chunk, wanted[chunk] * made)
             bar.update(len(chunk))
 
