@@ -57,23 +57,23 @@ def orientation(encoded: bytes) -> int:
 
 
 def _exif(encoded: bytes) -> bytes:
-    at = 2
     if not encoded.startswith(JPEG_START):
         mark, length = EXIF.get(encoded[:4], (b"", len(encoded)))
         at = encoded.find(mark)
         return encoded[at + length : at + length + HEAD].removeprefix(JPEG_EXIF) if at >= 0 else b""
-    while at < LAST_SEGMENT and encoded[at : at + 1] == b"\xff" and encoded[at + 4 : at + 10] != JPEG_EXIF:
-        is_fill = encoded[at + 1 : at + 2] == b"\xff"
-        at += 1 if is_fill else 2 + int.from_bytes(encoded[at + 2 : at + 4], "big")
+    at = _exif_place(encoded)
     return encoded[at + 10 : at + 10 + HEAD] if encoded[at + 4 : at + 10] == JPEG_EXIF else b""
 
 
-def leads_on(encoded: bytes) -> bool:
-    """Whether a JPEG's first segments, in one of which EXIF lies, reach beyond what was read of it."""
+def _exif_place(encoded: bytes) -> int:
+    """Where a JPEG's EXIF begins, or the segments before its picture end; beyond what was read, if they lead there."""
     at = 2
-    while encoded[at : at + 1] == b"\xff" and encoded[at + 1 : at + 2] != JPEG_SCAN:
-        at += 2 + int.from_bytes(encoded[at + 2 : at + 4], "big")
-    return at >= len(encoded)
+    while at < LAST_SEGMENT and encoded[at : at + 1] == b"\xff" and encoded[at + 4 : at + 10] != JPEG_EXIF:
+        kind = encoded[at + 1 : at + 2]
+        if kind == JPEG_SCAN:
+            break
+        at += 1 if kind == b"\xff" else 2 + int.from_bytes(encoded[at + 2 : at + 4], "big")
+    return at
 
 
 def shown_size(stored: Size, orientation: int) -> Size:
@@ -129,7 +129,7 @@ def _both_sizes(path: str) -> tuple[Size, Size] | None:
     """None for a photo that is not turned, or cannot be read: whoever reads it will say so."""
     with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:
         encoded = file.read(HEAD)
-        if encoded.startswith(JPEG_START) and orientation(encoded) == 1 and leads_on(encoded):
+        if encoded.startswith(JPEG_START) and _exif_place(encoded) >= len(encoded):
             encoded += file.read(LAST_SEGMENT)
         if encoded[8:12] == b"WEBP" or orientation(encoded) > 1:
             encoded += file.read(MOST)
