@@ -55,7 +55,7 @@ Person = tuple[Photo, list[msgspec.Raw]]  # a photo with persons: their segmenta
 LeftOut = dict[str, list[str]]  # names by the reason, in which {s} is the plural's
 
 
-def described(reason: str, names: list[str]) -> str:
+def with_example(reason: str, names: list[str]) -> str:
     """A reason with its first example; a name may hold a line's end."""
     return f"{reason.format(s='s' * (len(names) != 1))} ({repr(names[0])[1:-1]}{', ...' * (len(names) > 1)})"
 

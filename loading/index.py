@@ -19,9 +19,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from loading.annotations import DataError, LeftOut, Person, Photo, describe_left_out, described, read_persons, safe_name
+from loading.annotations import (
+    DataError,
+    LeftOut,
+    Person,
+    Photo,
+    describe_left_out,
+    read_persons,
+    safe_name,
+    with_example,
+)
 from loading.headers import which_way_up
-from loading.run_lengths import Drawing, Mask, draw_all, draw_mask, fits
+from loading.run_lengths import Drawing, Mask, draw_all, draw_mask, lie_inside
 from utils import usable_cores
 
 INDEX_VERSION = 4  # of the index file's content; another version is built anew
@@ -185,7 +194,7 @@ def _build(annotations: Path, photos: Path) -> dict:
     fingerprint = _fingerprint(stat, photos, sorted({*folders.values()}))  # and so before the listing
     is_shown, upright = _upright(_present(persons, photos, folders, left_out), photos, left_out)
     rows = _drawn(upright, left_out)
-    counts = {described(reason, names): len(names) for reason, names in left_out.items() if names}
+    counts = {with_example(reason, names): len(names) for reason, names in left_out.items() if names}
     if not rows:
         raise DataError(
             f"no photo with a person: of {len(persons)} in {annotations} none can be used in {photos}"
@@ -252,7 +261,7 @@ def _upright(persons: list[Person], photos: Path, left_out: LeftOut) -> tuple[bo
     """Whether the set was annotated as shown, and the photos without those of which nobody can tell."""
     files = [f"{photos}/{photo.file_name}" for photo, _ in persons]
     sizes = [(photo.width, photo.height) for photo, _ in persons]
-    is_shown, turned = which_way_up(files, sizes, lambda place, size: fits(persons[place][1], *size))
+    is_shown, turned = which_way_up(files, sizes, lambda place, size: lie_inside(persons[place][1], *size))
     names = [persons[place][0].file_name for place in turned]
     if is_shown is None:
         left_out["photo{s} that EXIF turns, and nothing tells whether the annotation is turned as well"] += names
@@ -260,7 +269,7 @@ def _upright(persons: list[Person], photos: Path, left_out: LeftOut) -> tuple[bo
     for place, size in turned.items():
         persons[place][0].width, persons[place][0].height = size
     if names:
-        print(f"{len(names)} {described('photo{s}', names)} that EXIF turns: taken as annotated on the "
+        print(f"{len(names)} {with_example('photo{s}', names)} that EXIF turns: taken as annotated on the "
               f"{'turned' if is_shown else 'stored'} pixels, as others of the set are", flush=True)  # fmt: skip
     return is_shown, persons
 

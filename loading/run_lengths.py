@@ -109,7 +109,7 @@ def _check_polygon(polygon: list[float], height: int, width: int) -> None:
             raise ValueError("a polygon's outline is too long for the photo")
 
 
-def fits(segmentations: list[msgspec.Raw], width: int, height: int) -> bool:
+def lie_inside(segmentations: list[msgspec.Raw], width: int, height: int) -> bool:
     """Whether they may have been drawn on a photo of that size: run lengths are of it, no polygon is far outside."""
     for segmentation in segmentations:
         with contextlib.suppress(ValueError):  # of what cannot be drawn nothing can be told

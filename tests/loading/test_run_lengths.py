@@ -81,10 +81,10 @@ def test_what_a_size_holds_tells_on_which_photo_it_was_drawn():
     tall, run_lengths_of_it = [10, 2, 40, 2, 40, 90], {"size": [96, 64], "counts": [6144]}
     for segmentation in ([tall], [[5], tall], run_lengths_of_it):
         text = json.dumps(segmentation).encode()
-        assert run_lengths.fits([text], 64, 96)
-        assert not run_lengths.fits([b"[[1, 1, 9, 9, 1, 9]]", text], 96, 64)
+        assert run_lengths.lie_inside([text], 64, 96)
+        assert not run_lengths.lie_inside([b"[[1, 1, 9, 9, 1, 9]]", text], 96, 64)
     for nothing in (b"null", b"[]", b"[[]]", b"7", b"[[1, 1, 96, 1, 96, 65]]"):  # the last is a slip of the hand
-        assert run_lengths.fits([nothing], 96, 64)
+        assert run_lengths.lie_inside([nothing], 96, 64)
 
 
 # --- as pixels --------------------------------------------------------------------------------------------
