@@ -49,6 +49,7 @@ from training.step import (
     to_device,
 )
 from training.streams import steady_streams
+from training.weights import WeightAverage, weight_groups
 from utils import LossCalculator, Processes, UserError, usable_cores
 
 
@@ -80,11 +81,13 @@ class Config:
     use_attention: bool = True  # attention gates on the skips
     # --- the training
     num_epochs: int = 100  # passes over the training photos
-    learning_rate: float = 1e-4  # Adam's, at the start of each cosine cycle
+    learning_rate: float = 1e-4  # Adam's, at the start of each cosine cycle; of a pretrained encoder
+    decoder_rate: float = 10.0  # times as fast learns what starts from random values beside a pretrained encoder
     weight_decay: float = 1e-6  # Adam's L2 penalty; 0 is off
     restart_period: int = 0  # T_0: epochs of the first cosine cycle; 0 is one cycle over the whole run
     restart_mult: int = 1  # T_mult: each cycle is so many times as long as the one before it
     grad_clip: float = 1.0  # largest norm of the gradient; 0 is off
+    average_decay: float = 0.999  # of the moving average of the weights, which is measured and saved; 0 is off
     # --- the loss
     colour_weight: float = 1.0  # of the colours' L1 inside the mask
     bce_weight: float = 1.0  # of alpha's binary cross-entropy
@@ -108,8 +111,9 @@ SAMPLE = dict(
 LIMITS = {  # smallest and largest value of each number
     "image_size": (SMALLEST_INPUT, 4096), "batch_size": (1, 65536), "accumulate": (1, 65536), "num_workers": (0, 1024),
     "max_bad_photos": (0, 1), "num_epochs": (1, 10**6),
-    "learning_rate": (1e-12, 10), "weight_decay": (0, 1), "restart_period": (0, 10**6), "restart_mult": (1, 100),
-    "grad_clip": (0, 1e6), "colour_weight": (0, 1e6), "bce_weight": (0, 1e6), "dice_weight": (0, 1e6),
+    "learning_rate": (1e-12, 10), "decoder_rate": (1, 1000), "weight_decay": (0, 1),
+    "restart_period": (0, 10**6), "restart_mult": (1, 100), "grad_clip": (0, 1e6), "average_decay": (0, 1 - 1e-9),
+    "colour_weight": (0, 1e6), "bce_weight": (0, 1e6), "dice_weight": (0, 1e6),
     "seed": (0, 2**32 - 1), "checkpoint_minutes": (0, 1e6), "keep_checkpoints": (0, 10**6), "log_every": (1, 10**6),
 }  # fmt: skip
 
@@ -127,7 +131,7 @@ def main(config: Config) -> None:
         with Watch(run, folder, config.checkpoint_minutes) as watch:
             for epoch in range(run.epochs_done, config.num_epochs):
                 training = train_one_epoch(run, train_loader, epoch, config, watch)
-                share_buffers(run.model)
+                share_buffers(run.model, run.evaluated)
                 validation = validate(run, val_loader, watch)
                 saved = write_down(run, training, validation, val_loader.dataset, folder)
                 watch.restart_clock(saved)
@@ -167,14 +171,14 @@ def train_one_epoch(run: Run, loader: DataLoader, epoch: int, config: Config, wa
 @torch.inference_mode()
 def validate(run: Run, loader: DataLoader, watch: Watch) -> dict[str, float]:
     """Measures the model on every validation photo, each in one process. Returns the figures over all of them."""
-    run.model.eval()
+    model = run.evaluated.eval()
     tally, progress = Tally(run.criterion, run.device), report.Progress(loader, "validation", run.processes.is_main)
     common = len(loader.dataset) // run.processes.world_size // loader.batch_size  # batches that every process has
     for number, batch in enumerate(progress.over(batches(loader, 0))):
         for part in split([batch], run.parts, loader.batch_size):
             images, target = to_device(part, run.device)
             with autocast(run.device, run.amp_dtype):
-                raw = run.model(images)
+                raw = model(images)
             tally.update(*run.criterion(raw, target), raw, target)
         if number < common:
             watch.between_steps()
@@ -255,12 +259,14 @@ def start_run(config: Config, processes: Processes, found: tuple[Path, dict] | N
     if needs_sync_batchnorm(processes, config.batch_size // parts):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     # Fused, it skips float16's overflows on the GPU itself, where others would wait for the answer at every step.
-    optimizer = Adam(model.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True)
+    groups = weight_groups(model, config.learning_rate, config.decoder_rate if config.pretrained else 1)
+    optimizer = Adam(groups, weight_decay=config.weight_decay, fused=True)
     scheduler = CosineAnnealingWarmRestarts(optimizer, config.restart_period or config.num_epochs, config.restart_mult)
     scaler = torch.amp.GradScaler(processes.device.type, enabled=amp_dtype == torch.float16)
     criterion = LossCalculator(config.colour_weight, config.bce_weight, config.dice_weight)
+    average = WeightAverage(model, config.average_decay) if config.average_decay else None
     run = Run(processes, dataclasses.asdict(config), model, model, criterion, optimizer, scaler=scaler,
-              scheduler=scheduler, amp_dtype=amp_dtype, parts=parts)  # fmt: skip
+              scheduler=scheduler, average=average, amp_dtype=amp_dtype, parts=parts)  # fmt: skip
     if found:
         run.restore(*found)
     run.parallel_model = parallel(model, processes)

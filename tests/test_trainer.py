@@ -53,6 +53,10 @@ class Tiny(nn.Sequential):
             nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.2), nn.Conv2d(8, 4, 1)
         )
 
+    @property
+    def encoder(self):
+        return self[0]
+
     def predict(self, images):
         return torch.sigmoid(self(images))
 
@@ -245,6 +249,50 @@ def test_the_schedule_stands_still_on_a_skipped_step(coco_root, tmp_path, monkey
     assert rates == pytest.approx([cosine(0.01, epoch, 2, 1) for epoch in epochs], rel=1e-6)
     history = torch.load(tmp_path / "run" / "last.pth", weights_only=True)["history"]
     assert [row["skipped_steps"] for row in history] == [1, 0]
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize(
+    ("changes", "rates"),
+    [
+        ({}, [1e-4, 1e-3]),
+        ({"decoder_rate": 3.0, "learning_rate": 2e-4}, [2e-4, 6e-4]),
+        ({"decoder_rate": 1.0}, [1e-4]),
+        ({"pretrained": False}, [1e-4]),  # the encoder starts from random values as well
+    ],
+)
+def test_what_starts_from_random_values_beside_a_pretrained_encoder_learns_faster(changes, rates):
+    run = trainer.start_run(Config(device="cpu", **changes), ALONE)
+    assert run.scheduler.base_lrs == pytest.approx(rates)
+    run.scheduler.step(30)
+    now = [group["lr"] for group in run.optimizer.param_groups]
+    assert now == pytest.approx([cosine(rate, 30, run.scheduler.T_0, run.scheduler.T_mult) for rate in rates])
+
+
+@pytest.mark.usefixtures("tiny")
+def test_the_average_of_the_weights_is_what_is_measured_and_saved(coco_root, tmp_path, monkeypatch):
+    measured, validate = [], trainer.validate
+
+    def noting(run, *args):
+        measured.append(copy.deepcopy(run.average.module.state_dict()))
+        assert run.evaluated is run.average.module
+        return validate(run, *args)
+
+    monkeypatch.setattr(trainer, "validate", noting)
+    trainer.main(small(coco_root, tmp_path / "run", learning_rate=0.01, num_epochs=1))
+    best, last = (torch.load(tmp_path / "run" / name, weights_only=True) for name in ("best_model.pth", "last.pth"))
+    saved, weights = best["model"], last["model"]
+    assert all(torch.equal(saved[name], value) for name, value in measured[0].items())
+    assert not torch.equal(saved["0.weight"], weights["0.weight"])
+    assert int(last["average"]["n_averaged"]) == 3  # ten photos in batches of four
+
+
+@pytest.mark.usefixtures("tiny")
+def test_without_an_average_the_weights_themselves_are_saved(coco_root, tmp_path):
+    trainer.main(small(coco_root, tmp_path / "run", learning_rate=0.01, num_epochs=1, average_decay=0.0))
+    best, last = (torch.load(tmp_path / "run" / name, weights_only=True) for name in ("best_model.pth", "last.pth"))
+    assert "average" not in last
+    assert torch.equal(best["model"]["0.weight"], last["model"]["0.weight"])
 
 
 @pytest.mark.usefixtures("tiny")

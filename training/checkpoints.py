@@ -214,11 +214,11 @@ def first_usable(paths: list[Path]) -> tuple[Path, dict] | None:
     return None
 
 
-def disk_needed(model_bytes: int, keep: int, num_epochs: int) -> int:
-    """Bytes that a run's checkpoints take at most: Adam keeps two moments beside each weight."""
+def disk_needed(model_bytes: int, numbers: int, keep: int, num_epochs: int) -> int:
+    """Bytes that a run's checkpoints take at most, with so many numbers a weight: itself, Adam's two, its average."""
     # The new one is complete before an old one goes; two more are of the middle of an epoch.
     kept = 2 + (min(keep + 1, num_epochs) if keep else num_epochs)
-    return 3 * model_bytes * kept + model_bytes
+    return numbers * model_bytes * kept + model_bytes
 
 
 # --- whose folder it is -----------------------------------------------------------------------------------

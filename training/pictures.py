@@ -26,7 +26,7 @@ def preview(run: Run, dataset: TolerantDataset, path: Path) -> None:
     """Writes the same few validation photos every time, or the next ones that can be read."""
     chosen = np.linspace(0, len(dataset) - 1, min(PREVIEW_PHOTOS, len(dataset)), dtype=int)
     images, target = to_device(torch.stack([dataset[int(index)] for index in chosen]), run.device)
-    model = run.model.eval()
+    model = run.evaluated.eval()
     with autocast(run.device, run.amp_dtype):  # one at a time: they may be more than the memory holds at once
         save_sheet(target, torch.cat([model.predict(image) for image in images.split(1)]), path)
 

@@ -45,7 +45,7 @@ def describe(run: Run, changed: dict, folder: Path, train_loader: DataLoader, va
     train, val, settings = train_loader.dataset.dataset, val_loader.dataset.dataset, run.settings
     batch_size, accumulate, keep = settings["batch_size"], settings["accumulate"], settings["keep_checkpoints"]
     parameters, processes = sum(parameter.numel() for parameter in run.model.parameters()), run.processes
-    disk = disk_needed(4 * parameters, keep, settings["num_epochs"])
+    disk = disk_needed(4 * parameters, 3 + (run.average is not None), keep, settings["num_epochs"])
     facts = {
         "settings": " ".join(f"{name}={value}" for name, value in changed.items()) or "all as in the file",
         "data": f"{counted(len(train), 'photo')} to train on, {len(val)} to validate, in {train.photos.parent}",
@@ -57,6 +57,7 @@ def describe(run: Run, changed: dict, folder: Path, train_loader: DataLoader, va
         "note": "; ".join(filter(None, [processes.note, unfinished_cycle(run.scheduler, settings["num_epochs"])])),
         "batch": f"{counted(batch_size * accumulate * processes.world_size, 'photo')} a step, "
                  f"{counted(math.ceil(len(train_loader) / accumulate), 'step')} an epoch",
+        "rates": f"{described_rates(run.scheduler)}{', weights averaged' if run.average is not None else ''}",
         "memory": f"{batch_size} photos at once do not fit in the free memory of {processes.device}: "
                   f"each batch is computed in {run.parts} parts" if run.parts > 1 else "",
         "model": f"{settings['encoder']}, {parameters / 1e6:.1f} million parameters",
@@ -64,6 +65,12 @@ def describe(run: Run, changed: dict, folder: Path, train_loader: DataLoader, va
                 f"({what_is_kept(keep)} kept), {readable_size(shutil.disk_usage(folder).free)} free",
     }  # fmt: skip
     return banner({name: text for name, text in facts.items() if text}) + "\n" + TABLE_HEAD
+
+
+def described_rates(scheduler: CosineAnnealingWarmRestarts) -> str:
+    """1e-04 for the encoder, 1e-03 for the decoder."""
+    encoder, *decoder = (f"{rate:.2g}" for rate in scheduler.base_lrs)
+    return f"{encoder} for the encoder, {decoder[0]} for the decoder" if decoder else encoder
 
 
 def what_is_kept(keep: int) -> str:
@@ -183,7 +190,9 @@ class Progress:
 # --- after an epoch ---------------------------------------------------------------------------------------
 
 FIRST_COLUMNS = ("loss", "iou", "dice")  # of the training, then of the validation
-RUN_COLUMNS = ("learning_rate", "seconds", "images_per_second", "data_wait", "skipped_steps")  # of the training alone
+RUN_COLUMNS = (  # of the training alone
+    *("learning_rate", "seconds", "decoder_learning_rate", "images_per_second", "data_wait", "skipped_steps"),
+)
 
 
 def history_row(epoch: int, training: dict, validation: dict, bad_photos: dict[str, int]) -> dict[str, float]:

@@ -15,8 +15,12 @@ NEWEST = "newest"  # what a bare --resume means
 # Settings that a continued run must share with the one before it, or it would be another run.
 SAME_WHEN_RESUMED = (
     *("encoder", "use_attention", "image_size", "train_split", "val_split", "seed"),
-    *("learning_rate", "weight_decay", "restart_period", "restart_mult", "accumulate"),
+    *("learning_rate", "decoder_rate", "weight_decay", "restart_period", "restart_mult", "accumulate"),
 )
+
+
+# What a checkpoint that is older than a setting was trained with, where that is not the default.
+BEFORE = {"decoder_rate": 1.0, "average_decay": 0.0}
 
 
 class ResumeError(UserError):
@@ -64,7 +68,7 @@ def find_checkpoint(
     path, content = found
     if not content.keys() >= REQUIRED:
         raise CheckpointError(f"{path} holds a model only, no state of a training: resume from last.pth")
-    content["config"] = defaults | content["config"]
+    content["config"] = defaults | BEFORE | content["config"]
     refuse_another_run(path, content, settings, photos, data)
     place = f"after epoch {content['epoch']}" + (f", step {content['step']}" if content["step"] else "")
     print(f"going on from {path}, {place}{differences(content, settings, processes)}", flush=True)

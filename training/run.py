@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,11 +15,15 @@ from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
 from loading.unreadable import TolerantDataset
 from training.step import FiniteGuard, Tally
+from training.weights import WeightAverage
 from utils import CheckpointError, LossCalculator, Processes, from_all
 
-STATEFUL = ("model", "optimizer", "scheduler", "scaler")
+STATEFUL = ("model", "optimizer", "scheduler", "scaler", "average")
 NUMBERS = ("learning_rate", "best_iou", "history", "broken_in_a_row")
-REQUIRED = {*STATEFUL, "config", "epoch", "step", "tallies", "photos", "learning_rate", "best_iou", "history"}
+REQUIRED = {
+    *("model", "optimizer", "scheduler", "scaler", "config", "epoch", "step", "tallies", "photos"),
+    *("learning_rate", "best_iou", "history"),
+}
 
 
 @dataclass
@@ -35,6 +40,7 @@ class Run:
     scaler: GradScaler
     amp_dtype: torch.dtype | None
     parts: int = 1  # that a batch is computed in, one after another, where the GPU's memory does not hold all of it
+    average: WeightAverage | None = None  # of the weights over the steps
     dataset: TolerantDataset | None = None  # of the training, which knows the photos that could not be read
     data: dict[str, str] | None = None  # what there is to train on and to validate: `resuming.contents`
     source: Path | None = None  # the checkpoint that it goes on from
@@ -53,6 +59,11 @@ class Run:
     @property
     def device(self) -> torch.device:
         return self.processes.device
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model that is measured and saved: that of the averaged weights, where they are averaged."""
+        return self.model if self.average is None else self.average.module
 
     def broken(self) -> int:
         """Steps in a row without a finite number, as far as that is known without waiting for a GPU."""
@@ -77,6 +88,8 @@ class Run:
             fetch_every: steps after which a GPU is waited for, to learn what was skipped; a CPU tells at once.
         """
         self.step += 1
+        if self.average is not None:
+            self.average.update_parameters(self.model)
         if self.device.type == "cpu" or self.step % fetch_every == 0:
             self.guard.fetch()
         self.learning_rate = self.scheduler.get_last_lr()[0]
@@ -85,7 +98,9 @@ class Run:
     def end_training(self) -> dict[str, float]:
         """The figures of an epoch whose steps are done, over all processes."""
         self.guard.fetch()
-        return {**self.tally.compute(), "learning_rate": self.learning_rate, "skipped_steps": self.guard.skipped}
+        encoder, decoder = self.scheduler.base_lrs[0], self.scheduler.base_lrs[-1]  # one and the same for one group
+        rates = {"learning_rate": self.learning_rate, "decoder_learning_rate": self.learning_rate * decoder / encoder}
+        return {**self.tally.compute(), **rates, "skipped_steps": self.guard.skipped}
 
     def end_epoch(self, row: dict) -> None:
         """Once it is validated as well."""
@@ -96,10 +111,15 @@ class Run:
 
     # --- what is saved ---
 
+    def _parts(self) -> dict[str, Any]:
+        """What has a state of its own."""
+        parts = {name: getattr(self, name) for name in STATEFUL}
+        return {name: part for name, part in parts.items() if part is not None}
+
     def checkpoint(self, tallies: list[dict] | None = None) -> dict:
         """Everything that a run goes on from; `tallies` are the `unfinished` of all processes."""
         place = {"epoch": self.epochs_done, "step": self.step, "tallies": tallies or []}
-        parts = {name: getattr(self, name).state_dict() for name in STATEFUL}
+        parts = {name: part.state_dict() for name, part in self._parts().items()}
         numbers = {name: getattr(self, name) for name in NUMBERS}
         photos = len(self.dataset) if self.dataset is not None else 0
         run = {"config": self.settings, "data": self.data, "photos": photos, "world_size": self.processes.world_size}
@@ -107,7 +127,7 @@ class Run:
 
     def result(self, metrics: dict[str, float]) -> dict:
         """What best_model.pth holds: enough to predict with, and what it is worth."""
-        model = self.model.state_dict()
+        model = self.evaluated.state_dict()
         return {"epoch": self.epochs_done, "config": self.settings, "model": model, "metrics": metrics}
 
     def unfinished(self) -> list[dict]:
@@ -135,9 +155,9 @@ class Run:
     def _restore(self, content: dict) -> None:
         for group in content["optimizer"]["param_groups"]:
             group["fused"] = self.optimizer.defaults["fused"]  # how the step is computed is this program's business
-        for name in STATEFUL:
-            if content[name]:  # a scaler that was not needed has no state, and one that now is starts anew
-                getattr(self, name).load_state_dict(content[name])
+        for name, part in self._parts().items():
+            if content.get(name):  # a scaler or an average that there was not has no state, and starts anew
+                part.load_state_dict(content[name])
         for name in NUMBERS:
             setattr(self, name, content.get(name, getattr(self, name)))  # an older one lacks the newer of them
         self.epochs_done, tallies = content["epoch"], content["tallies"]

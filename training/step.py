@@ -76,8 +76,8 @@ def find_parts(
 def fits(model: nn.Module, photos: int, image_size: int, device: torch.device, dtype: torch.dtype | None) -> bool:
     """Whether a forward and a backward pass with so many photos have room beside the rest of a training."""
     try:
-        # Adam's two moments, and the gradients of the parts before.
-        rest = [torch.empty_like(weights) for weights in model.parameters() for _ in range(3)]  # noqa: F841
+        # Adam's two moments, the average, and the gradients of the parts before.
+        rest = [torch.empty_like(weights) for weights in model.parameters() for _ in range(4)]  # noqa: F841
         images, target = to_device(torch.zeros(photos, 4, image_size, image_size, dtype=torch.uint8), device)
         with autocast(device, dtype):
             raw = model(images)
@@ -97,10 +97,10 @@ def gradients_shared(model: nn.Module, now: bool) -> AbstractContextManager:
     return nullcontext() if now or not hasattr(model, "no_sync") else model.no_sync()
 
 
-def share_buffers(model: nn.Module) -> None:
+def share_buffers(*models: nn.Module) -> None:
     """Gives every process the main one's BatchNorm averages: those that are saved are those that are measured."""
     if dist.is_initialized():
-        for buffer in model.buffers():
+        for buffer in dict.fromkeys(buffer for model in models for buffer in model.buffers()):
             dist.broadcast(buffer, src=0)
 
 

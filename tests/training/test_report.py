@@ -44,7 +44,8 @@ def test_history_reads_back_equal(tmp_path):
 def test_history_has_the_columns_others_rely_on(tmp_path):
     metrics = ["loss", "iou", "dice", "colour_loss", "bce_loss", "dice_loss", "global_iou", "precision", "recall"]
     training = {name: 0.5 + place / 64 for place, name in enumerate(metrics)}
-    speed = {"learning_rate": 0.001, "seconds": 7.5, "images_per_second": 9.5, "data_wait": 0.25, "skipped_steps": 0}
+    speed = {"learning_rate": 0.001, "decoder_learning_rate": 0.01, "seconds": 7.5, "images_per_second": 9.5,
+             "data_wait": 0.25, "skipped_steps": 0}  # fmt: skip
     validation = {name: value / 8 for name, value in training.items()}
     bad = {"train_bad_photos": 1, "val_bad_photos": 0}
     write_csv([report.history_row(3, training | speed, validation, bad)], tmp_path / "history.csv")

@@ -298,6 +298,10 @@ class SmpUNet(nn.Module):
             wanted = self.network.encoder.state_dict().keys()
             self.network.encoder.load_state_dict({key: state[key] for key in wanted})
 
+    @property
+    def encoder(self) -> nn.Module:
+        return self.network.encoder
+
     def forward(self, images: Tensor) -> Tensor:
         return self.network((images - self.mean) / self.std)
 
