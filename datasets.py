@@ -5,8 +5,9 @@ person index ► photo and mask ► letterbox ► augmentations ► dataset ► 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 
 import cv2
@@ -15,12 +16,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
 from loading.annotations import DataError
-from loading.cache import PhotoCache, open_cache
-from loading.index import index_places, open_index
-from loading.letterbox import fitted_size, letterbox, pad, placement, restore, to_rgba, unpadded
-from loading.reading import read_photo
+from loading.cache import PhotoCache
+from loading.index import PersonIndex
+from loading.letterbox import letterbox, restore
+from loading.sources import Source
 from loading.workers import start_loader_worker
-from utils import usable_cores
 
 __all__ = ["COCOPersonDataset", "DataError", "batches", "letterbox", "make_loader", "restore"]
 
@@ -45,7 +45,8 @@ class COCOPersonDataset(Dataset):
         self, root: str | Path, split: str, image_size: int = 384, augment: bool = False,
         store_metadata: bool = False, seed: int = 0, cache: bool = False,
     ):  # fmt: skip
-        self.photos, self.index = Path(root) / split, open_index(root, split)
+        self.sources = [Source(Path(root), split, image_size)]
+        self._ends = [*accumulate(map(len, self.sources))]
         self.image_size, self.store_metadata, self.seed = image_size, store_metadata, seed
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see it change
         self._augment = None
@@ -53,12 +54,12 @@ class COCOPersonDataset(Dataset):
             from loading.augmentation import Augmenter  # a second of imports that a measurement can do without
 
             self._augment = Augmenter()
-        self.cache: PhotoCache | None = None
         if cache:
-            self.cache = self._open_cache(index_places(Path(root), split))
+            for source in self.sources:
+                source.keep_cache()
 
     def __len__(self) -> int:
-        return len(self.index)
+        return self._ends[-1]
 
     def set_epoch(self, epoch: int) -> None:
         self._epoch.fill_(epoch)
@@ -67,48 +68,65 @@ class COCOPersonDataset(Dataset):
         """uint8 (4, S, S): R, G, B, A; A is 0 or 255. With `store_metadata`, (that, metadata)."""
         if not 0 <= index < len(self):
             raise IndexError(f"there is no photo {index} among {len(self)}")  # it ends a loop over the samples
-        photo, mask, metadata = self._square(index)
+        source, place = self._find(index)
+        photo, mask, metadata = source.square(place)
         if self._augment is not None:
             photo, mask = self._augment(photo, mask, [self.seed, int(self._epoch), index])
         sample = to_sample(photo, mask)
         if not self.store_metadata:
             return sample
-        return sample, {"image_id": self.index.image_id(index), "file_name": self.index.file_name(index)} | metadata
+        return sample, {"image_id": self.image_id(index), "file_name": self.file_name(index)} | metadata
 
     def original(self, index: int) -> np.ndarray:
         """The photo and its mask before any resizing: uint8 RGBA (height, width, 4)."""
-        return to_rgba(self._photo(index), self.index.alpha(index))
+        source, place = self._find(index)
+        return source.original(place)
 
-    def _photo(self, index: int) -> np.ndarray:
-        path, size = self.photos / self.index.file_name(index), self.index.size(index)
-        return read_photo(path, size, self.index.is_shown)
+    def alpha(self, index: int) -> np.ndarray:
+        """The mask before any resizing: uint8 (height, width), 0 or 255."""
+        source, place = self._find(index)
+        return source.index.alpha(place)
 
-    def _square(self, index: int) -> tuple[np.ndarray, np.ndarray, dict]:
-        """The letterboxed photo, uint8 (S, S, 3), its mask (S, S), 0 or 255, and the metadata of `letterbox`."""
-        fitted = self.cache.get(index) if self.cache is not None else None
-        if fitted is None:
-            photo, metadata = letterbox(self._photo(index), self.image_size)
-            return photo, letterbox(self.index.alpha(index), self.image_size)[0], metadata
-        metadata = placement(self.index.size(index), self.image_size)
-        photo, mask = (pad(image, metadata["padding"], self.image_size) for image in fitted)
-        return photo, mask, metadata
+    def largest_person(self, index: int) -> int:
+        """Pixels of the largest annotation."""
+        source, place = self._find(index)
+        return source.index.largest_person(place)
 
-    def _open_cache(self, places: list[Path]) -> PhotoCache:
-        everything, size = range(len(self)), self.image_size
+    def image_id(self, index: int) -> int:
+        source, place = self._find(index)
+        return source.index.image_id(place)
 
-        def draw(index: int) -> tuple[np.ndarray, np.ndarray]:
-            photo, mask, metadata = self._square(index)
-            return unpadded(photo, metadata["padding"]), unpadded(mask, metadata["padding"])
+    def file_name(self, index: int) -> str:
+        """As the annotations have it."""
+        source, place = self._find(index)
+        return source.index.file_name(place)
 
-        return open_cache(
-            name=f"{self.photos.name}.{size}",
-            state=repr((self.index.fingerprint, self.index.is_shown)),
-            folders=list(dict.fromkeys([self.index.path.parent, *(place.parent for place in places)])),
-            files=[self.photos / self.index.file_name(index) for index in everything],
-            sizes=np.array([fitted_size(self.index.size(index), size) for index in everything]),
-            draw=draw,
-            threads=usable_cores(),
-        )
+    def path(self, index: int) -> Path:
+        source, place = self._find(index)
+        return source.path(place)
+
+    def name(self, index: int) -> str:
+        """What a list calls the photo; no other of the set is called so."""
+        source, place = self._find(index)
+        return f"{source.name}/{source.index.file_name(place)}"
+
+    @property
+    def index(self) -> PersonIndex:
+        """That of the only source."""
+        (only,) = self.sources
+        return only.index
+
+    @property
+    def cache(self) -> PhotoCache | None:
+        """That of the only source."""
+        (only,) = self.sources
+        return only.cache
+
+    def _find(self, index: int) -> tuple[Source, int]:
+        """Whose photo it is, and its place there."""
+        number = bisect_right(self._ends, index)
+        source = self.sources[number]
+        return source, index - self._ends[number] + len(source)
 
 
 def to_sample(photo: np.ndarray, mask: np.ndarray) -> torch.Tensor:

@@ -79,7 +79,8 @@ def measure_share(cutter: Cutter, dataset: COCOPersonDataset, processes: Process
     left_out = sorted(reason for reason in found if isinstance(reason, str))
     rows = sorted((row for row in found if isinstance(row, dict)), key=lambda row: row["index"])
     if not rows:
-        raise DataError(f"no photo in {dataset.photos} can be read: {left_out[0]}")
+        folders = ", ".join(str(source.photos) for source in dataset.sources)
+        raise DataError(f"no photo in {folders} can be read: {left_out[0]}")
     return rows, left_out
 
 
@@ -117,10 +118,10 @@ def measure_photo(cutter: Cutter, dataset: COCOPersonDataset, index: int) -> dic
         "network": compare(probabilities > 0.5, letterbox(mask, cutter.image_size)[0] > 0),
         "original": compare(opacity > 0, mask > 0),
     }
-    largest = dataset.index.largest_person(index) / mask.size
+    largest = dataset.largest_person(index) / mask.size
     named = {f"{level}_{name}": value for level, found in scores.items() for name, value in found.items()}
-    facts = {"file_name": dataset.index.file_name(index), "width": mask.shape[1], "height": mask.shape[0]}
-    return {"index": index, "image_id": dataset.index.image_id(index), **facts, "largest_person": largest, **named}
+    facts = {"file_name": dataset.file_name(index), "width": mask.shape[1], "height": mask.shape[0]}
+    return {"index": index, "image_id": dataset.image_id(index), **facts, "largest_person": largest, **named}
 
 
 def compare(found: np.ndarray, truth: np.ndarray) -> dict[str, float]:

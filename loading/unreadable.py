@@ -93,34 +93,36 @@ class TolerantDataset(Dataset):
         reasons = dict(from_all([*self._reasons().items()]))
         if is_main:
             self._check(len(reasons), lambda: reasons)
-            if problem := add_names(self.list, reasons):
+            if problem := self._list(reasons):
                 print(problem, flush=True)
         return len(reasons)
 
-    def _check(self, bad: int, reasons: Callable[[], dict[str, str]]) -> None:
+    def _check(self, bad: int, find_reasons: Callable[[], dict[int, str]]) -> None:
         """Ends the run with an error; the list is written first, since nobody may come to it later."""
         allowed = max(self.limit * len(self), self.limit > 0 and len(self) < FEW)  # True is 1
         if bad <= allowed and bad < len(self):
             return
-        problem = add_names(self.list, reasons())
-        paths = [str(self.dataset.photos.parent / name) for name in sorted(reasons())]
+        reasons = find_reasons()
+        problem = self._list(reasons)
+        paths = sorted(str(self.dataset.path(index)) for index in reasons)
         named = ", ".join([*paths[:NAMED_IN_ERROR], *["..."][: len(paths) - NAMED_IN_ERROR]])
         number = f"{bad} of {len(self)} photo{'s' * (len(self) > 1)}"
         raise DataError(f"{number} cannot be read, and --max-bad-photos is {self.limit:g}: {named} "
                         f"({problem or f'{self.list} says why'})")  # fmt: skip
 
-    def _reasons(self) -> dict[str, str]:
-        """Why, by name. The files are asked again: it may have been a worker that met them."""
+    def _reasons(self) -> dict[int, str]:
+        """Why, by index. The files are asked again: it may have been a worker that met them."""
         reasons = {}
         for index in self.bad():
-            name = self.dataset.index.file_name(index)
             try:
                 self.dataset[index]
-                reason = "could not be read at first, and later could"
+                reasons[index] = "could not be read at first, and later could"
             except DataError as error:
-                reason = str(error).removeprefix(f"the photo {self.dataset.photos / name} ")
-            reasons[f"{self.dataset.photos.name}/{name}"] = reason
+                reasons[index] = str(error).removeprefix(f"the photo {self.dataset.path(index)} ")
         return reasons
+
+    def _list(self, reasons: dict[int, str]) -> str:
+        return add_names(self.list, {self.dataset.name(index): reason for index, reason in reasons.items()})
 
 
 def name_bad_photos(train: TolerantDataset, val: TolerantDataset, processes: Processes) -> dict[str, int]:

@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from datasets import COCOPersonDataset
 from loading.annotations import describe_left_out
 from loading.unreadable import SKIPPED
 from training.checkpoints import BEST, disk_needed
@@ -46,12 +47,13 @@ def describe(run: Run, changed: dict, folder: Path, train_loader: DataLoader, va
     batch_size, accumulate, keep = settings["batch_size"], settings["accumulate"], settings["keep_checkpoints"]
     parameters, processes = sum(parameter.numel() for parameter in run.model.parameters()), run.processes
     disk = disk_needed(4 * parameters, 3 + (run.average is not None), keep, settings["num_epochs"])
+    caches = ", ".join(str(source.cache.path.parent) for source in train.sources if source.cache)
     facts = {
         "settings": " ".join(f"{name}={value}" for name, value in changed.items()) or "all as in the file",
-        "data": f"{counted(len(train), 'photo')} to train on, {len(val)} to validate, in {train.photos.parent}",
-        "samples": f"letterboxed once, in {train.cache.path.parent}" if train.cache else "from the photos every time",
-        "left out": "; ".join(f"{part.photos.name}: {describe_left_out(part.index.left_out)}" for part in (train, val)
-                              if part.index.left_out),
+        "data": data_fact(train, val),
+        "samples": f"letterboxed once, in {caches}" if caches else "from the photos every time",
+        "left out": "; ".join(f"{source.name}: {describe_left_out(source.index.left_out)}"
+                              for source in [*train.sources, *val.sources] if source.index.left_out),
         "device": f"{processes.device}, {precision(run.amp_dtype)}, {processes.world_size} process"
                   f"{'es' if processes.world_size > 1 else ''}, {counted(train_loader.num_workers, 'worker')} each",
         "note": "; ".join(filter(None, [processes.note, unfinished_cycle(run.scheduler, settings["num_epochs"])])),
@@ -71,6 +73,15 @@ def described_rates(scheduler: CosineAnnealingWarmRestarts) -> str:
     """1e-04 for the encoder, 1e-03 for the decoder."""
     encoder, *decoder = (f"{rate:.2g}" for rate in scheduler.base_lrs)
     return f"{encoder} for the encoder, {decoder[0]} for the decoder" if decoder else encoder
+
+
+def data_fact(train: COCOPersonDataset, val: COCOPersonDataset) -> str:
+    """The numbers of photos, and where they lie: of several roots how many of them in which."""
+    roots = {source.photos.parent for source in [*train.sources, *val.sources]}
+    if len(roots) == 1:
+        return f"{counted(len(train), 'photo')} to train on, {len(val)} to validate, in {roots.pop()}"
+    shares = [", ".join(f"{len(it)} in {it.photos.parent}" for it in part.sources) for part in (train, val)]
+    return f"{counted(len(train), 'photo')} to train on ({shares[0]}), {len(val)} to validate ({shares[1]})"
 
 
 def what_is_kept(keep: int) -> str:

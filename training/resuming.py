@@ -29,9 +29,12 @@ class ResumeError(UserError):
 
 def contents(*datasets: COCOPersonDataset) -> dict[str, str]:
     """By annotation file what there is to train on and to validate, wherever it lies: a resume must find it again."""
-    names = (f"annotations/instances_{dataset.photos.name}.json" for dataset in datasets)
-    found = (f"{len(dataset)} photos of checksum {dataset.index.checksum()}" for dataset in datasets)
-    return dict(zip(names, found, strict=True))
+    return {f"annotations/instances_{it.sources[0].photos.name}.json": content(it) for it in datasets}
+
+
+def content(dataset: COCOPersonDataset) -> str:
+    found = (f"{len(source)} photos of checksum {source.index.checksum()}" for source in dataset.sources)
+    return ", ".join(found)
 
 
 def find_checkpoint(

@@ -21,7 +21,7 @@ from test_trainer import Tiny, small
 import datasets
 import trainer
 from datasets import COCOPersonDataset, batches, make_loader
-from loading import cache
+from loading import cache, sources
 from utils import read_checkpoint
 
 TRAIN, VAL = "train2017", "val2017"
@@ -38,13 +38,13 @@ def samples_of(dataset: COCOPersonDataset) -> torch.Tensor:
 @pytest.fixture
 def drawn(monkeypatch) -> list[str]:
     """The photos that are read, by name."""
-    names, read = [], datasets.read_photo
+    names, read = [], sources.read_photo
 
     def note(path, *rest):
         names.append(Path(path).name)
         return read(path, *rest)
 
-    monkeypatch.setattr(datasets, "read_photo", note)
+    monkeypatch.setattr(sources, "read_photo", note)
     return names
 
 
@@ -152,14 +152,14 @@ def test_what_is_made_stays_after_a_kill(coco_root, drawn):
     code = f"""if True:
         import sys, time
         import datasets
-        from loading import cache
-        cache.CHUNK, slow = 2, datasets.read_photo
+        from loading import cache, sources
+        cache.CHUNK, slow = 2, sources.read_photo
         def read(path, *rest):
             if "05.jpg" in str(path):
                 print("the fifth", flush=True)
                 time.sleep(60)
             return slow(path, *rest)
-        datasets.read_photo, datasets.usable_cores = read, lambda: 1
+        sources.read_photo, sources.usable_cores = read, lambda: 1
         datasets.COCOPersonDataset({str(coco_root)!r}, "{TRAIN}", 48, cache=True)"""
     process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(datasets.__file__).parent, stdout=subprocess.PIPE)
     while b"the fifth" not in process.stdout.readline():
@@ -204,7 +204,7 @@ def test_a_disk_that_fills_up_gives_one_line_and_what_is_made_stays(coco_root, m
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(cache, "CHUNK", 2)
-    monkeypatch.setattr(datasets, "usable_cores", lambda: 1)
+    monkeypatch.setattr(sources, "usable_cores", lambda: 1)
     monkeypatch.setattr(os, "pwrite", full)
     assert "No space left" in refusal(cached, coco_root)
     monkeypatch.setattr(os, "pwrite", write)
@@ -228,7 +228,7 @@ def test_a_folder_that_cannot_be_written_gives_way_to_the_next(tmp_path, coco_ro
 
 def test_two_runs_may_fill_the_same_file(coco_root):
     code = f"import datasets; datasets.COCOPersonDataset({str(coco_root)!r}, '{TRAIN}', 48, cache=True)"
-    datasets.open_index(coco_root, TRAIN)
+    sources.open_index(coco_root, TRAIN)
     processes = [subprocess.Popen([sys.executable, "-c", code], cwd=Path(datasets.__file__).parent) for _ in range(2)]
     assert [process.wait() for process in processes] == [0, 0]
     assert torch.equal(samples_of(cached(coco_root)), samples_of(COCOPersonDataset(coco_root, TRAIN, 48)))

@@ -21,7 +21,7 @@ from test_trainer import refusal as command_refusal
 import datasets
 import trainer
 from datasets import COCOPersonDataset, batches, make_loader
-from loading import unreadable
+from loading import sources, unreadable
 from loading.unreadable import TolerantDataset, add_names, dead_worker
 from training import checkpoints
 from utils import read_checkpoint
@@ -151,8 +151,8 @@ def test_more_than_the_limit_stops_the_pass_at_once(coco_root, tmp_path, monkeyp
     dataset, tried = tolerant(coco_root, TRAIN, tmp_path, limit), []
     for place in range(broken):
         photo(coco_root, TRAIN, place).write_bytes(b"")
-    read = datasets.read_photo
-    monkeypatch.setattr(datasets, "read_photo", lambda path, *rest: (tried.append(path), read(path, *rest))[1])
+    read = sources.read_photo
+    monkeypatch.setattr(sources, "read_photo", lambda path, *rest: (tried.append(path), read(path, *rest))[1])
     if not stops:
         assert torch.equal(dataset[0], dataset[broken])
         return
@@ -168,14 +168,19 @@ def test_more_than_the_limit_stops_the_pass_at_once(coco_root, tmp_path, monkeyp
 )
 def test_of_few_photos_one_may_be_broken(tmp_path, photos, limit, allowed):
     class Broken(torch.utils.data.Dataset):
-        seed, photos = 0, tmp_path / TRAIN
-        index = type("Index", (), {"file_name": lambda self, index: f"{index}.jpg"})()
+        seed = 0
 
         def __len__(self) -> int:
             return photos
 
         def __getitem__(self, index: int) -> None:
             raise datasets.DataError("broken")
+
+        def name(self, index: int) -> str:
+            return f"{TRAIN}/{index}.jpg"
+
+        def path(self, index: int) -> Path:
+            return tmp_path / self.name(index)
 
     dataset = TolerantDataset(Broken(), False, limit, tmp_path)
     assert dataset.__getitems__([*range(allowed)]) == []
@@ -206,7 +211,7 @@ def test_processes_that_are_within_the_limit_alone_may_pass_it_together(coco_roo
     train, val = tolerant(coco_root, TRAIN, tmp_path, 0.1), tolerant(coco_root, VAL, tmp_path)
     photo(coco_root, TRAIN, 3).write_bytes(b"")
     assert torch.equal(train[3], train[4])
-    other = [(f"{TRAIN}/000000000007.jpg", "cannot be read: Input/output error")]
+    other = [(6, "cannot be read: Input/output error")]
     monkeypatch.setattr(unreadable, "from_all", lambda rows: rows + other if rows else rows)
     assert "2 of 10 photos" in refusal(unreadable.name_bad_photos, train, val, ALONE)
     assert len(lines(tmp_path)) == 2

@@ -50,7 +50,7 @@ def edges(options: argparse.Namespace) -> str:
 def composites(dataset: COCOPersonDataset) -> Iterator[Composite]:
     """The silhouette of one photo, hairs added, filled with a second photo's colours, before a third."""
     rng = np.random.default_rng(0)
-    large = [i for i in range(len(dataset)) if 0.05 < (dataset.index.alpha(i) > 0).mean() < 0.5]
+    large = [i for i in range(len(dataset)) if 0.05 < (dataset.alpha(i) > 0).mean() < 0.5]
     for _ in range(COMPOSITES):
         shape, *fillings = (dataset.original(int(i)) for i in rng.choice(large, 3, replace=False))
         scale = SIDE / max(shape.shape[:2])

@@ -120,7 +120,7 @@ def link_data(source: Path, split: str, root: Path) -> None:
     for name in (split, FEW):
         (root / name).symlink_to((source / split).resolve())
     dataset = COCOPersonDataset(root, split)
-    chosen = {dataset.index.image_id(index) for index in range(min(PHOTOS, len(dataset)))}
+    chosen = {dataset.image_id(index) for index in range(min(PHOTOS, len(dataset)))}
     content = json.loads(annotations.read_text())
     few = {
         "images": [image for image in content["images"] if image["id"] in chosen],

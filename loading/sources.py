@@ -1,0 +1,80 @@
+"""What a data set reads from: for each of its roots the photos, the person index and, if wanted, the cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from loading.cache import PhotoCache, open_cache
+from loading.index import index_places, open_index
+from loading.letterbox import fitted_size, letterbox, pad, placement, to_rgba, unpadded
+from loading.reading import read_photo
+from utils import usable_cores
+
+
+class Source:
+    """One root's photos of a split that show at least one person, with their masks.
+
+    Args:
+        root: the folder that holds the photo folder and what the index is made from.
+        split: the photo folder's name.
+        image_size: the side in pixels of the squares.
+
+    Attributes:
+        photos: the photo folder.
+        name: what a list calls it.
+        index: what is known of the photos, in their order here.
+        cache: the letterboxed photos on disk, after `keep_cache`.
+
+    Raises:
+        DataError: the data cannot be used.
+    """
+
+    def __init__(self, root: Path, split: str, image_size: int):
+        self.photos, self.index, self.image_size = root / split, open_index(root, split), image_size
+        self.name = self.photos.name
+        self._folders = [self.index.path.parent, *(place.parent for place in index_places(root, split))]
+        self.cache: PhotoCache | None = None
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def path(self, place: int) -> Path:
+        return self.photos / self.index.file_name(place)
+
+    def photo(self, place: int) -> np.ndarray:
+        """uint8 RGB (height, width, 3); a DataError where it cannot be read."""
+        return read_photo(self.path(place), self.index.size(place), self.index.is_shown)
+
+    def original(self, place: int) -> np.ndarray:
+        """The photo and its mask before any resizing: uint8 RGBA (height, width, 4)."""
+        return to_rgba(self.photo(place), self.index.alpha(place))
+
+    def square(self, place: int) -> tuple[np.ndarray, np.ndarray, dict]:
+        """The letterboxed photo, uint8 (S, S, 3), its mask (S, S), 0 or 255, and the metadata of `letterbox`."""
+        fitted = self.cache.get(place) if self.cache is not None else None
+        if fitted is None:
+            photo, metadata = letterbox(self.photo(place), self.image_size)
+            return photo, letterbox(self.index.alpha(place), self.image_size)[0], metadata
+        metadata = placement(self.index.size(place), self.image_size)
+        photo, mask = (pad(image, metadata["padding"], self.image_size) for image in fitted)
+        return photo, mask, metadata
+
+    def keep_cache(self) -> None:
+        """Keeps the letterboxed photos on disk from now on; a DataError where they do not fit."""
+        everything, size = range(len(self)), self.image_size
+
+        def draw(place: int) -> tuple[np.ndarray, np.ndarray]:
+            photo, mask, metadata = self.square(place)
+            return unpadded(photo, metadata["padding"]), unpadded(mask, metadata["padding"])
+
+        self.cache = open_cache(
+            name=f"{self.photos.name}.{size}",
+            state=repr((self.index.fingerprint, self.index.is_shown)),
+            folders=list(dict.fromkeys(self._folders)),
+            files=[self.path(place) for place in everything],
+            sizes=np.array([fitted_size(self.index.size(place), size) for place in everything]),
+            draw=draw,
+            threads=usable_cores(),
+        )
