@@ -6,7 +6,7 @@ person index ► photo and mask ► letterbox ► augmentations ► dataset ► 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate, islice
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from loading.annotations import DataError
 from loading.cache import PhotoCache
 from loading.index import PersonIndex
 from loading.letterbox import letterbox, restore
-from loading.sources import Source
+from loading.sources import Source, open_sources
 from loading.workers import start_loader_worker
 
 __all__ = ["COCOPersonDataset", "DataError", "batches", "letterbox", "make_loader", "restore"]
@@ -29,13 +29,18 @@ class COCOPersonDataset(Dataset):
     """The photos of a COCO-format set that show at least one person, as RGBA squares.
 
     Args:
-        root: the folder that holds `annotations/` and the photo folder.
+        root: the folder that holds `annotations/` and the photo folder; or several, separated by commas, whose photos
+            are one set: an index is a photo's place among those of all roots, in the order given.
         split: the photo folder's name, e.g. "train2017".
         image_size: the square's side in pixels.
         augment: whether to apply `augmentations()`.
         store_metadata: whether a sample is (tensor, metadata) instead of the tensor alone.
         seed: of the augmentations. A sample depends on (seed, epoch, index) and on nothing else.
         cache: whether to keep the letterboxed photos on disk, for faster epochs; the samples are the same.
+        other_splits: of several roots one without the split is left out if it has one of these; else it is refused.
+
+    Attributes:
+        sources: of the roots that have the split, in their order.
 
     Raises:
         DataError: the data cannot be used, or the cache does not fit on the disk.
@@ -43,9 +48,9 @@ class COCOPersonDataset(Dataset):
 
     def __init__(
         self, root: str | Path, split: str, image_size: int = 384, augment: bool = False,
-        store_metadata: bool = False, seed: int = 0, cache: bool = False,
+        store_metadata: bool = False, seed: int = 0, cache: bool = False, other_splits: Sequence[str] = (),
     ):  # fmt: skip
-        self.sources = [Source(Path(root), split, image_size)]
+        self.sources = open_sources(root, split, image_size, other_splits)
         self._ends = [*accumulate(map(len, self.sources))]
         self.image_size, self.store_metadata, self.seed = image_size, store_metadata, seed
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see it change

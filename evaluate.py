@@ -26,6 +26,7 @@ import utils
 from cutting.cutter import Cutter, load
 from cutting.edges import alpha_of, to_opacity
 from datasets import COCOPersonDataset, DataError, letterbox
+from loading.sources import data_roots
 from training import launching, pictures
 from training.settings import OneLineParser
 from training.streams import steady_streams
@@ -51,8 +52,9 @@ def main(options: argparse.Namespace) -> dict:
     processes = launching.start_processes(options.device)
     cutter = load(options.checkpoint, str(processes.device))
     with utils.one_process_first(processes):
-        dataset = COCOPersonDataset(options.data_root, options.split, cutter.image_size)
-    name = f"{Path(options.checkpoint).stem}_on_{Path(options.data_root).resolve().name}_{options.split}"
+        dataset = COCOPersonDataset(options.data_root, options.split, cutter.image_size, other_splits=options.splits)
+    roots = "_".join(root.resolve().name for root in data_roots(options.data_root))
+    name = f"{Path(options.checkpoint).stem}_on_{roots}_{options.split}"
     folder = Path(options.checkpoint).with_name(name)
     if processes.is_main:
         with writing_to(str(folder)):
@@ -121,6 +123,8 @@ def measure_photo(cutter: Cutter, dataset: COCOPersonDataset, index: int) -> dic
     largest = dataset.largest_person(index) / mask.size
     named = {f"{level}_{name}": value for level, found in scores.items() for name, value in found.items()}
     facts = {"file_name": dataset.file_name(index), "width": mask.shape[1], "height": mask.shape[0]}
+    if len(dataset.sources) > 1:  # names may be the same in two of them
+        facts["folder"] = str(dataset.path(index).parent)
     return {"index": index, "image_id": dataset.image_id(index), **facts, "largest_person": largest, **named}
 
 
@@ -209,13 +213,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = OneLineParser("evaluate.py", description="Measures what a checkpoint is worth.", allow_abbrev=False)
     add = parser.add_argument
     add("checkpoint", nargs="?", default="checkpoints/best_model.pth", help="the trained model (%(default)s)")
-    add("--data-root", "--data_root", help="folder that holds annotations/ and the photos (that of the training)")
+    add("--data-root", "--data_root", help="folder of annotations/ and the photos; several: a,b (that of the training)")
     add("--split", help="the photo folder's name (that of the training's validation)")
     add("--device", default=utils.EACH_ITS_GPU, help="cpu, cuda:1, mps (every process its own GPU, or the CPU)")
     options = parser.parse_args(argv)
     trained_with = read_checkpoint(options.checkpoint)["config"]
     options.data_root = options.data_root or trained_with.get("data_root", "data/coco")
     options.split = options.split or trained_with.get("val_split", "val2017")
+    options.splits = [trained_with.get(f"{name}_split", f"{name}2017") for name in ("train", "val")]
     return options
 
 

@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P, or PYTHON
 
 import utils
 from datasets import COCOPersonDataset, batches, make_loader
+from loading.sources import data_roots
 from loading.unreadable import TolerantDataset, dead_worker, name_bad_photos
 from models import ENCODERS, SMALLEST_INPUT, UNetAutoencoder
 from training import launching, pictures, report, resuming
@@ -58,7 +59,7 @@ class Config:
     """Every setting and its default: edit it here, or override it for one run by its flag."""
 
     # --- the data
-    data_root: str = "data/coco"  # folder that holds annotations/ and the photo folders
+    data_root: str = "data/coco"  # folder that holds annotations/ and the photo folders; several: a,b
     train_split: str = "train2017"  # photo folder to train on; annotations/instances_{split}.json goes with it
     val_split: str = "val2017"  # photo folder to validate on after every epoch
     image_size: int = 384  # pixels: side of the square that photos are fitted into
@@ -198,11 +199,10 @@ def open_data(config: Config, processes: Processes) -> tuple[DataLoader, DataLoa
     with utils.one_process_first(processes):
         if config.sample:
             draw_sample(config)
+        options = {"seed": config.seed, "cache": config.cache, "other_splits": (config.train_split, config.val_split)}
         train, val = (
             TolerantDataset(
-                COCOPersonDataset(
-                    config.data_root, split, config.image_size, training, seed=config.seed, cache=config.cache
-                ),
+                COCOPersonDataset(config.data_root, split, config.image_size, training, **options),
                 training, config.max_bad_photos, config.checkpoint_dir,
             )
             for split, training in ((config.train_split, True), (config.val_split, False))
@@ -225,7 +225,7 @@ def draw_sample(config: Config) -> None:
     from tools import make_sample  # only a sample run needs it
 
     try:
-        make_sample.draw_sample(Path(config.data_root))
+        make_sample.draw_sample(data_roots(config.data_root)[0])
     except OSError as error:
         raise UsageError(f"the sample cannot be drawn: {error}") from None
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from loading.annotations import DataError
 from loading.cache import PhotoCache, open_cache
 from loading.index import index_places, open_index
 from loading.letterbox import fitted_size, letterbox, pad, placement, to_rgba, unpadded
@@ -20,10 +23,10 @@ class Source:
         root: the folder that holds the photo folder and what the index is made from.
         split: the photo folder's name.
         image_size: the side in pixels of the squares.
+        name: what a list calls the photo folder.
 
     Attributes:
         photos: the photo folder.
-        name: what a list calls it.
         index: what is known of the photos, in their order here.
         cache: the letterboxed photos on disk, after `keep_cache`.
 
@@ -31,9 +34,9 @@ class Source:
         DataError: the data cannot be used.
     """
 
-    def __init__(self, root: Path, split: str, image_size: int):
+    def __init__(self, root: Path, split: str, image_size: int, name: str):
         self.photos, self.index, self.image_size = root / split, open_index(root, split), image_size
-        self.name = self.photos.name
+        self.name = name
         self._folders = [self.index.path.parent, *(place.parent for place in index_places(root, split))]
         self.cache: PhotoCache | None = None
 
@@ -78,3 +81,41 @@ class Source:
             draw=draw,
             threads=usable_cores(),
         )
+
+
+# --- several roots ----------------------------------------------------------------------------------------
+
+
+def open_sources(root: str | Path, split: str, image_size: int, other_splits: Sequence[str] = ()) -> list[Source]:
+    """A source for each root that has the split, in the order given.
+
+    The photo folder decides whether a root has it: COCO's archive of annotations holds those of both splits.
+
+    Args:
+        root: the data root, or several as `data_roots` takes them.
+        other_splits: a root without the split may have one of these instead, if another root has the split.
+
+    Raises:
+        DataError: a root has none of them, or one is named twice; the data of one cannot be used.
+    """
+    roots = data_roots(root)
+    elsewhere = [it for it in roots if not (it / split).exists() and any((it / o).exists() for o in other_splits)]
+    chosen = [it for it in roots if it not in elsewhere] or roots
+    several = len(roots) > 1  # photos of two roots may have the same split and name
+    return [Source(it, split, image_size, str(it / split) if several else Path(split).name) for it in chosen]
+
+
+def data_roots(text: str | Path) -> list[Path]:
+    """The folders of a text that names one, or several between commas; one whose own name has commas is that one.
+
+    Raises:
+        DataError: the same folder twice.
+    """
+    names = [name.strip() for name in str(text).split(",") if name.strip()]
+    if "," not in str(text) or not names or os.path.isdir(text):
+        return [Path(text)]
+    places = [os.path.realpath(name) for name in names]
+    for number, name in enumerate(names):
+        if places[number] in places[:number]:
+            raise DataError(f"the data root {name} is named twice in {text}")
+    return [Path(name) for name in names]

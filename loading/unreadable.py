@@ -139,8 +139,8 @@ def add_names(path: Path, reasons: dict[str, str]) -> str:
     try:
         with _one_at_a_time(path.parent):
             text = path.read_text("utf-8", errors="replace") if path.exists() else ""
-            lines = [" ".join(f"{name}: {reason}".split()) + "\n" for name, reason in sorted(reasons.items())]
-            new = [line for line in lines if "\n" + line.partition(": ")[0] + ": " not in "\n" + text]
+            pairs = [[" ".join(part.split()) for part in pair] for pair in sorted(reasons.items())]
+            new = [f"{name}: {reason}\n" for name, reason in pairs if f"\n{name}: " not in "\n" + text]
             if new:
                 with atomic_write(path) as file:
                     file.write((text + "".join(new)).encode(errors="replace"))

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import add_person, edit, save_random_model, sharpen
+from conftest import add_person, edit, save_random_model, sharpen, write_split
 from test_trainer import run_of, unwatched
 
 import evaluate as evaluation
@@ -208,6 +208,25 @@ def test_without_options_it_is_the_best_model_on_the_data_of_its_training(coco_r
     monkeypatch.chdir(coco_root.parent)
     assert evaluation.run_command(["evaluate.py"]) == 0
     assert (coco_root.parent / "checkpoints" / f"best_model_on_coco_{VAL}" / "metrics.json").exists()
+
+
+def test_several_roots_are_measured_as_one_set(coco_root, checkpoint, evaluate, tmp_path, monkeypatch):
+    other, bare = tmp_path / "other", tmp_path / "bare"
+    write_split(other, VAL, 3, first_id=102)  # names that the first root has as well
+    write_split(bare, "train2017", 1, first_id=1)  # nothing to measure
+    alone = [row for root in (coco_root, other) for row in evaluate(root)[2]]
+    monkeypatch.chdir(tmp_path)
+    options = ["--data-root", "bare, coco,other", "--device", "cpu"]
+    assert evaluation.run_command(["evaluate.py", str(checkpoint), *options]) == 0
+    folder = checkpoint.with_name(f"best_model_on_bare_coco_other_{VAL}")
+    with open(folder / "photos.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row.pop("folder") for row in rows] == [f"coco/{VAL}"] * 5 + [f"other/{VAL}"] * 3
+    assert [int(row["index"]) for row in rows] == [*range(8)]
+    assert [{**row, "index": 0} for row in rows] == [{**row, "index": 0} for row in alone]
+    mean = np.mean([float(row["original_iou"]) for row in alone])
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["original"]["all"]["iou"] == pytest.approx(mean, rel=1e-4)
 
 
 def test_the_trainer_says_what_to_type_instead(capsys):

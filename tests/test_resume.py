@@ -366,6 +366,35 @@ def test_the_same_data_at_another_place_and_time_is_no_other_data(straight, coco
     assert_the_same(tmp_path / "run", straight)
 
 
+@pytest.mark.parametrize("split", ["train2017", "val2017"])
+def test_other_data_in_one_of_two_roots_is_refused(split, coco_root, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(coco_root, other)
+    edit(other, mirror)
+    settings = small(f"{coco_root},{other}", tmp_path / "run", num_epochs=1)
+    trainer.main(settings)
+    settings = dataclasses.replace(settings, num_epochs=2, resume="newest")
+    swapped = refusal(capsys, *flags(dataclasses.replace(settings, data_root=f"{other},{coco_root}")))
+    sums = re.findall(r"10 photos of checksum ([0-9a-f]{8})", swapped)
+    assert sums[:2] == sums[:1:-1]
+    content, path = (other / "annotations" / f"instances_{split}.json").read_text(), edit(other, rename, split=split)
+    error = refusal(capsys, *flags(settings))
+    assert f"{coco_root / 'annotations' / path.name}, {path}: " in error
+    before, after = (re.findall("checksum ([0-9a-f]{8})", part) for part in error.split(" and cannot go on with "))
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True, False]
+    path.write_text(content)
+    trainer.main(settings)
+    assert read_checkpoint(tmp_path / "run" / "last.pth")["epoch"] == 2
+
+
+def test_a_second_root_that_brings_photos_to_validate_alone_is_another_run(coco_root, tmp_path, capsys):
+    settings = small(coco_root, tmp_path / "run", num_epochs=1)
+    trainer.main(settings)
+    write_split(tmp_path / "other", "val2017", 3, first_id=201)
+    more = dataclasses.replace(settings, data_root=f"{coco_root},{tmp_path / 'other'}", num_epochs=2, resume="newest")
+    assert "instances_val2017.json: 5 photos of checksum" in refusal(capsys, *flags(more))
+
+
 def test_a_checkpoint_that_knows_no_checksum_goes_on(coco_root, tmp_path):
     settings = small(coco_root, tmp_path, num_epochs=1)
     trainer.main(settings)

@@ -110,6 +110,30 @@ def refusal(capsys, *arguments: str) -> str:
     return error
 
 
+@pytest.mark.usefixtures("tiny")
+def test_several_roots_are_one_set_and_the_banner_names_them(coco_root, tmp_path, monkeypatch, capsys):
+    write_split(tmp_path / "other", "train2017", 6, first_id=3)
+    monkeypatch.chdir(tmp_path)
+    config = parse(flags(small("other, coco", tmp_path / "run", num_epochs=1)))
+    trainer.main(config)
+    said = "16 photos to train on (6 in other, 10 in coco), 5 to validate (5 in coco)"
+    assert said in " ".join(capsys.readouterr().out.split())
+    train, val = trainer.open_data(config, ALONE)
+    roots = [COCOPersonDataset(root, "train2017", 32) for root in ("other", "coco")]
+    train.dataset.dataset._augment = None
+    assert all(map(torch.equal, train.dataset.dataset, [sample for root in roots for sample in root]))
+    assert len(train.dataset) == 16
+    assert all(map(torch.equal, val.dataset.dataset, COCOPersonDataset(coco_root, "val2017", 32)))
+    assert len(val.dataset) == 5
+
+
+def test_one_root_is_told_as_ever(coco_root, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trainer, "UNetAutoencoder", Tiny)
+    trainer.main(small(coco_root, tmp_path / "run", num_epochs=1))
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"data 10 photos to train on, 5 to validate, in {coco_root} samples from the photos every time" in said
+
+
 def test_defaults_are_the_owners():
     fixed = dict(
         batch_size=32, learning_rate=1e-4, weight_decay=1e-6, num_epochs=100, image_size=384, num_workers=12,

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from datasets import COCOPersonDataset
+from loading.sources import data_roots
 from training.checkpoints import is_ours, newest_usable
 from training.run import REQUIRED
 from training.settings import flag
@@ -29,10 +30,11 @@ class ResumeError(UserError):
 
 def contents(*datasets: COCOPersonDataset) -> dict[str, str]:
     """By annotation file what there is to train on and to validate, wherever it lies: a resume must find it again."""
-    return {f"annotations/instances_{it.sources[0].photos.name}.json": content(it) for it in datasets}
+    return {f"annotations/instances_{it.sources[0].photos.name}.json": content_of(it) for it in datasets}
 
 
-def content(dataset: COCOPersonDataset) -> str:
+def content_of(dataset: COCOPersonDataset) -> str:
+    """Root by root, in the order that makes the samples."""
     found = (f"{len(source)} photos of checksum {source.index.checksum()}" for source in dataset.sources)
     return ", ".join(found)
 
@@ -83,7 +85,9 @@ def refuse_another_run(path: Path, content: dict, settings: dict, photos: int, d
     set_to = {flag(name): (before[name], settings[name]) for name in SAME_WHEN_RESUMED}
     known = content.get("data") or {}  # an older one knows the number of photos alone
     found = {"the training photos:": (content["photos"], photos)}
-    found |= {f"{Path(settings['data_root']) / name}:": (then, data.get(name)) for name, then in known.items()}
+    for name, then in known.items():
+        files = ", ".join(str(root / name) for root in data_roots(settings["data_root"]))
+        found[f"{files}:"] = then, data.get(name)
     for name, (then, now) in (set_to | found).items():
         if then != now:
             advice = ": restore it, or begin a new run" if name in found else ""

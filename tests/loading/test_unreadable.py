@@ -254,6 +254,22 @@ def test_a_list_that_cannot_be_written_is_said_and_stops_nothing(coco_root, tmp_
     assert len(history(tmp_path / "run")) == 1
 
 
+def test_photos_of_two_roots_are_told_apart(coco_root, tmp_path):
+    other = tmp_path / "my: photos"
+    shutil.copytree(coco_root, other)
+    dataset = tolerant(f"{other},{coco_root}", TRAIN, tmp_path)
+    broken = [photo(other, TRAIN, 3), photo(other, TRAIN, 7), photo(coco_root, TRAIN, 3)]
+    for path in broken:
+        path.write_bytes(b"")
+    assert [torch.equal(dataset[bad], dataset[bad + 1]) for bad in (3, 7, 13)] == [True] * 3
+    assert dataset.name_bad(True) == 3
+    dataset.name_bad(True)
+    dataset.limit = 0
+    reason = "cannot be read: not an image, or damaged"
+    assert sorted(lines(tmp_path)) == sorted(f"{path}: {reason}" for path in broken)
+    assert all(str(path) in refusal(dataset.name_bad, True) for path in broken)
+
+
 # --- in the validation ------------------------------------------------------------------------------------
 
 
