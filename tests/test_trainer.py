@@ -127,6 +127,13 @@ def test_several_roots_are_one_set_and_the_banner_names_them(coco_root, tmp_path
     assert len(val.dataset) == 5
 
 
+def test_the_sample_is_drawn_into_the_first_of_several_roots(monkeypatch):
+    drawn = []
+    monkeypatch.setattr("tools.make_sample.draw_sample", drawn.append)
+    trainer.draw_sample(Config(data_root="data/sample, my/photos"))
+    assert drawn == [Path("data/sample")]
+
+
 def test_one_root_is_told_as_ever(coco_root, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(trainer, "UNetAutoencoder", Tiny)
     trainer.main(small(coco_root, tmp_path / "run", num_epochs=1))

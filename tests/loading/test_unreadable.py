@@ -258,16 +258,15 @@ def test_photos_of_two_roots_are_told_apart(coco_root, tmp_path):
     other = tmp_path / "my: photos"
     shutil.copytree(coco_root, other)
     dataset = tolerant(f"{other},{coco_root}", TRAIN, tmp_path)
-    broken = [photo(other, TRAIN, 3), photo(other, TRAIN, 7), photo(coco_root, TRAIN, 3)]
-    for path in broken:
+    broken = {3: photo(other, TRAIN, 3), 7: photo(other, TRAIN, 7), 13: photo(coco_root, TRAIN, 3)}
+    for count, (place, path) in enumerate(broken.items(), 1):
         path.write_bytes(b"")
-    assert [torch.equal(dataset[bad], dataset[bad + 1]) for bad in (3, 7, 13)] == [True] * 3
-    assert dataset.name_bad(True) == 3
-    dataset.name_bad(True)
+        assert torch.equal(dataset[place], dataset[place + 1])
+        assert dataset.name_bad(True) == count
     dataset.limit = 0
     reason = "cannot be read: not an image, or damaged"
-    assert sorted(lines(tmp_path)) == sorted(f"{path}: {reason}" for path in broken)
-    assert all(str(path) in refusal(dataset.name_bad, True) for path in broken)
+    assert lines(tmp_path) == [f"{path}: {reason}" for path in broken.values()]
+    assert all(str(path) in refusal(dataset.name_bad, True) for path in broken.values())
 
 
 # --- in the validation ------------------------------------------------------------------------------------
