@@ -1,7 +1,7 @@
 """Measures what a checkpoint is worth: on every validation photo, at the network's size and at the photo's own.
 
     python evaluate.py                      # checkpoints/best_model.pth, on the data that it was trained beside
-    python evaluate.py FILE --data-root data/coco --split val2017
+    python evaluate.py FILE --data-root data/coco --split val2017 --image-size 512
     torchrun evaluate.py FILE               # shared out over every visible GPU
 
 Leaves a folder beside the checkpoint: metrics.json, photos.csv (a row a photo), worst.png (the worst twelve).
@@ -23,7 +23,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P, or PYTHONSAFEPATH, does not look here by itself
 
 import utils
-from cutting.cutter import Cutter, load
+from cutting.cutter import Cutter, check_size, load
 from cutting.edges import alpha_of, to_opacity
 from datasets import COCOPersonDataset, DataError, letterbox
 from loading.sources import data_roots
@@ -50,12 +50,10 @@ def main(options: argparse.Namespace) -> dict:
         DataError: the photos cannot be used.
     """
     processes = launching.start_processes(options.device)
-    cutter = load(options.checkpoint, str(processes.device))
+    cutter = load(options.checkpoint, str(processes.device), options.image_size)
     with utils.one_process_first(processes):
         dataset = COCOPersonDataset(options.data_root, options.split, cutter.image_size, other_splits=options.splits)
-    roots = "_".join(root.resolve().name for root in data_roots(options.data_root))
-    name = f"{Path(options.checkpoint).stem}_on_{roots}_{options.split}"
-    folder = Path(options.checkpoint).with_name(name)
+    folder = results_folder(options)
     if processes.is_main:
         with writing_to(str(folder)):
             utils.make_writable(folder)  # early: what was measured for an hour must find its place
@@ -71,6 +69,14 @@ def main(options: argparse.Namespace) -> dict:
         print(f"written to {folder}: metrics.json, photos.csv, worst.png", flush=True)
     launching.end_processes()
     return result
+
+
+def results_folder(options: argparse.Namespace) -> Path:
+    """Beside the checkpoint, of the sets' names, and of the image size where it is not the checkpoint's."""
+    roots = "_".join(root.resolve().name for root in data_roots(options.data_root))
+    name = f"{Path(options.checkpoint).stem}_on_{roots}_{options.split}"
+    other_size = options.image_size not in (None, options.trained_size)
+    return Path(options.checkpoint).with_name(name + (f"_at_{options.image_size}" if other_size else ""))
 
 
 def measure_share(cutter: Cutter, dataset: COCOPersonDataset, processes: Processes) -> tuple[list[dict], list[str]]:
@@ -208,19 +214,22 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The options; what is not said about the data is as the checkpoint was trained.
 
     Raises:
-        UsageError, CheckpointError: an unknown flag; no such checkpoint.
+        UserError: an unknown flag, an image size out of range, no such checkpoint.
     """
     parser = OneLineParser("evaluate.py", description="Measures what a checkpoint is worth.", allow_abbrev=False)
     add = parser.add_argument
     add("checkpoint", nargs="?", default="checkpoints/best_model.pth", help="the trained model (%(default)s)")
     add("--data-root", "--data_root", help="folder of annotations/ and the photos; several: a,b (that of the training)")
     add("--split", help="the photo folder's name (that of the training's validation)")
+    add("--image-size", "--image_size", type=int, help="pixels of the network's square (the checkpoint's)")
     add("--device", default=utils.EACH_ITS_GPU, help="cpu, cuda:1, mps (every process its own GPU, or the CPU)")
     options = parser.parse_args(argv)
+    check_size(options.image_size)
     trained_with = read_checkpoint(options.checkpoint)["config"]
     options.data_root = options.data_root or trained_with.get("data_root", "data/coco")
     options.split = options.split or trained_with.get("val_split", "val2017")
     options.splits = [trained_with.get(f"{name}_split", f"{name}2017") for name in ("train", "val")]
+    options.trained_size = trained_with.get("image_size")
     return options
 
 

@@ -63,7 +63,7 @@ def is_from_here(name: str) -> bool:
 
 with our_modules():
     import utils
-    from cutting.cutter import Cutter, load
+    from cutting.cutter import Cutter, check_size, load
     from cutting.edges import alpha_of, foreground, to_opacity
     from cutting.photos import (
         Photo,
@@ -300,6 +300,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--threshold", type=float, help="a hard edge: opaque where the probability of a person exceeds it (0 to 1)")
     keep = "--keep-background-colours", "--keep_background_colours"
     add(*keep, action="store_true", help="leave in a cutout the photo's colours under an alpha of 0")
+    add("--image-size", "--image_size", type=int, help="pixels of the square that photos are fitted into (the model's)")
     add("--device", default=utils.EACH_ITS_GPU, help="cpu, cuda:1, mps (the first GPU, or the CPU)")
     add("--batch-size", "--batch_size", type=int, default=8, help="photos at a time on a GPU (%(default)s)")
     options = parser.parse_args(argv)
@@ -307,6 +308,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UserError(f"--threshold {options.threshold} is out of range: from 0 to 1")
     if options.batch_size < 1:
         raise UserError(f"--batch-size {options.batch_size} is out of range: 1 at least")
+    check_size(options.image_size)
     return options
 
 
@@ -328,7 +330,7 @@ def main(options: argparse.Namespace) -> int:
     background = read_background(options.background)
     style = Style(options.mask, background, options.threshold, options.keep_background_colours)
     if todo:
-        cutter = load(options.checkpoint, options.device)
+        cutter = load(options.checkpoint, options.device, options.image_size)
         try:
             make_writable(output)
         except OSError as error:

@@ -15,37 +15,54 @@ from cutting.edges import alpha_of, foreground, to_opacity
 from cutting.photos import open_photo
 from loading.letterbox import letterbox, to_rgba
 from models import SMALLEST_INPUT, UNetAutoencoder
-from utils import CheckpointError, read_checkpoint
+from utils import CheckpointError, UserError, read_checkpoint
+
+LARGEST_INPUT = 4096  # pixels: no training has a larger square either
 
 
-def load(checkpoint: str | Path, device: str = utils.EACH_ITS_GPU) -> Cutter:
+def load(checkpoint: str | Path, device: str = utils.EACH_ITS_GPU, image_size: int | None = None) -> Cutter:
     """The model of a checkpoint, ready to cut; the checkpoint itself says which model that is.
 
     Args:
         checkpoint: `best_model.pth`, or any other that a training wrote.
         device: e.g. "cpu", "cuda:1", "mps"; by default the first GPU, or the CPU where there is none.
+        image_size: pixels, the side of the square that photos are fitted into; by default that of the training.
 
     Raises:
         CheckpointError: no such file, damaged, or of another kind.
         LaunchError: no such device.
+        UserError: an image size out of range.
     """
+    check_size(image_size)
     name, _ = utils.pick_device(device, 0, torch.cuda.device_count(), torch.backends.mps.is_available())
     content = read_checkpoint(checkpoint)
     try:
         config = content["config"]
         model = UNetAutoencoder(config["encoder"], pretrained=False, use_attention=config["use_attention"])
         model.load_state_dict(content["model"])
-        return Cutter(model, config["image_size"], torch.device(name), config.get("amp", True))
+        size = config["image_size"] if image_size is None else image_size
+        return Cutter(model, size, torch.device(name), config.get("amp", True))
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         text = " ".join(str(error).split())[:160]  # PyTorch lists every tensor that is missing, a line each
         raise CheckpointError(f"{checkpoint} holds no model that can be used here: {text}") from None
+
+
+def check_size(image_size: int | None) -> None:
+    """Refuses a square that is too small for the network, or larger than any; None is the checkpoint's own.
+
+    Raises:
+        UserError: it is out of range.
+    """
+    if image_size is not None and image_size not in range(SMALLEST_INPUT, LARGEST_INPUT + 1):
+        limits = f"from {SMALLEST_INPUT} to {LARGEST_INPUT} pixels"
+        raise UserError(f"an image size of {image_size} is out of range: {limits}")
 
 
 class Cutter:
     """Cuts the persons out of photos: `rgba = cut(photo)`.
 
     Args:
-        image_size: pixels, the side of the square that the model was trained on.
+        image_size: pixels, the side of the square that photos are fitted into.
         amp: whether to compute in bfloat16 or float16 on a GPU.
     """
 

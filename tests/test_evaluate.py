@@ -37,7 +37,8 @@ def evaluate(checkpoint, capsys):
     def evaluate(root: Path, *options: str) -> tuple[int, dict, list[dict], str]:
         options = (str(checkpoint), "--data-root", str(root), "--device", "cpu", *options)
         code = evaluation.run_command(["evaluate.py", *options])
-        folder = checkpoint.with_name(f"best_model_on_{root.name}_{VAL}")
+        size = options[options.index("--image-size") + 1] if "--image-size" in options else "64"
+        folder = checkpoint.with_name(f"best_model_on_{root.name}_{VAL}" + (f"_at_{size}" if size != "64" else ""))
         with open(folder / "photos.csv", newline="") as file:
             rows = list(csv.DictReader(file))
         return code, json.loads((folder / "metrics.json").read_text()), rows, capsys.readouterr().out
@@ -57,10 +58,22 @@ def test_the_same_of_genuine_photos(shared_coco, checkpoint, evaluate, tmp_path)
     check_against_predict(shared_coco, checkpoint, evaluate, tmp_path)
 
 
-def check_against_predict(root: Path, checkpoint: Path, evaluate, tmp_path: Path) -> None:
-    code, result, rows, _ = evaluate(root)
+def test_the_same_at_another_image_size_in_a_folder_of_its_own(coco_root, checkpoint, evaluate, tmp_path):
+    _, own, _, _ = evaluate(coco_root, "--image-size", "64")  # the checkpoint's
+    check_against_predict(coco_root, checkpoint, evaluate, tmp_path, 96)
+    assert evaluate(coco_root)[1] == own  # not overwritten, and the same without the flag
+    other = json.loads((checkpoint.parent / f"best_model_on_coco_{VAL}_at_96" / "metrics.json").read_text())
+    assert (own["image_size"], other["image_size"]) == (64, 96)
+    assert own["network"] != other["network"]
+    assert {path.name for path in checkpoint.parent.iterdir() if path.is_dir()} == {
+        f"best_model_on_coco_{VAL}", f"best_model_on_coco_{VAL}_at_96"}  # fmt: skip
+
+
+def check_against_predict(root: Path, checkpoint: Path, evaluate, tmp_path: Path, image_size: int = 64) -> None:
+    size = ["--image-size", str(image_size)] if image_size != 64 else []
+    code, result, rows, _ = evaluate(root, *size)
     options = ["--mask", "--threshold", "0.5", "--checkpoint", str(checkpoint), "--output", str(tmp_path / "masks")]
-    assert (code, predict.run_command(["predict.py", str(root / VAL), *options, "--device", "cpu"])) == (0, 0)
+    assert (code, predict.run_command(["predict.py", str(root / VAL), *options, *size, "--device", "cpu"])) == (0, 0)
     dataset = COCOPersonDataset(root, VAL)
     found = []
     for index, row in enumerate(rows):
@@ -123,6 +136,8 @@ def test_a_mistake_gets_one_line(coco_root, checkpoint, tmp_path, capsys):
         ([""], "checkpoint"),
         ([str(checkpoint), "--splitt", "other"], "did you mean --split?"),
         ([str(checkpoint), "--device", "toaster"], "--device toaster"),
+        ([str(checkpoint), "--image-size", "31"], "image size of 31 is out of range: from 32 to 4096 pixels"),
+        ([str(checkpoint), "--image-size", "4097"], "image size of 4097"),
     ):
         code = evaluation.run_command(["evaluate.py", "--data-root", str(coco_root), *options])
         errors = capsys.readouterr().err.splitlines()

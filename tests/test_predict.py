@@ -34,7 +34,7 @@ def run(small_checkpoint, cut, capsys, monkeypatch):
     """Runs the command line. Returns its exit code and the lines that it wrote to stdout and stderr."""
 
     def run(*arguments) -> tuple[int, list[str], list[str]]:
-        loads_itself = {"--checkpoint", "--device"} & set(arguments)
+        loads_itself = {"--checkpoint", "--device", "--image-size"} & set(arguments)
         monkeypatch.setattr(predict, "load", load if loads_itself else lambda *_: cut)
         defaults = ["--checkpoint", small_checkpoint] if "--checkpoint" not in arguments else []
         code = run_command([str(part) for part in ("predict.py", *arguments, *defaults)])
@@ -394,6 +394,16 @@ def test_mask_threshold_and_background_by_hand(tmp_path, run, stub):
     assert bands(made("--background", ground))[0::3] == [(10, 20, 30), (200, 100, 0)]
 
 
+def test_image_size_is_the_squares(tmp_path, run, stub):
+    """A person in the square's columns from 24 on: of a square of 48 the last half, of one of 96 the last 3/4."""
+    stub(lambda red: (torch.arange(red.shape[-1]) >= 24).float().expand_as(red))
+    photo = save_picture(tmp_path / "a.png", np.zeros((192, 192, 3), np.uint8))
+    for size, first in ((48, 96), (96, 48)):
+        run(photo, "--mask", "--image-size", size, "--output", tmp_path / str(size))
+        mask = np.asarray(Image.open(tmp_path / str(size) / "a.png"))
+        assert np.flatnonzero(mask[50] > 127)[0] == pytest.approx(first, abs=1)
+
+
 # --- the user's mistakes ----------------------------------------------------------------------------------
 
 
@@ -408,6 +418,8 @@ def test_mask_threshold_and_background_by_hand(tmp_path, run, stub):
         (["a.png", "--threshold", "nan"], "out of range"), (["a.png", "--threshold", "soft"], "invalid float"),
         (["a.png", "--batch-size", "0"], "--batch-size 0"), (["a.png", "--background", "no_colour"], "no_colour"),
         (["a.png", "--background", "text.jpg"], "text.jpg cannot be read"),
+        (["a.png", "--image-size", "31"], "image size of 31 is out of range: from 32 to 4096 pixels"),
+        (["a.png", "--image-size", "4097"], "image size of 4097"), (["a.png", "--image-size", "big"], "invalid int"),
         (["a.png", "--mask", "--background", "red"], "not allowed"), (["a.png", "--output", "text.jpg"], "written"),
         (["a.png", "--checkpoint", "none.pth"], "there is no checkpoint none.pth"),
         (["a.png", "--checkpoint", "text.jpg"], "damaged or no checkpoint"), (["a.png", "--device", "tpu9"], "tpu9"),

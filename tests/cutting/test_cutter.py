@@ -14,7 +14,7 @@ from cutting.cutter import load
 from cutting.photos import PhotoError
 from loading.letterbox import letterbox
 from training import checkpoints
-from utils import CheckpointError, read_checkpoint
+from utils import CheckpointError, UserError, read_checkpoint
 
 
 def constant(value: float):
@@ -76,6 +76,19 @@ def test_network_sees_the_letterboxed_photo(cut, stub):
     stub(lambda red: seen.append(red) or torch.zeros_like(red))
     cut(PICTURE)
     assert torch.equal(seen[0], torch.from_numpy(letterbox(PICTURE, 64)[0][None, ..., 0]).float() / 255)
+
+
+def test_another_image_size_is_what_the_network_sees(stub, small_checkpoint):
+    seen = []
+    stub(lambda red: seen.append(red) or torch.zeros_like(red))
+    for size in (32, 100, None):  # a multiple of nothing as well; None is the 64 of the checkpoint
+        assert load(small_checkpoint, "cpu", size)(PICTURE).shape == (50, 70, 4)
+        expected = torch.from_numpy(letterbox(PICTURE, size or 64)[0][None, ..., 0]).float() / 255
+        assert torch.equal(seen.pop(), expected)
+    assert load(small_checkpoint, "cpu", image_size=4096).image_size == 4096
+    for wrong in (31, 4097, 0, -1, "64", 64.5):
+        with pytest.raises(UserError, match=rf"\Aan image size of {wrong} is out of range: from 32 to 4096 pixels\Z"):
+            load(small_checkpoint, "cpu", wrong)
 
 
 def test_several_threads_may_cut_with_one_model(cut):
