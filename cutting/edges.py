@@ -17,6 +17,7 @@ GUIDE_RADIUS = 2  # pixels of the square: an edge is looked for within so many
 GUIDE_EPSILON = 1e-4  # variance of the colours, in [0, 1], below which they say nothing: 2.5 steps of 8 bits
 FLAT = 1e-6  # variance of alpha below which there is no edge
 HAZE = 0.05  # probabilities this near to 0 or 1 are taken for it
+WITHOUT_STAIRS = np.float32([0.25, 0.5, 0.25])  # of the square, as a filter: then a linear enlargement shows no steps
 COLOUR_RADII = (6, 2)  # pixels of the square: from how far the colours of both sides of an edge are taken
 NOTHING = 1e-3  # a mean of weights in [0, 1] below which there is nothing to be averaged
 
@@ -49,7 +50,8 @@ def linear_model(guide: np.ndarray, alpha: np.ndarray) -> tuple[np.ndarray, np.n
     """Alpha (h, w) by the guide's colours around each pixel, which is uint8 (h, w, 3).
 
     The guided filter of He et al. 2013 for a colour guide, its equations 19 to 21. One thing is added: what the
-    colours cannot explain, such as an edge between equal ones, stays as the network drew it.
+    colours cannot explain, such as an edge between equal ones, stays as the network drew it, but for the filter that
+    keeps a steep edge of the square from becoming a flight of stairs on a large photo.
 
     Returns:
         Factors of the colours, float32 (h, w, 3); the constant, float32 (h, w); where factors may differ from 0, uint8.
@@ -64,7 +66,10 @@ def linear_model(guide: np.ndarray, alpha: np.ndarray) -> tuple[np.ndarray, np.n
     constant = mean_around(mean_alpha - dot(factors, mean))
     explained = np.clip(dot(factors, covariance) / np.maximum(variance, FLAT), 0, 1)
     factors = mean_around(factors)
-    constant += mean_around(1 - explained) * (alpha - dot(factors, colours) - constant)
+    unexplained = mean_around(1 - explained)
+    smooth = cv2.sepFilter2D(alpha, -1, WITHOUT_STAIRS, WITHOUT_STAIRS, borderType=cv2.BORDER_REFLECT)
+    drawn = alpha + unexplained * (smooth - alpha)
+    constant += unexplained * (drawn - dot(factors, colours) - constant)
     reached = cv2.dilate(edges.astype(np.uint8), np.ones((2 * GUIDE_RADIUS + 1,) * 2, np.uint8))
     return factors / 255, constant, reached
 

@@ -40,9 +40,11 @@ def test_padding_is_cropped_and_the_rest_enlarged(cut, stub):
 
     stub(alpha)
     found = cut(np.zeros((64, 128, 3), np.uint8))[..., 3]
-    by_hand = np.full(128, 0)
-    # linear, pixel centres at a quarter and three quarters, of which a margin of 0.05 is taken
-    by_hand[:31], by_hand[31], by_hand[32] = 255, 0.7 / 0.9 * 255, 0.2 / 0.9 * 255
+    # Of one colour: the edge is filtered to 1, 0.75, 0.25, 0 on the square, then enlarged linearly, pixel centres at a
+    # quarter and three quarters; of which a margin of 0.05 is taken.
+    edge = np.array([0.9375, 0.8125, 0.625, 0.375, 0.1875, 0.0625])
+    by_hand = np.repeat([255.0, 0.0], (29, 99))
+    by_hand[29:35] = (edge - 0.05) / 0.9 * 255
     np.testing.assert_allclose(found, np.broadcast_to(by_hand, (64, 128)), atol=3)
 
 
