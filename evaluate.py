@@ -121,10 +121,10 @@ def measure_photo(cutter: Cutter, dataset: COCOPersonDataset, index: int) -> dic
     rgb, mask = np.ascontiguousarray(rgba[..., :3]), rgba[..., 3]
     square, metadata = letterbox(rgb, cutter.image_size)
     probabilities = cutter.probabilities([square])[0]
-    opacity = to_opacity(alpha_of(probabilities, square, metadata, rgb), None, threshold=0.5)
+    opacity = to_opacity(alpha_of(probabilities, square, metadata, rgb), None, 0.5, metadata["scale"])
     scores = {
         "network": compare(probabilities > 0.5, letterbox(mask, cutter.image_size)[0] > 0),
-        "original": compare(opacity > 0, mask > 0),
+        "original": compare(opacity > 127, mask > 0),  # what predict.py --threshold 0.5 cuts, without its soft pixel
     }
     largest = dataset.largest_person(index) / mask.size
     named = {f"{level}_{name}": value for level, found in scores.items() for name, value in found.items()}

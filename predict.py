@@ -93,7 +93,7 @@ class Style:
 
     mask: bool = False  # the alpha alone
     background: tuple[int, ...] | np.ndarray | None = None  # a colour, or a photo uint8 (H, W, 3), to compose onto
-    threshold: float | None = None  # a hard edge at this probability
+    threshold: float | None = None  # a hard edge, one pixel soft, at this probability
     keep_background_colours: bool = False  # in a cutout, under an alpha of 0
 
     def draw(self, probabilities: np.ndarray, photo: Photo, square: np.ndarray, metadata: dict) -> list:
@@ -101,7 +101,9 @@ class Style:
 
         `probabilities` are the network's, `square` and `metadata` what `letterbox` returned for the photo.
         """
-        opacity = to_opacity(alpha_of(probabilities, square, metadata, photo.rgb), photo.alpha, self.threshold)
+        alpha = alpha_of(probabilities, square, metadata, photo.rgb)
+        opacity = to_opacity(alpha, photo.alpha, self.threshold, metadata["scale"])
+        del alpha
         if self.mask:
             return encode_png(opacity)
         hide = self.background is None and not self.keep_background_colours
@@ -297,7 +299,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--mask", action="store_true", help="write the mask alone, in grey")
     kind.add_argument("--background", metavar="COLOUR_OR_PHOTO", help="compose onto e.g. white, #3366cc or beach.jpg")
-    add("--threshold", type=float, help="a hard edge: opaque where the probability of a person exceeds it (0 to 1)")
+    add("--threshold", type=float, help="a smooth hard edge: opaque where the probability of a person exceeds it")
     keep = "--keep-background-colours", "--keep_background_colours"
     add(*keep, action="store_true", help="leave in a cutout the photo's colours under an alpha of 0")
     add("--image-size", "--image_size", type=int, help="pixels of the square that photos are fitted into (the model's)")

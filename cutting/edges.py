@@ -18,6 +18,7 @@ GUIDE_EPSILON = 1e-4  # variance of the colours, in [0, 1], below which they say
 FLAT = 1e-6  # variance of alpha below which there is no edge
 HAZE = 0.05  # probabilities this near to 0 or 1 are taken for it
 WITHOUT_STAIRS = np.float32([0.25, 0.5, 0.25])  # of the square, as a filter: then a linear enlargement shows no steps
+CUT_SMOOTHING = 0.25  # pixels of the square: the sigma by which alpha is smoothed before it is cut
 COLOUR_RADII = (6, 2)  # pixels of the square: from how far the colours of both sides of an edge are taken
 NOTHING = 1e-3  # a mean of weights in [0, 1] below which there is nothing to be averaged
 
@@ -110,8 +111,10 @@ def enlarged_at(mask: np.ndarray, picture: np.ndarray, shape: tuple[int, int]) -
             yield chosen[:, 0, 1], chosen[:, 0, 0], values.reshape(-1, 3)
 
 
-def to_opacity(alpha: np.ndarray, photo_alpha: np.ndarray | None, threshold: float | None = None) -> np.ndarray:
-    """Alpha in [0, 1], float32 (H, W), as uint8 (H, W): soft, or with a threshold 255 above it and 0 elsewhere.
+def to_opacity(
+    alpha: np.ndarray, photo_alpha: np.ndarray | None, threshold: float | None = None, scale: float = 1.0
+) -> np.ndarray:
+    """Alpha in [0, 1], float32 (H, W), as uint8 (H, W): soft, or with a threshold as `hard_edged` draws it.
 
     A network is never quite sure: without a margin a thin haze of the background would stay.
 
@@ -122,8 +125,39 @@ def to_opacity(alpha: np.ndarray, photo_alpha: np.ndarray | None, threshold: flo
         slope = 255 / (1 - 2 * HAZE)
         opacity = cv2.convertScaleAbs(np.clip(alpha, HAZE, 1 - HAZE), alpha=slope, beta=-slope * HAZE)
     else:
-        opacity = (alpha > threshold).astype(np.uint8) * np.uint8(255)
+        opacity = hard_edged(alpha, threshold, scale)
     return opacity if photo_alpha is None else np.minimum(opacity, photo_alpha)
+
+
+def hard_edged(alpha: np.ndarray, threshold: float, scale: float) -> np.ndarray:
+    """255 where the smoothed alpha exceeds the threshold, 0 elsewhere, and between them one pixel of soft edge.
+
+    Alpha follows every texture of the photo that crosses an edge, and a cut would be torn by it: it is smoothed first.
+    The soft edge is how much of a pixel lies on the inside, of a contour that is straight within it.
+
+    Args:
+        alpha: float32 (H, W) in [0, 1].
+        scale: pixels of the square for one of the photo.
+
+    Returns:
+        uint8 (H, W): 128 or more exactly where the smoothed alpha exceeds the threshold.
+    """
+    if scale < 1:
+        alpha = cv2.GaussianBlur(alpha, (0, 0), CUT_SMOOTHING / scale)
+    opacity = (alpha > threshold).astype(np.uint8) * np.uint8(255)
+    edge = cv2.morphologyEx(opacity, cv2.MORPH_GRADIENT, cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3)))
+    rows, columns = np.nonzero(edge)
+    values, inside = alpha[rows, columns], opacity[rows, columns] > 0
+    share = np.clip(0.5 + (values - threshold) / np.maximum(steepness(alpha, rows, columns), NOTHING), 0, 1)
+    opacity[rows, columns] = np.where(inside, np.maximum(255 * share, 128), np.minimum(255 * share, 127))
+    return opacity
+
+
+def steepness(values: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """The length of the gradient of values (H, W) at some pixels, by a pixel: (n,). Half of it at the border."""
+    below, right = np.minimum(rows + 1, values.shape[0] - 1), np.minimum(columns + 1, values.shape[1] - 1)
+    above, left = np.maximum(rows - 1, 0), np.maximum(columns - 1, 0)
+    return np.hypot(values[below, columns] - values[above, columns], values[rows, right] - values[rows, left]) / 2
 
 
 def foreground(

@@ -79,10 +79,10 @@ def check_against_predict(root: Path, checkpoint: Path, evaluate, tmp_path: Path
     for index, row in enumerate(rows):
         mask = cv2.imread(str((tmp_path / "masks" / row["file_name"]).with_suffix(".png")), cv2.IMREAD_GRAYSCALE)
         truth = dataset.index.alpha(index)
-        assert int(row["original_right"]) == np.count_nonzero((mask > 0) & (truth > 0))
-        assert int(row["original_many"]) == np.count_nonzero((mask > 0) & (truth == 0))
-        assert int(row["original_missed"]) == np.count_nonzero((mask == 0) & (truth > 0))
-        found.append(iou(mask > 0, truth > 0))
+        assert int(row["original_right"]) == np.count_nonzero((mask > 127) & (truth > 0))
+        assert int(row["original_many"]) == np.count_nonzero((mask > 127) & (truth == 0))
+        assert int(row["original_missed"]) == np.count_nonzero((mask < 128) & (truth > 0))
+        found.append(iou(mask > 127, truth > 0))
     assert result["original"]["all"]["iou"] == pytest.approx(np.mean(found), abs=1e-12)
     assert 0 < result["original"]["all"]["iou"] < 1
 

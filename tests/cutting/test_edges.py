@@ -150,9 +150,62 @@ def test_single_pixels_are_enlarged_as_a_resize_does_it(shape, count):
 def test_soft_opacity_has_a_margin_and_a_threshold_none():
     alpha = np.array([[0, 0.04, 0.05, 0.275, 0.5, 0.725, 0.95, 0.97, 1]], np.float32)
     assert to_opacity(alpha, None).tolist() == [[0, 0, 0, 64, 128, 191, 255, 255, 255]]
-    assert to_opacity(alpha, None, 0.04).tolist() == [[0, 0] + [255] * 7]
+    assert (to_opacity(alpha, None, 0.04) > 127).tolist() == [[False] * 2 + [True] * 7]
     half = np.full(alpha.shape, 100, np.uint8)
     assert to_opacity(alpha, half).tolist() == [[0, 0, 0, 64, 100, 100, 100, 100, 100]]
+
+
+# --- a hard edge ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slope", [0.02, 0.3])  # of alpha, by a pixel
+@pytest.mark.parametrize("threshold", [0.3, 0.5])
+def test_a_hard_edge_covers_its_pixels_as_a_disc_does(threshold, slope):
+    """Against the share of 8 x 8 places within each pixel that lie inside the circle where alpha is the threshold."""
+    y, x = np.mgrid[:90, :90] - 44.3
+    alpha = np.clip(threshold + (30.4 - np.hypot(x, y)) * slope, 0, 1).astype(np.float32)
+    y, x = np.mgrid[: 90 * 8, : 90 * 8] / 8 + 0.5 / 8 - 0.5 - 44.3
+    share = (np.hypot(x, y) < 30.4).reshape(90, 8, 90, 8).mean(axis=(1, 3))
+    opacity = to_opacity(alpha, None, threshold)
+    np.testing.assert_allclose(opacity / 255, share, atol=0.12)
+    np.testing.assert_array_equal(opacity > 127, alpha > threshold)  # nothing but the edge's soft pixel is added
+    soft = cv2.inRange(opacity, 1, 254)
+    assert 0.5 * 2 * np.pi * 30 < np.count_nonzero(soft) < 2 * 2 * np.pi * 30
+    assert not (soft.astype(bool) & ((share == 0) | (share == 1)) & (np.abs(opacity / 255 - share) > 0.12)).any()
+
+
+def test_a_plateau_at_the_threshold_is_no_half_transparent_area():
+    for value, threshold in ((0.5, 0.5), (0.5, 0.4999), (0, 0), (1, 1)):
+        alpha = np.full((40, 50), value, np.float32)
+        assert (to_opacity(alpha, None, threshold) == (255 if value > threshold else 0)).all()
+    alpha[:, 25:] = RNG.uniform(0.4995, 0.5005, (40, 25))
+    opacity = to_opacity(alpha, None, 0.5)
+    window = np.ones((3, 3), np.uint8)
+    inside = (opacity > 127).astype(np.uint8)
+    away = cv2.dilate(inside, window) == cv2.erode(inside, window)
+    assert set(np.unique(opacity[away])) <= {0, 255}
+
+
+def torn_edge(scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """An edge as a network draws it, some pixels of its square wide, with the photo's texture in it; the true mask."""
+    columns = np.arange(400) - 199.5
+    alpha = np.tile(np.clip(0.5 + columns * scale / 4, 0, 1), (300, 1))
+    return np.clip(alpha + RNG.normal(0, 0.1, alpha.shape), 0, 1).astype(np.float32), np.tile(columns > 0, (300, 1))
+
+
+def test_texture_does_not_tear_a_hard_edge():
+    for scale in (0.1, 0.25):
+        alpha, truth = torn_edge(scale)
+        found, torn = (opacity > 127 for opacity in (to_opacity(alpha, None, 0.5, scale), alpha * 255))
+        lengths = [np.count_nonzero(np.diff(mask, axis=0)) for mask in (found, torn)]  # a straight edge has none
+        assert lengths[0] < 0.2 * lengths[1]
+        assert np.count_nonzero(found != truth) < 0.6 * np.count_nonzero(torn != truth)
+
+
+def test_a_photo_that_is_not_enlarged_is_cut_where_alpha_is():
+    alpha = RNG.random((40, 50)).astype(np.float32)
+    for scale in (1.0, 1.7):
+        np.testing.assert_array_equal(to_opacity(alpha, None, 0.6, scale) > 127, alpha > 0.6)
 
 
 def test_colours_at_a_soft_edge_lose_the_old_background():

@@ -103,7 +103,7 @@ def on_photos(options: argparse.Namespace) -> list[str]:
     found = [on_photo(cutter, dataset.original(index)) for index in range(len(dataset))]
     lines = [f"On {len(dataset)} real photos of {options.split}, means:", "", "| | IoU | boundary IoU |"]
     lines.append("| --- | --- | --- |")
-    for way in ("enlarged", "refined"):
+    for way in ("enlarged", "refined", "cut"):
         figures = (statistics.mean(photo[way][name] for photo in found) for name in ("iou", "boundary_iou"))
         lines.append(f"| {way} | {' | '.join(f'{figure:.4f}' for figure in figures)} |")
     return [*lines, ""]
@@ -113,5 +113,7 @@ def on_photo(cutter: Cutter, rgba: np.ndarray) -> dict[str, dict]:
     rgb, truth = np.ascontiguousarray(rgba[..., :3]), rgba[..., 3] > 0
     square, metadata = letterbox(rgb, cutter.image_size)
     probabilities = cutter.probabilities([square])[0]
-    ways = {"enlarged": restore(probabilities, metadata), "refined": alpha_of(probabilities, square, metadata, rgb)}
-    return {name: compare(alpha > 0.5, truth) for name, alpha in ways.items()}
+    refined = alpha_of(probabilities, square, metadata, rgb)
+    cut = to_opacity(refined, None, 0.5, metadata["scale"]) > 127  # by predict.py --threshold 0.5
+    ways = {"enlarged": restore(probabilities, metadata) > 0.5, "refined": refined > 0.5, "cut": cut}
+    return {name: compare(mask, truth) for name, mask in ways.items()}
