@@ -5,7 +5,9 @@
     python predict.py holidays --output white --background white      # composed onto a colour, or onto a photo
     python predict.py holidays --output masks --mask --threshold 0.5  # the masks alone, with a hard edge
 
-From Python: `from predict import load`, then `load("checkpoints/best_model.pth")("photo.jpg")`: uint8 RGBA (H, W, 4).
+The model is checkpoints/best_model.pth, or else the one that comes with the program; --checkpoint names another.
+
+From Python: `from predict import load`, then `load()("photo.jpg")`: uint8 RGBA (H, W, 4).
 
 Memory: a photo at work takes up to 14 bytes a pixel (one of 50 megapixels 700 MB), and `PIXELS_AT_WORK` limits how many
 there are: less than 2 GB beside the model, whatever the number of photos. A larger photo is worked on alone.
@@ -63,7 +65,7 @@ def is_from_here(name: str) -> bool:
 
 with our_modules():
     import utils
-    from cutting.cutter import Cutter, check_size, load
+    from cutting.cutter import TRAINED, Cutter, check_size, load
     from cutting.edges import alpha_of, foreground, to_opacity
     from cutting.photos import (
         Photo,
@@ -293,7 +295,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = OneLineParser("predict.py", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("photos", nargs="+", metavar="PHOTO_OR_FOLDER", help="folders with all their subfolders")
-    add("--checkpoint", default="checkpoints/best_model.pth", help="the trained model (%(default)s)")
+    add("--checkpoint", help=f"the trained model ({TRAINED}, or else the one that comes with Silueta, named box)")
     add("--output", default="cutouts", help="folder for the results (%(default)s)")
     add("--overwrite", action="store_true", help="make results again that are there already, instead of going on")
     kind = parser.add_mutually_exclusive_group()
@@ -337,6 +339,7 @@ def main(options: argparse.Namespace) -> int:
             make_writable(output)
         except OSError as error:
             raise UserError(f"--output {output} cannot be written: {error.strerror}") from None
+        print(f"model: {cutter.about}", flush=True)
         failed = cut_all(cutter, todo, style, options.batch_size)
     for advice, paths in by_advice(unknown).items():
         kinds = ", ".join(sorted({path.suffix.lower() for path in paths}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from pathlib import Path
 
@@ -17,14 +18,19 @@ from loading.letterbox import letterbox, to_rgba
 from models import SMALLEST_INPUT, UNetAutoencoder
 from utils import CheckpointError, UserError, read_checkpoint
 
+TRAINED = "checkpoints/best_model.pth"  # what a training leaves, in the working directory
+BOX = Path(__file__).with_name("person.pth")  # the model that comes with the program
 LARGEST_INPUT = 4096  # pixels: no training has a larger square either
 
 
-def load(checkpoint: str | Path, device: str = utils.EACH_ITS_GPU, image_size: int | None = None) -> Cutter:
+def load(
+    checkpoint: str | Path | None = None, device: str = utils.EACH_ITS_GPU, image_size: int | None = None
+) -> Cutter:
     """The model of a checkpoint, ready to cut; the checkpoint itself says which model that is.
 
     Args:
-        checkpoint: `best_model.pth`, or any other that a training wrote.
+        checkpoint: `best_model.pth`, or any other that a training wrote; "box" is the model that comes with the
+            program, which None takes as well where there is no `checkpoints/best_model.pth`.
         device: e.g. "cpu", "cuda:1", "mps"; by default the first GPU, or the CPU where there is none.
         image_size: pixels, the side of the square that photos are fitted into; by default that of the training.
 
@@ -35,16 +41,40 @@ def load(checkpoint: str | Path, device: str = utils.EACH_ITS_GPU, image_size: i
     """
     check_size(image_size)
     name, _ = utils.pick_device(device, 0, torch.cuda.device_count(), torch.backends.mps.is_available())
+    checkpoint = find_model(checkpoint)
     content = read_checkpoint(checkpoint)
     try:
         config = content["config"]
         model = UNetAutoencoder(config["encoder"], pretrained=False, use_attention=config["use_attention"])
-        model.load_state_dict(content["model"])
+        model.load_state_dict(content["model"])  # of float16 too: the model stays float32
         size = config["image_size"] if image_size is None else image_size
-        return Cutter(model, size, torch.device(name), config.get("amp", True))
+        about = introduce(checkpoint, content, size)
+        return Cutter(model, size, torch.device(name), config.get("amp", True), about)
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         text = " ".join(str(error).split())[:160]  # PyTorch lists every tensor that is missing, a line each
         raise CheckpointError(f"{checkpoint} holds no model that can be used here: {text}") from None
+
+
+def find_model(checkpoint: str | Path | None) -> str | Path:
+    """The file that `load` reads.
+
+    Raises:
+        CheckpointError: none was named, and there is none; or the program has come without its own.
+    """
+    if checkpoint is None:
+        checkpoint = TRAINED if os.path.exists(TRAINED) else "box"
+    if checkpoint == "box" and not BOX.exists():
+        raise CheckpointError(f"there is no model: trainer.py makes {TRAINED}, or name one (--checkpoint FILE)")
+    return BOX if checkpoint == "box" else checkpoint
+
+
+def introduce(checkpoint: str | Path, content: dict, image_size: int) -> str:
+    """Which model that is and what it is worth: e.g. "a.pth (mobilenet_v2 at 256, validation IoU 0.61)"."""
+    trained_at, iou = content["config"].get("image_size"), (content.get("metrics") or {}).get("iou")
+    facts = f"{content['config']['encoder']} at {image_size}"
+    facts += f", trained at {trained_at}" if trained_at != image_size else ""
+    facts += f", validation IoU {iou:.2f}" if iou is not None else ""
+    return f"{'the one that comes with Silueta' if checkpoint == BOX else checkpoint} ({facts})"
 
 
 def check_size(image_size: int | None) -> None:
@@ -64,13 +94,22 @@ class Cutter:
     Args:
         image_size: pixels, the side of the square that photos are fitted into.
         amp: whether to compute in bfloat16 or float16 on a GPU.
+        about: the model in a line, for a person.
     """
 
-    def __init__(self, model: UNetAutoencoder, image_size: int, device: torch.device, amp: bool = True):
+    def __init__(
+        self,
+        model: UNetAutoencoder,
+        image_size: int,
+        device: torch.device,
+        amp: bool = True,
+        about: str = "",
+    ):
         if not isinstance(image_size, int) or image_size < SMALLEST_INPUT:
             raise ValueError(f"an image size of {image_size} pixels")
         self.model = model.eval().to(device, memory_format=utils.memory_format(device))
         self.image_size, self.device = image_size, device
+        self.about = about
         self.amp_dtype = utils.autocast_dtype(device, amp)
         # A GPU holds one batch at a time, whichever thread brings it; on a CPU every thread computes for itself.
         self._turn = contextlib.nullcontext() if device.type == "cpu" else threading.Lock()

@@ -16,11 +16,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import PICTURE, fresh_python, save_picture
+from conftest import PICTURE, fresh_python, save_picture, save_random_model, sharpen
 from PIL import Image, ImageCms
 
 import predict
-from cutting import photos
+from cutting import cutter, photos
 from cutting.cutter import load
 from predict import run_command
 
@@ -31,14 +31,18 @@ SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 @pytest.fixture
 def run(small_checkpoint, cut, capsys, monkeypatch):
-    """Runs the command line. Returns its exit code and the lines that it wrote to stdout and stderr."""
+    """Runs the command line. Returns its exit code and the lines that it wrote to stdout and stderr.
+
+    Of stdout without the model's line.
+    """
 
     def run(*arguments) -> tuple[int, list[str], list[str]]:
         loads_itself = {"--checkpoint", "--device", "--image-size"} & set(arguments)
         monkeypatch.setattr(predict, "load", load if loads_itself else lambda *_: cut)
         defaults = ["--checkpoint", small_checkpoint] if "--checkpoint" not in arguments else []
         code = run_command([str(part) for part in ("predict.py", *arguments, *defaults)])
-        return code, *(text.strip("\n").splitlines() for text in capsys.readouterr())
+        lines, errors = (text.strip("\n").splitlines() for text in capsys.readouterr())
+        return code, [line for line in lines if not line.startswith("model: ")], errors
 
     return run
 
@@ -404,6 +408,76 @@ def test_image_size_is_the_squares(tmp_path, run, stub):
         assert np.flatnonzero(mask[50] > 127)[0] == pytest.approx(first, abs=1)
 
 
+# --- which model ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(tmp_path, capsys, monkeypatch):
+    """Runs the command line in a folder with one photo, a model at the place of the program's own, and no other."""
+    monkeypatch.chdir(tmp_path)
+    save_picture(tmp_path / "a.png")
+    save_model(tmp_path / "box.pth", 1, metrics={"iou": 0.614}, config={"sample": False, "data_root": "data/coco"})
+    monkeypatch.setattr(cutter, "BOX", tmp_path / "box.pth")
+
+    def command(*arguments: str) -> tuple[int, list[str], list[str]]:
+        code = run_command(["predict.py", "--device", "cpu", "--overwrite", "a.png", *arguments])
+        return code, *(text.splitlines() for text in capsys.readouterr())
+
+    return command
+
+
+def save_model(path: Path, seed: int, **parts: dict) -> Path:
+    """A random model, whose alpha tells it from others; `parts` of the checkpoint are added to what is there."""
+    torch.manual_seed(seed)
+    path.parent.mkdir(exist_ok=True)
+    content = torch.load(save_random_model(path, change=sharpen), weights_only=True)
+    torch.save({name: part | parts.get(name, {}) if name in parts else part for name, part in content.items()}, path)
+    return path
+
+
+BOX_LINE = "model: the one that comes with Silueta (resnet18 at 64, validation IoU 0.61)"
+
+
+def test_the_model_is_the_trained_one_or_else_the_programs_own(tmp_path, command):
+    def made() -> np.ndarray:
+        return read_rgba(tmp_path / "cutouts" / "a.png")
+
+    def alone(path: str) -> np.ndarray:
+        return load(path, "cpu")("a.png")
+
+    assert command()[1][0] == BOX_LINE
+    np.testing.assert_array_equal(made(), alone("box.pth"))
+    np.testing.assert_array_equal(load(device="cpu")("a.png"), alone("box.pth"))
+    save_model(tmp_path / "checkpoints" / "best_model.pth", 2)
+    assert command()[1][0] == "model: checkpoints/best_model.pth (resnet18 at 64)"
+    np.testing.assert_array_equal(made(), alone("checkpoints/best_model.pth"))
+    np.testing.assert_array_equal(load(device="cpu")("a.png"), made())
+    assert (made() != alone("box.pth")).any()
+    assert command("--checkpoint", "box")[1][0] == BOX_LINE
+    np.testing.assert_array_equal(made(), alone("box.pth"))
+    (tmp_path / "box").write_text("a file of that name is none")
+    line = command("--checkpoint", "box", "--image-size", "96")[1][0]
+    assert line == BOX_LINE.replace("at 64,", "at 96, trained at 64,")
+    assert command("--checkpoint", "./box")[0] == 2
+
+
+def test_no_model_at_all_gets_one_line(tmp_path, command):
+    (tmp_path / "box.pth").unlink()
+    for arguments in ((), ("--checkpoint", "box")):
+        code, lines, errors = command(*arguments)
+        assert (code, lines, len(errors)) == (2, [], 1)
+        for words in ("there is no model", "trainer.py", "checkpoints/best_model.pth", "--checkpoint"):
+            assert words in errors[0]
+
+
+def test_a_damaged_model_is_not_passed_over_for_another(tmp_path, command):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "best_model.pth").write_bytes(b"damaged")
+    code, _, errors = command()
+    assert (code, len(errors)) == (2, 1)
+    assert "checkpoints/best_model.pth is damaged" in errors[0]
+
+
 # --- the user's mistakes ----------------------------------------------------------------------------------
 
 
@@ -442,7 +516,8 @@ def test_as_a_program(tmp_path, small_checkpoint):
     photo = save_picture(tmp_path / "a.jpg")
     command = [sys.executable, predict.__file__, photo, "--checkpoint", small_checkpoint, "--device", "cpu"]
     done = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "1 of 1 photo written to cutouts\n", "")
+    lines = f"model: {small_checkpoint} (resnet18 at 64)\n1 of 1 photo written to cutouts\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, lines, "")
     assert outputs(tmp_path / "cutouts") == {"a.png"}
 
 

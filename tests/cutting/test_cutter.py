@@ -115,6 +115,18 @@ def test_checkpoint_of_another_kind_is_refused(tmp_path, small_checkpoint, chang
         load(tmp_path / "other.pth", "cpu")
 
 
+def test_weights_of_16_bits_fill_a_model_of_32(tmp_path, small_checkpoint):
+    content = read_checkpoint(small_checkpoint)
+    half = {name: t.half() if t.is_floating_point() else t for name, t in content["model"].items()}
+    torch.save(content | {"model": half}, tmp_path / "half.pth")
+    cut, whole = load(tmp_path / "half.pth", "cpu"), load(small_checkpoint, "cpu")
+    for name, tensor in cut.model.state_dict().items():
+        assert tensor.dtype == content["model"][name].dtype
+        np.testing.assert_array_equal(tensor.numpy(), content["model"][name].numpy().astype(half[name].numpy().dtype))
+    np.testing.assert_allclose(cut(PICTURE)[..., 3].astype(int), whole(PICTURE)[..., 3], atol=4)
+    assert np.ptp(whole(PICTURE)[..., 3]) > 50
+
+
 def test_weights_alone_are_no_checkpoint(tmp_path):
     torch.save({"weight": torch.zeros(3)}, tmp_path / "weights.pth")
     with pytest.raises(CheckpointError, match="not a checkpoint of this program"):
