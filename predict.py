@@ -339,7 +339,7 @@ def main(options: argparse.Namespace) -> int:
             make_writable(output)
         except OSError as error:
             raise UserError(f"--output {output} cannot be written: {error.strerror}") from None
-        print(f"model: {cutter.about}", flush=True)
+        tell_model(cutter, [photo for photo, _ in jobs])
         failed = cut_all(cutter, todo, style, options.batch_size)
     for advice, paths in by_advice(unknown).items():
         kinds = ", ".join(sorted({path.suffix.lower() for path in paths}))
@@ -350,6 +350,17 @@ def main(options: argparse.Namespace) -> int:
     notes += f", {failed} could not be done" if failed else ""
     print(f"{photos - kept - failed} of {counted(photos, 'photo')} written to {output}{notes}", flush=True)
     return failed
+
+
+def tell_model(cutter: Cutter, photos: list[Path]) -> None:
+    """Which model it is; and on stderr, should it have been trained on drawings, that these are others than its own."""
+    print(f"model: {cutter.about}", flush=True)
+    if cutter.drawings is not None and not all(is_under(cutter.drawings, photo) for photo in photos):
+        print("this model was trained on drawings (trainer.py --sample): it does not work on photos", file=sys.stderr)
+
+
+def is_under(folder: str, path: Path) -> bool:
+    return Path(os.path.realpath(folder)) in Path(os.path.realpath(path)).parents
 
 
 def by_advice(paths: list[Path]) -> dict[str, list[Path]]:

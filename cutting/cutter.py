@@ -48,8 +48,9 @@ def load(
         model = UNetAutoencoder(config["encoder"], pretrained=False, use_attention=config["use_attention"])
         model.load_state_dict(content["model"])  # of float16 too: the model stays float32
         size = config["image_size"] if image_size is None else image_size
+        drawings = config["data_root"] if config.get("sample") else None
         about = introduce(checkpoint, content, size)
-        return Cutter(model, size, torch.device(name), config.get("amp", True), about)
+        return Cutter(model, size, torch.device(name), config.get("amp", True), about, drawings)
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         text = " ".join(str(error).split())[:160]  # PyTorch lists every tensor that is missing, a line each
         raise CheckpointError(f"{checkpoint} holds no model that can be used here: {text}") from None
@@ -95,6 +96,7 @@ class Cutter:
         image_size: pixels, the side of the square that photos are fitted into.
         amp: whether to compute in bfloat16 or float16 on a GPU.
         about: the model in a line, for a person.
+        drawings: the folder of those that it was trained on (`trainer.py --sample`): photos are foreign to it.
     """
 
     def __init__(
@@ -104,12 +106,13 @@ class Cutter:
         device: torch.device,
         amp: bool = True,
         about: str = "",
+        drawings: str | None = None,
     ):
         if not isinstance(image_size, int) or image_size < SMALLEST_INPUT:
             raise ValueError(f"an image size of {image_size} pixels")
         self.model = model.eval().to(device, memory_format=utils.memory_format(device))
         self.image_size, self.device = image_size, device
-        self.about = about
+        self.about, self.drawings = about, drawings
         self.amp_dtype = utils.autocast_dtype(device, amp)
         # A GPU holds one batch at a time, whichever thread brings it; on a CPU every thread computes for itself.
         self._turn = contextlib.nullcontext() if device.type == "cpu" else threading.Lock()

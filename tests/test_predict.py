@@ -478,6 +478,22 @@ def test_a_damaged_model_is_not_passed_over_for_another(tmp_path, command):
     assert "checkpoints/best_model.pth is damaged" in errors[0]
 
 
+def test_a_model_of_drawings_says_so_before_photos_and_not_before_its_drawings(tmp_path, command):
+    drawn = {"config": {"sample": True, "data_root": "data/sample"}}
+    save_model(tmp_path / "drawn.pth", 3, **drawn)
+    save_picture(tmp_path / "data" / "sample" / "val2017" / "b.png")
+    save_picture(tmp_path / "data" / "sample2" / "c.png")
+    cases = (("drawn.pth", ("data/sample2",), True), ("drawn.pth", (), True), ("box.pth", (), False))
+    for checkpoint, more, warned in cases:
+        code, lines, errors = command(*more, "--checkpoint", checkpoint)
+        assert (code, len(lines), len(errors)) == (0, 2, int(warned))
+        assert all("trained on drawings" in line for line in errors)
+    (tmp_path / "a.png").unlink()
+    (tmp_path / "a.png").symlink_to(tmp_path / "data" / "sample" / "val2017" / "b.png")  # lies there
+    assert command("data/sample", "--checkpoint", "drawn.pth")[2] == []
+    assert len(command("data/sample", "data/sample2", "--checkpoint", "drawn.pth")[2]) == 1
+
+
 # --- the user's mistakes ----------------------------------------------------------------------------------
 
 
