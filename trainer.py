@@ -29,11 +29,12 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P, or PYTHONSAFEPATH, does not look here by itself
 
 import utils
+from cutting.cutter import BOX
 from datasets import COCOPersonDataset, batches, make_loader
 from loading.sources import data_roots
 from loading.unreadable import TolerantDataset, dead_worker, name_bad_photos
 from models import ENCODERS, SMALLEST_INPUT, UNetAutoencoder
-from training import launching, pictures, report, resuming
+from training import launching, pictures, report, resuming, starting
 from training.checkpoints import RUN_JSON, RunFolder, tried
 from training.interruptions import Stopped, Watch
 from training.run import Run
@@ -79,6 +80,7 @@ class Config:
     encoder: str = "resnet34"  # one of models.ENCODERS
     pretrained: bool = True  # start the encoder from ImageNet weights, downloaded once
     encoder_weights: str = ""  # file to take those weights from instead, for a machine without network
+    start_from: str = ""  # start from all weights of a trained FILE, or of the model that comes with Silueta: box
     use_attention: bool = True  # attention gates on the skips
     # --- the training
     num_epochs: int = 100  # passes over the training photos
@@ -248,18 +250,16 @@ def find_start(
 def start_run(config: Config, processes: Processes, found: tuple[Path, dict] | None = None) -> Run:
     """The model and what trains it, from the first weights or from the checkpoint that was found."""
     torch.manual_seed(config.seed)
-    on_gpu = processes.device.type == "cuda"
-    pretrained = config.pretrained and found is None
-    weights_file = config.encoder_weights or None if pretrained else None
-    with utils.one_process_first(processes):  # one downloads, all load
-        model = UNetAutoencoder(config.encoder, pretrained, config.use_attention, weights_file)
-    model = model.to(processes.device, memory_format=utils.memory_format(processes.device))
+    model = build_model(config, processes, is_new=found is None)
     amp_dtype = utils.autocast_dtype(processes.device, config.amp, config.bfloat16_on_cpu)
-    parts = find_parts(model, config.batch_size, config.image_size, processes.device, amp_dtype) if on_gpu else 1
+    parts = 1
+    if processes.device.type == "cuda":
+        parts = find_parts(model, config.batch_size, config.image_size, processes.device, amp_dtype)
     if needs_sync_batchnorm(processes, config.batch_size // parts):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     # Fused, it skips float16's overflows on the GPU itself, where others would wait for the answer at every step.
-    groups = weight_groups(model, config.learning_rate, config.decoder_rate if config.pretrained else 1)
+    decoder_rate = config.decoder_rate if from_imagenet(config) else 1  # else all is random, or nothing
+    groups = weight_groups(model, config.learning_rate, decoder_rate)
     optimizer = Adam(groups, weight_decay=config.weight_decay, fused=True)
     scheduler = CosineAnnealingWarmRestarts(optimizer, config.restart_period or config.num_epochs, config.restart_mult)
     scaler = torch.amp.GradScaler(processes.device.type, enabled=amp_dtype == torch.float16)
@@ -273,6 +273,22 @@ def start_run(config: Config, processes: Processes, found: tuple[Path, dict] | N
     if config.compile:  # a wrapper: validation and what is saved stay those of the plain model
         run.parallel_model = torch.compile(run.parallel_model)
     return run
+
+
+def build_model(config: Config, processes: Processes, is_new: bool) -> UNetAutoencoder:
+    """The model on its device; a new run's with the weights to start from, which a resume brings along itself."""
+    pretrained = from_imagenet(config) and is_new
+    weights_file = config.encoder_weights or None if pretrained else None
+    with utils.one_process_first(processes):  # one downloads, all load
+        model = UNetAutoencoder(config.encoder, pretrained, config.use_attention, weights_file)
+    if config.start_from and is_new:
+        starting.load_weights(model, trained_file(config.start_from))
+    return model.to(processes.device, memory_format=utils.memory_format(processes.device))
+
+
+def from_imagenet(config: Config) -> bool:
+    """Whether the encoder is trained and the rest of the model random."""
+    return config.pretrained and not config.start_from
 
 
 def parallel(model: nn.Module, processes: Processes) -> nn.Module:
@@ -339,9 +355,15 @@ def parse(argv: list[str]) -> Config:
     if any(argument.split("=")[0] == "--evaluate" for argument in argv):
         raise UsageError("--evaluate is a command of its own: python evaluate.py checkpoints/best_model.pth")
     special = {"resume": {"nargs": "?", "const": resuming.NEWEST, "metavar": "FILE"}}
-    config = read_settings(argv, Config, __doc__, {"sample": SAMPLE}, special)
+    presets = {"sample": lambda _: SAMPLE, "start_from": lambda name: starting.settings_of(trained_file(name))}
+    config = read_settings(argv, Config, __doc__, presets, special)
     check(config)
     return config
+
+
+def trained_file(name: str) -> Path:
+    """What --start-from names."""
+    return BOX if name == "box" else Path(name)
 
 
 def check(config: Config) -> None:
@@ -354,6 +376,8 @@ def check(config: Config) -> None:
         raise UsageError(f"--encoder {config.encoder} is not known: there are {', '.join(ENCODERS)}")
     if config.encoder_weights and not config.pretrained:
         raise UsageError("--encoder-weights needs --pretrained, which --no-pretrained or --sample has turned off")
+    if config.encoder_weights and config.start_from:
+        raise UsageError("--encoder-weights and --start-from both name the weights to start from: choose one")
     if config.batch_size == 1 and config.image_size == SMALLEST_INPUT:
         raise UsageError(f"--batch-size 1 at --image-size {SMALLEST_INPUT} leaves BatchNorm a single value: "
                          "make one of them larger")  # fmt: skip

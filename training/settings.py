@@ -12,6 +12,7 @@ import io
 import os
 import textwrap
 import tokenize
+from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
 from utils import UserError
@@ -55,15 +56,16 @@ def resembling(name: str, flags: list[str]) -> str:
 
 
 def read_settings(
-    argv: list[str], settings: type[Settings], description: str, presets: dict[str, dict], special: dict[str, dict]
-) -> Settings:
+    argv: list[str], settings: type[Settings], description: str,
+    presets: dict[str, Callable[[object], dict]], special: dict[str, dict],
+) -> Settings:  # fmt: skip
     """The settings: the defaults, a preset's over them, the flags over both.
 
     Args:
         argv: the arguments, without the program's name.
         settings: a dataclass of bool, int, float and str fields; `# --- title` above a field begins a group of --help.
         description: of the program, in its first line.
-        presets: by the field that turns each on.
+        presets: by the field that turns each on; each makes its settings of that field's value.
         special: more of argparse's options, by field.
 
     Raises:
@@ -79,8 +81,8 @@ def read_settings(
     argv = [dashed(argument) for argument in argv]
     given = parser.parse_args(argv)
     for name, preset in presets.items():
-        if getattr(given, name):
-            parser.set_defaults(**preset)
+        if value := getattr(given, name):
+            parser.set_defaults(**preset(value))
     return settings(**vars(parser.parse_args(argv)))
 
 
