@@ -1,0 +1,89 @@
+"""The comparison of the recipe's variants: the figures of its table by hand, and that each variant trains."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from test_trainer import ALONE
+
+import trainer
+from tools.bench import ablation, variants
+from training.settings import UsageError
+
+
+def runs(*scores: list[float]) -> list[dict]:
+    return [{"sets": {"coco:val": {"iou": one, "boundary_iou": one}}, "seconds": 60.0} for one in scores]
+
+
+def test_a_row_is_compared_photo_by_photo_and_seed_by_seed():
+    base, row = runs([0.2, 0.4, 0.6], [0.4, 0.4, 0.4]), runs([0.3, 0.5, 0.7], [0.4, 0.5, 0.6])
+    assert ablation.compared(base, base, "coco:val", "iou", True) == "0.400 (0.400 to 0.400)"
+    # By photo the differences are 0.05, 0.1 and 0.15: standard deviation 0.05, over the root of three 0.029.
+    assert ablation.compared(row, base, "coco:val", "iou", False) == "0.500, +0.100 ± 0.029 (+0.100 to +0.100)"
+    table = ablation.table({"base": base, "dice_2": row}, "base").splitlines()
+    assert table[0].count("|") == table[2].count("|") == table[3].count("|")
+    assert table[3].startswith("| dice_2 | dice_weight 2 | 0.500, +0.100")
+
+
+@pytest.mark.parametrize("wrong", [[], [0], [3], [0, 3], [0, 1, 2, 3, 4, 5]])
+def test_the_lovasz_hinge_of_clear_answers_is_twice_one_minus_iou(wrong):
+    truth = torch.tensor([[1, 1, 1, 0, 0, 0]])
+    found = truth.clone()
+    found[0, wrong] = 1 - found[0, wrong]
+    union = int((truth | found).sum())
+    expected = 2 * (1 - int((truth & found).sum()) / union)
+    assert variants.lovasz_hinge(2.0 * found - 1, truth.float()).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", [name for name in ablation.ROWS if not name.startswith("smp")])
+def test_each_row_trains(name, coco_root, tmp_path):
+    options = ablation.parse([name, "--data-root", str(coco_root), "--measure", f"{coco_root}:val2017",
+                              "--image-size", "32", "--epochs", "20", "--folder", str(tmp_path), "--one", "0"])
+    config = ablation.config_of(ablation.ROWS[name], options)
+    config.bfloat16_on_cpu = False  # not every machine has it
+    with ablation.ROWS[name].patched(config):
+        run = trainer.start_run(config, ALONE)
+        raw = run.model(torch.rand(2, 3, 32, 32))
+        loss, _ = run.criterion(raw, (torch.rand(2, 4, 32, 32) > 0.5).float())
+        loss.backward()
+        run.optimizer.step()
+    assert torch.isfinite(loss)
+    assert any(parameter.grad is not None for parameter in run.model.decoder.parameters())
+
+
+@pytest.mark.parametrize("name", ["zoom", "to_persons", "no_rotation"])
+def test_the_augmentations_of_a_row_are_other_samples(name, coco_root):
+    before = augmented(coco_root)
+    with ablation.ROWS[name].patched(trainer.Config()):
+        after = augmented(coco_root)
+    assert before.shape == after.shape
+    assert not torch.equal(before, after)
+
+
+def augmented(root) -> torch.Tensor:
+    """The ten photos, each as it is in another epoch."""
+    dataset, samples = trainer.COCOPersonDataset(root, "train2017", 64, augment=True), []
+    for index in range(len(dataset)):
+        dataset.set_epoch(index)
+        samples.append(dataset[index])
+    return torch.stack(samples)
+
+
+def test_a_run_is_measured_on_every_set_and_kept(coco_root, tmp_path, monkeypatch):
+    monkeypatch.setattr(ablation.trainer.utils, "cpu_has_bfloat16", lambda: False)
+    monkeypatch.setitem(ablation.ROWS, "base", ablation.Row("", {"bfloat16_on_cpu": False, "cache": False}))
+    options = ablation.parse(["base", "--data-root", str(coco_root), "--measure",
+                              f"{coco_root}:val2017,{coco_root}:train2017", "--image-size", "32", "--epochs", "1",
+                              "--folder", str(tmp_path), "--one", "7", "--workers", "0"])  # fmt: skip
+    ablation.run_one("base", options)
+    found = json.loads((tmp_path / "base_32_1_7.json").read_text())
+    assert [len(scores["iou"]) for scores in found["sets"].values()] == [5, 10]
+    assert np.isfinite([found["seconds"]]).all()
+
+
+def test_an_unknown_row_is_refused_with_those_that_there_are():
+    with pytest.raises(UsageError, match="no row dicee: there are base, rate_1"):
+        ablation.parse(["dicee"])

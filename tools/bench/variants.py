@@ -1,0 +1,258 @@
+"""The variants of the recipe that `ablation.py` compares, each a patch of the program while it trains.
+
+What won is in the program itself; what lost is here, so that anyone can see it lose again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from unittest.mock import patch
+
+import albumentations as A
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import models
+import trainer
+from loading import augmentation
+from models import AttentionGate, UNetAutoencoder
+from trainer import Config
+from utils import LossCalculator
+
+Patched = AbstractContextManager
+PERSON_SHARE = 0.11  # of COCO's pixels, over the photos with persons
+
+
+def model_of(kind: type[nn.Module] | Callable[..., nn.Module]) -> Patched:
+    return patch.object(trainer, "UNetAutoencoder", kind)
+
+
+def loss_of(kind: type[LossCalculator] | Callable[..., LossCalculator]) -> Patched:
+    return patch.object(trainer, "LossCalculator", kind)
+
+
+# --- the schedule -----------------------------------------------------------------------------------------
+
+
+def warm_up(_config: Config, steps: int = 200) -> Patched:
+    class WarmedUp(trainer.CosineAnnealingWarmRestarts):
+        taken = 0
+
+        def step(self, epoch: float | None = None) -> None:
+            super().step(epoch)
+            self.taken += 1
+            for group in self.optimizer.param_groups:
+                group["lr"] *= min(1, self.taken / steps)
+
+    return patch.object(trainer, "CosineAnnealingWarmRestarts", WarmedUp)
+
+
+# --- starting values --------------------------------------------------------------------------------------
+
+
+def start_bias(_config: Config) -> Patched:
+    def made(*args: object) -> UNetAutoencoder:
+        model = UNetAutoencoder(*args)
+        with torch.no_grad():
+            model.decoder.head.conv.bias[-4:] = math.log(PERSON_SHARE / (1 - PERSON_SHARE))
+        return model
+
+    return model_of(made)
+
+
+def start_gates(_config: Config) -> Patched:
+    def made(*args: object) -> UNetAutoencoder:
+        model = UNetAutoencoder(*args)
+        for gate in model.modules():
+            if isinstance(gate, AttentionGate):
+                nn.init.constant_(gate.psi.bias, 3)
+        return model
+
+    return model_of(made)
+
+
+def fixed_batchnorm(_config: Config) -> Patched:
+    class Fixed(UNetAutoencoder):
+        def train(self, mode: bool = True) -> UNetAutoencoder:
+            super().train(mode)
+            self.encoder.eval()
+            return self
+
+    return model_of(Fixed)
+
+
+# --- the loss ---------------------------------------------------------------------------------------------
+
+
+class WithExtra(LossCalculator):
+    """The loss and one more term, which is not told apart in the figures."""
+
+    def extra(self, raw: Tensor, mask: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, raw: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, terms = super().forward(raw, target)
+        return loss + self.extra(raw[:, 3].float(), target[:, 3]), terms
+
+
+def lovasz(config: Config) -> Patched:
+    class Lovasz(WithExtra):
+        """The Lovasz hinge, an image at a time (Berman et al. 2018, algorithm 1)."""
+
+        seen = 0
+
+        def extra(self, raw: Tensor, mask: Tensor) -> Tensor:
+            self.seen += len(raw)
+            photos = config.num_epochs * PHOTOS[config.train_split]
+            return raw.sum() * 0 if self.seen < photos * 2 / 3 else lovasz_hinge(raw, mask)
+
+    return loss_of(Lovasz)
+
+
+PHOTOS = {"train2017": 252}  # to train on, so that a loss knows the last third of a run
+
+
+def lovasz_hinge(raw: Tensor, mask: Tensor) -> Tensor:
+    raw, mask = raw.flatten(1), mask.flatten(1)
+    errors, order = (1 - raw * (2 * mask - 1)).sort(dim=1, descending=True)
+    truth = mask.gather(1, order)
+    missed = truth.sum(1, keepdim=True) - truth.cumsum(1)
+    jaccard = 1 - missed / (truth.sum(1, keepdim=True) + (1 - truth).cumsum(1))
+    steps = torch.cat([jaccard[:, :1], jaccard[:, 1:] - jaccard[:, :-1]], dim=1)
+    return (F.relu(errors) * steps).sum(1).mean()
+
+
+def jaccard(_config: Config) -> Patched:
+    class Jaccard(LossCalculator):
+        def forward(self, raw: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            loss, terms = super().forward(raw, target)
+            dice = 1 - trainer.utils.soft_dice_loss(torch.sigmoid(raw[:, 3].float()), target[:, 3])
+            return loss + self.weights["dice"] * (dice - dice / (2 - dice)), terms
+
+    return loss_of(Jaccard)
+
+
+def contour(_config: Config) -> Patched:
+    class Contour(WithExtra):
+        def extra(self, raw: Tensor, mask: Tensor) -> Tensor:
+            inside, outside = mask[:, None], 1 - mask[:, None]
+            near = (F.max_pool2d(inside, 7, 1, 3) * F.max_pool2d(outside, 7, 1, 3))[:, 0]
+            return (3 * near * F.binary_cross_entropy_with_logits(raw, mask, reduction="none")).mean()
+
+    return loss_of(Contour)
+
+
+@contextlib.contextmanager
+def deep_supervision(_config: Config) -> Iterator[None]:
+    sides: list[Tensor] = []
+
+    class Deep(UNetAutoencoder):
+        def __init__(self, *args: object):
+            super().__init__(*args)
+            self.side_heads = nn.ModuleList(nn.Conv2d(width, 1, 1) for width in models.DECODER_WIDTHS[:3])
+            for block, head in zip(self.decoder.blocks, self.side_heads, strict=False):
+                block.register_forward_hook(lambda _block, _input, output, head=head: sides.append(head(output)))
+
+        def forward(self, images: Tensor) -> Tensor:
+            sides.clear()
+            return super().forward(images)
+
+    class Supervised(WithExtra):
+        def extra(self, _raw: Tensor, mask: Tensor) -> Tensor:
+            small = [F.adaptive_avg_pool2d(mask[:, None], side.shape[-2:]) for side in sides]
+            pairs = zip(sides, small, strict=True)
+            return 0.3 * sum(F.binary_cross_entropy_with_logits(side.float(), truth) for side, truth in pairs)
+
+    with model_of(Deep), loss_of(Supervised):
+        yield
+
+
+# --- the augmentations ------------------------------------------------------------------------------------
+
+
+def list_with(change: Callable[[list], list]) -> Patched:
+    changed = change(augmentation.augmentations())
+    return patch.object(augmentation, "augmentations", lambda: changed)
+
+
+def zoom(_config: Config) -> Patched:
+    closer = augmentation.ShiftScaleRotate(shift_limit=0.2, scale_limit=(-0.2, 1.0), rotate_limit=15, p=0.8)
+    return list_with(lambda found: [closer if isinstance(one, A.ShiftScaleRotate) else one for one in found])
+
+
+def no_rotation(_config: Config) -> Patched:
+    return list_with(lambda found: [one for one in found if not isinstance(one, A.RandomRotate90)])
+
+
+def to_persons(_config: Config) -> Patched:
+    before = augmentation.Augmenter.__call__
+
+    def closer(
+        self: augmentation.Augmenter, photo: np.ndarray, mask: np.ndarray, seed: list[int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        dice, inside = np.random.default_rng(seed), np.flatnonzero(mask > 127)
+        if len(inside) and dice.random() < 0.5:
+            times, size = dice.uniform(1, 2.5), len(mask)
+            y, x = divmod(int(dice.choice(inside)), size)
+            left, top = (int(np.clip(c - dice.random() * size / times, 0, size - size / times)) for c in (x, y))
+            side = int(size / times)
+            part = np.s_[top : top + side, left : left + side]
+            photo, mask = (cv2.resize(image[part], (size, size)) for image in (photo, mask))
+        return before(self, photo, mask, seed)
+
+    return patch.object(augmentation.Augmenter, "__call__", closer)
+
+
+# --- the model --------------------------------------------------------------------------------------------
+
+
+def context(_config: Config) -> Patched:
+    class Gated(UNetAutoencoder):
+        """What the whole photo shows weighs the deepest channels (Howard et al. 2019, LR-ASPP)."""
+
+        def __init__(self, *args: object):
+            super().__init__(*args)
+            deepest = self.encoder.channels[-1]
+            self.decoder.weigh = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(deepest, deepest, 1), nn.Sigmoid())
+            nn.init.constant_(self.decoder.weigh[1].bias, 2)
+            self.decoder.register_forward_pre_hook(
+                lambda decoder, args: ([*args[0][:-1], args[0][-1] * decoder.weigh(args[0][-1])],)
+            )
+
+    return model_of(Gated)
+
+
+def light(_config: Config) -> Patched:
+    return patch.object(models, "DECODER_WIDTHS", tuple(width // 2 for width in models.DECODER_WIDTHS))
+
+
+def margin(_config: Config, pixels: int = 16) -> Patched:
+    class Wider(UNetAutoencoder):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(F.pad(images, (pixels,) * 4, mode="replicate"))[..., pixels:-pixels, pixels:-pixels]
+
+    return model_of(Wider)
+
+
+def replicate(_config: Config) -> Patched:
+    def made(*args: object) -> UNetAutoencoder:
+        model = UNetAutoencoder(*args)
+        for layer in model.decoder.modules():
+            if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3):
+                layer.padding_mode = "replicate"
+                layer._reversed_padding_repeated_twice = [1, 1, 1, 1]
+        return model
+
+    return model_of(made)
+
+
+def smp(_config: Config) -> Patched:
+    from tools.bench.step import SmpUNet  # needs segmentation_models_pytorch
+
+    return model_of(SmpUNet)
