@@ -1,0 +1,67 @@
+"""Makes the model that comes with the program of a trained one: half as large, with nothing of the machine in it.
+
+    python tools/make_box.py checkpoints/best_model.pth
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it is in tools/ that Python looks
+
+from cutting.cutter import BOX
+from training.checkpoints import save
+from training.settings import OneLineParser
+from training.starting import OF_THE_MODEL
+from utils import UserError, read_checkpoint
+
+LARGEST = 8_000_000  # bytes: it is in every clone
+
+
+def halved(value: Tensor) -> Tensor:
+    """float16, which `predict.load` turns back; whole numbers as they are."""
+    return value.half() if value.is_floating_point() else value
+
+
+def make_box(content: dict) -> dict:
+    """What a checkpoint holds, as the model that comes with the program: weights, their settings, what they are worth.
+
+    Raises:
+        UserError: a weight is too large for float16.
+    """
+    model = {name: halved(value) for name, value in content["model"].items()}
+    if too_large := [name for name, value in model.items() if not torch.isfinite(value).all()]:
+        raise UserError(f"{too_large[0]} holds values that float16 has not")
+    config = {name: content["config"][name] for name in OF_THE_MODEL}
+    return {"epoch": content["epoch"], "config": config, "model": model, "metrics": content.get("metrics")}
+
+
+def main(options: argparse.Namespace) -> None:
+    box = make_box(read_checkpoint(options.checkpoint))
+    size = sum(value.nbytes for value in box["model"].values())
+    if size > LARGEST:
+        raise UserError(f"its weights take {size / 1e6:.1f} MB, more than {LARGEST / 1e6:.0f}: take a smaller encoder")
+    save(box, options.output)
+    print(f"{options.output}: {options.output.stat().st_size / 1e6:.1f} MB")
+
+
+def run_command(argv: list[str]) -> int:
+    """The whole program. Returns its exit code: 0, or 2 for a user's mistake."""
+    parser = OneLineParser("make_box.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("checkpoint", type=Path, help="the trained model")
+    parser.add_argument("--output", type=Path, default=BOX, help="the file to make (%(default)s)")
+    try:
+        main(parser.parse_args(argv[1:]))
+    except UserError as error:
+        print(f"make_box.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(sys.argv))
