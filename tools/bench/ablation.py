@@ -3,8 +3,8 @@
     python tools/bench/ablation.py base rate_30 dice_3 --data-root data/coco --encoder-weights mobilenet_v2.pth
     python tools/bench/ablation.py --list
 
-Each row changes one thing of the base. A run is the trainer itself; what was measured is kept in --folder and not
-measured again. The last model counts, not the best: no photo that is measured has chosen it.
+Each row changes one thing of the base, dice_2+start_gates two. A run is the trainer itself; what was measured is kept
+in --folder and not measured again. The last model counts, not the best: no photo that is measured has chosen it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -56,6 +57,7 @@ ROWS = {
     "rate_3": Row("the decoder learns 3 times as fast", {"decoder_rate": 3.0}),
     "rate_30": Row("30 times as fast", {"decoder_rate": 30.0}),
     "high_1": Row("one rate for all, 1e-3", {"learning_rate": 1e-3, "decoder_rate": 1.0}),
+    "encoder_3": Row("3e-4 for the encoder, 1e-3 for the decoder", {"learning_rate": 3e-4, "decoder_rate": 10 / 3}),
     "warm_up": Row("the rates rise over the first 200 steps", patched=variants.warm_up),
     "no_average": Row("the last weights themselves", {"average_decay": 0.0}),
     "average_99": Row("average_decay 0.99", {"average_decay": 0.99}),
@@ -65,6 +67,7 @@ ROWS = {
     "start_bias": Row("alpha's bias starts at a share of 11 %", patched=variants.start_bias),
     "start_gates": Row("attention gates start open (0.95)", patched=variants.start_gates),
     "fixed_batchnorm": Row("the encoder's BatchNorm uses its stored averages", patched=variants.fixed_batchnorm),
+    "batch_16": Row("batches of 16", {"batch_size": 16}),
     "dice_2": Row("dice_weight 2", {"dice_weight": 2.0}),
     "dice_3": Row("dice_weight 3", {"dice_weight": 3.0}),
     "lovasz": Row("Lovasz hinge added in the last third", patched=variants.lovasz),
@@ -101,13 +104,16 @@ def measured(name: str, seed: int, options: argparse.Namespace) -> dict:
 
 def run_one(name: str, options: argparse.Namespace) -> None:
     """Trains, measures each set, and writes what came out to the row's file."""
-    config, row = config_of(ROWS[name], options), ROWS[name]
+    rows = rows_of(name)
+    config = config_of(rows, options)
     kept: list[trainer.Run] = []
     with (
         patch.object(trainer, "validate", lambda run, *_: Tally(run.criterion, run.device).compute()),
         patch.object(trainer, "finish", lambda run, _folder: kept.append(run)),
-        row.patched(config),
+        contextlib.ExitStack() as changed,
     ):
+        for row in rows:
+            changed.enter_context(row.patched(config))
         start = time.perf_counter()
         trainer.main(config)
         seconds = time.perf_counter() - start
@@ -118,9 +124,14 @@ def run_one(name: str, options: argparse.Namespace) -> None:
         file.write(json.dumps(result).encode())
 
 
-def config_of(row: Row, options: argparse.Namespace) -> trainer.Config:
-    """The base's settings, and the row's over them."""
-    epochs = max(1, round(options.epochs * row.epochs))
+def rows_of(name: str) -> list[Row]:
+    """The rows of a name: several changes at once are dice_2+start_gates."""
+    return [ROWS[part] for part in name.split("+")]
+
+
+def config_of(rows: list[Row], options: argparse.Namespace) -> trainer.Config:
+    """The base's settings, and those of the rows over them."""
+    epochs = max(1, round(options.epochs * math.prod(row.epochs for row in rows)))
     base = trainer.Config(
         data_root=options.data_root, train_split=options.train_split, val_split=options.sets[0][1],
         image_size=options.image_size, batch_size=8, num_workers=options.workers, cache=True, device="cpu",
@@ -128,7 +139,7 @@ def config_of(row: Row, options: argparse.Namespace) -> trainer.Config:
         num_epochs=epochs, bfloat16_on_cpu=True, seed=options.one, keep_checkpoints=1, checkpoint_minutes=5,
         checkpoint_dir=str(Path(options.folder, "run")), restart_period=epochs, average_decay=0.999, decoder_rate=10.0,
     )  # fmt: skip
-    changes = dict(row.settings)
+    changes = {name: value for row in rows for name, value in row.settings.items()}
     if "restart_period" in changes:  # as a share of the run
         changes["restart_period"] = round(epochs * changes["restart_period"])
     return dataclasses.replace(base, **changes, checkpoint_dir=f"{base.checkpoint_dir}_{os.getpid()}")
@@ -152,7 +163,8 @@ def table(found: dict[str, list[dict]], reference: str) -> str:
         others, is_reference = found[reference], name == reference
         cells = [compared(runs, others, part, metric, is_reference) for part in sets for metric in METRICS]
         minutes = f"{np.mean([run['seconds'] for run in runs]) / 60:.1f}"
-        lines.append("| " + " | ".join([name, ROWS[name].what, *cells, minutes]) + " |")
+        what = "; ".join(row.what for row in rows_of(name))
+        lines.append("| " + " | ".join([name, what, *cells, minutes]) + " |")
     return "\n".join(lines)
 
 
@@ -190,7 +202,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     options.passed_on = [argument for argument in argv if argument not in options.rows]
     options.sets = [tuple(part.rsplit(":", 1)) for part in options.measure.split(",")]
-    if unknown := [name for name in options.rows if name not in ROWS]:
+    if unknown := [part for name in options.rows for part in name.split("+") if part not in ROWS]:
         raise UsageError(f"there is no row {unknown[0]}: there are {', '.join(ROWS)}")
     return options
 

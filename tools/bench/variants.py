@@ -29,8 +29,16 @@ Patched = AbstractContextManager
 PERSON_SHARE = 0.11  # of COCO's pixels, over the photos with persons
 
 
-def model_of(kind: type[nn.Module] | Callable[..., nn.Module]) -> Patched:
-    return patch.object(trainer, "UNetAutoencoder", kind)
+def model_with(change: Callable[[UNetAutoencoder], object]) -> Patched:
+    """The model is changed when it is made; by hooks, which go along when it is copied for the average."""
+    before = trainer.UNetAutoencoder  # that of another variant, maybe
+
+    def made(*args: object) -> UNetAutoencoder:
+        model = before(*args)
+        change(model)
+        return model
+
+    return patch.object(trainer, "UNetAutoencoder", made)
 
 
 def loss_of(kind: type[LossCalculator] | Callable[..., LossCalculator]) -> Patched:
@@ -57,34 +65,27 @@ def warm_up(_config: Config, steps: int = 200) -> Patched:
 
 
 def start_bias(_config: Config) -> Patched:
-    def made(*args: object) -> UNetAutoencoder:
-        model = UNetAutoencoder(*args)
+    def change(model: UNetAutoencoder) -> None:
         with torch.no_grad():
             model.decoder.head.conv.bias[-4:] = math.log(PERSON_SHARE / (1 - PERSON_SHARE))
-        return model
 
-    return model_of(made)
+    return model_with(change)
 
 
 def start_gates(_config: Config) -> Patched:
-    def made(*args: object) -> UNetAutoencoder:
-        model = UNetAutoencoder(*args)
+    def change(model: UNetAutoencoder) -> None:
         for gate in model.modules():
             if isinstance(gate, AttentionGate):
                 nn.init.constant_(gate.psi.bias, 3)
-        return model
 
-    return model_of(made)
+    return model_with(change)
 
 
 def fixed_batchnorm(_config: Config) -> Patched:
-    class Fixed(UNetAutoencoder):
-        def train(self, mode: bool = True) -> UNetAutoencoder:
-            super().train(mode)
-            self.encoder.eval()
-            return self
+    def fixed(encoder: nn.Module, _args: tuple) -> None:
+        encoder.eval()
 
-    return model_of(Fixed)
+    return model_with(lambda model: model.encoder.register_forward_pre_hook(fixed))
 
 
 # --- the loss ---------------------------------------------------------------------------------------------
@@ -152,16 +153,11 @@ def contour(_config: Config) -> Patched:
 def deep_supervision(_config: Config) -> Iterator[None]:
     sides: list[Tensor] = []
 
-    class Deep(UNetAutoencoder):
-        def __init__(self, *args: object):
-            super().__init__(*args)
-            self.side_heads = nn.ModuleList(nn.Conv2d(width, 1, 1) for width in models.DECODER_WIDTHS[:3])
-            for block, head in zip(self.decoder.blocks, self.side_heads, strict=False):
-                block.register_forward_hook(lambda _block, _input, output, head=head: sides.append(head(output)))
-
-        def forward(self, images: Tensor) -> Tensor:
-            sides.clear()
-            return super().forward(images)
+    def change(model: UNetAutoencoder) -> None:
+        model.side_heads = nn.ModuleList(nn.Conv2d(width, 1, 1) for width in models.DECODER_WIDTHS[:3])
+        model.register_forward_pre_hook(lambda *_: sides.clear())
+        for block, head in zip(model.decoder.blocks, model.side_heads, strict=False):
+            block.register_forward_hook(lambda _block, _input, output, head=head: sides.append(head(output)))
 
     class Supervised(WithExtra):
         def extra(self, _raw: Tensor, mask: Tensor) -> Tensor:
@@ -169,7 +165,7 @@ def deep_supervision(_config: Config) -> Iterator[None]:
             pairs = zip(sides, small, strict=True)
             return 0.3 * sum(F.binary_cross_entropy_with_logits(side.float(), truth) for side, truth in pairs)
 
-    with model_of(Deep), loss_of(Supervised):
+    with model_with(change), loss_of(Supervised):
         yield
 
 
@@ -213,19 +209,19 @@ def to_persons(_config: Config) -> Patched:
 
 
 def context(_config: Config) -> Patched:
-    class Gated(UNetAutoencoder):
-        """What the whole photo shows weighs the deepest channels (Howard et al. 2019, LR-ASPP)."""
+    """What the whole photo shows weighs the deepest channels (Howard et al. 2019, LR-ASPP)."""
 
-        def __init__(self, *args: object):
-            super().__init__(*args)
-            deepest = self.encoder.channels[-1]
-            self.decoder.weigh = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(deepest, deepest, 1), nn.Sigmoid())
-            nn.init.constant_(self.decoder.weigh[1].bias, 2)
-            self.decoder.register_forward_pre_hook(
-                lambda decoder, args: ([*args[0][:-1], args[0][-1] * decoder.weigh(args[0][-1])],)
-            )
+    def weighed(decoder: nn.Module, args: tuple) -> tuple:
+        *skips, deepest = args[0]
+        return ([*skips, deepest * decoder.weigh(deepest)],)
 
-    return model_of(Gated)
+    def change(model: UNetAutoencoder) -> None:
+        width = model.encoder.channels[-1]
+        model.decoder.weigh = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(width, width, 1), nn.Sigmoid())
+        nn.init.constant_(model.decoder.weigh[1].bias, 2)
+        model.decoder.register_forward_pre_hook(weighed)
+
+    return model_with(change)
 
 
 def light(_config: Config) -> Patched:
@@ -233,26 +229,24 @@ def light(_config: Config) -> Patched:
 
 
 def margin(_config: Config, pixels: int = 16) -> Patched:
-    class Wider(UNetAutoencoder):
-        def forward(self, images: Tensor) -> Tensor:
-            return super().forward(F.pad(images, (pixels,) * 4, mode="replicate"))[..., pixels:-pixels, pixels:-pixels]
+    def change(model: UNetAutoencoder) -> None:
+        model.register_forward_pre_hook(lambda _, args: (F.pad(args[0], (pixels,) * 4, mode="replicate"),))
+        model.register_forward_hook(lambda *passed: passed[-1][..., pixels:-pixels, pixels:-pixels])
 
-    return model_of(Wider)
+    return model_with(change)
 
 
 def replicate(_config: Config) -> Patched:
-    def made(*args: object) -> UNetAutoencoder:
-        model = UNetAutoencoder(*args)
+    def change(model: UNetAutoencoder) -> None:
         for layer in model.decoder.modules():
             if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3):
                 layer.padding_mode = "replicate"
                 layer._reversed_padding_repeated_twice = [1, 1, 1, 1]
-        return model
 
-    return model_of(made)
+    return model_with(change)
 
 
 def smp(_config: Config) -> Patched:
     from tools.bench.step import SmpUNet  # needs segmentation_models_pytorch
 
-    return model_of(SmpUNet)
+    return patch.object(trainer, "UNetAutoencoder", SmpUNet)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import numpy as np
@@ -42,7 +43,7 @@ def test_the_lovasz_hinge_of_clear_answers_is_twice_one_minus_iou(wrong):
 def test_each_row_trains(name, coco_root, tmp_path):
     options = ablation.parse([name, "--data-root", str(coco_root), "--measure", f"{coco_root}:val2017",
                               "--image-size", "32", "--epochs", "20", "--folder", str(tmp_path), "--one", "0"])
-    config = ablation.config_of(ablation.ROWS[name], options)
+    config = ablation.config_of(ablation.rows_of(name), options)
     config.bfloat16_on_cpu = False  # not every machine has it
     with ablation.ROWS[name].patched(config):
         run = trainer.start_run(config, ALONE)
@@ -52,6 +53,7 @@ def test_each_row_trains(name, coco_root, tmp_path):
         run.optimizer.step()
     assert torch.isfinite(loss)
     assert any(parameter.grad is not None for parameter in run.model.decoder.parameters())
+    assert run.evaluated.eval()(torch.rand(2, 3, 32, 32)).shape == (2, 4, 32, 32)
 
 
 @pytest.mark.parametrize("name", ["zoom", "to_persons", "no_rotation"])
@@ -82,6 +84,24 @@ def test_a_run_is_measured_on_every_set_and_kept(coco_root, tmp_path, monkeypatc
     found = json.loads((tmp_path / "base_32_1_7.json").read_text())
     assert [len(scores["iou"]) for scores in found["sets"].values()] == [5, 10]
     assert np.isfinite([found["seconds"]]).all()
+
+
+def test_several_changes_at_once(coco_root):
+    options = ablation.parse(["fixed_batchnorm+start_gates+dice_2", "--data-root", str(coco_root), "--one", "0"])
+    rows = ablation.rows_of(options.rows[0])
+    config = ablation.config_of(rows, options)
+    assert config.dice_weight == 2
+    with contextlib.ExitStack() as stack:
+        for row in rows:
+            stack.enter_context(row.patched(config))
+        model = trainer.UNetAutoencoder("resnet18", False)
+    assert {block.gate.psi.bias.item() for block in model.decoder.blocks if block.gate} == {3.0}
+    model.train()
+    before = model.encoder.stages[0][1].running_mean.clone()
+    model(torch.rand(2, 3, 32, 32))
+    assert torch.equal(before, model.encoder.stages[0][1].running_mean)
+    assert not model.encoder.training
+    assert model.decoder.training
 
 
 def test_an_unknown_row_is_refused_with_those_that_there_are():
