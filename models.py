@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from pathlib import Path
 
@@ -29,6 +30,8 @@ ENCODERS = (*RESNETS, *FEATURE_CUTS)
 DECODER_WIDTHS = (256, 128, 64, 32)  # channels of the decoder at strides 16, 8, 4, 2
 CLASSIFIERS = ("classifier.", "fc.")  # the keys of torchvision's heads
 SMALLEST_INPUT = 32  # pixels: the encoder halves five times
+PERSON_SHARE = 0.11  # of the pixels of COCO's photos with persons: alpha's probability before anything is learnt
+OPEN = 3.0  # logit of an attention gate's weights, 0.95, before it has learnt what to hold back
 
 
 class WeightsError(UserError):
@@ -270,6 +273,7 @@ class AttentionGate(nn.Module):
         self.theta = nn.Conv2d(skip, inner, 2, stride=2, bias=False)
         self.phi = nn.Conv2d(gating, inner, 1)
         self.psi = nn.Conv2d(inner, 1, 1)
+        nn.init.constant_(self.psi.bias, OPEN)  # by PyTorch's own values each skip would begin at half its strength
 
     def forward(self, skip: Tensor, gating: Tensor) -> Tensor:
         """(N, skip, 2H, 2W) and (N, gating, H, W) to the skip, weighted."""
@@ -288,6 +292,7 @@ class PixelShuffleHead(nn.Module):
         with torch.no_grad():  # the four pixels of a cell start alike (Aitken et al. 2017): no checkerboard
             self.conv.weight.copy_(self.conv.weight[::4].repeat_interleave(4, dim=0))
             self.conv.weight[: 4 * (out_channels - 1)] = 0  # colours start as the photo's own
+            self.conv.bias[-4:] = math.log(PERSON_SHARE / (1 - PERSON_SHARE))
 
     def forward(self, features: Tensor) -> Tensor:
         """(N, width, H, W) to (N, out_channels, 2H, 2W)."""

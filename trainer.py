@@ -40,6 +40,7 @@ from training.interruptions import Stopped, Watch
 from training.run import Run
 from training.settings import UsageError, flag, read_settings
 from training.step import (
+    SMALL_BATCH,
     Tally,
     autocast,
     find_parts,
@@ -257,16 +258,15 @@ def start_run(config: Config, processes: Processes, found: tuple[Path, dict] | N
         parts = find_parts(model, config.batch_size, config.image_size, processes.device, amp_dtype)
     if needs_sync_batchnorm(processes, config.batch_size // parts):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    # Fused, it skips float16's overflows on the GPU itself, where others would wait for the answer at every step.
-    decoder_rate = config.decoder_rate if from_imagenet(config) else 1  # else all is random, or nothing
-    groups = weight_groups(model, config.learning_rate, decoder_rate)
-    optimizer = Adam(groups, weight_decay=config.weight_decay, fused=True)
+    optimizer = build_optimizer(model, config)
     scheduler = CosineAnnealingWarmRestarts(optimizer, config.restart_period or config.num_epochs, config.restart_mult)
     scaler = torch.amp.GradScaler(processes.device.type, enabled=amp_dtype == torch.float16)
     criterion = LossCalculator(config.colour_weight, config.bce_weight, config.dice_weight)
     average = WeightAverage(model, config.average_decay) if config.average_decay else None
+    keeps_statistics = bool(config.pretrained or config.start_from) and config.batch_size // parts < SMALL_BATCH
     run = Run(processes, dataclasses.asdict(config), model, model, criterion, optimizer, scaler=scaler,
-              scheduler=scheduler, average=average, amp_dtype=amp_dtype, parts=parts)  # fmt: skip
+              scheduler=scheduler, average=average, amp_dtype=amp_dtype, parts=parts,
+              keeps_statistics=keeps_statistics)  # fmt: skip
     if found:
         run.restore(*found)
     run.parallel_model = parallel(model, processes)
@@ -284,6 +284,13 @@ def build_model(config: Config, processes: Processes, is_new: bool) -> UNetAutoe
     if config.start_from and is_new:
         starting.load_weights(model, trained_file(config.start_from))
     return model.to(processes.device, memory_format=utils.memory_format(processes.device))
+
+
+def build_optimizer(model: UNetAutoencoder, config: Config) -> Adam:
+    decoder_rate = config.decoder_rate if from_imagenet(config) else 1  # else all is random, or nothing
+    groups = weight_groups(model, config.learning_rate, decoder_rate)
+    # Fused, it skips float16's overflows on the GPU itself, where others would wait for the answer at every step.
+    return Adam(groups, weight_decay=config.weight_decay, fused=True)
 
 
 def from_imagenet(config: Config) -> bool:

@@ -346,3 +346,13 @@ def test_a_damaged_file_in_the_cache_is_named(serve):
     cached.write_bytes(b"cut")
     with pytest.raises(WeightsError, match=str(cached)):
         UNetAutoencoder("mobilenet_v2")
+
+
+def test_a_new_model_starts_at_the_share_of_person_pixels_with_open_gates():
+    torch.manual_seed(0)
+    model = UNetAutoencoder("resnet18", pretrained=False).eval()
+    alpha = model.predict(torch.rand(2, 3, 64, 64))[:, 3]
+    assert 0.05 < alpha.median() < 0.2
+    skip = torch.rand(1, 8, 16, 16) + 0.5
+    gated = AttentionGate(8, 12)(skip, torch.rand(1, 12, 8, 8))
+    assert (gated / skip).min() > 0.8

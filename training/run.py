@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
 from loading.unreadable import TolerantDataset
 from training.step import FiniteGuard, Tally
-from training.weights import WeightAverage
+from training.weights import WeightAverage, keep_statistics
 from utils import CheckpointError, LossCalculator, Processes, from_all
 
 STATEFUL = ("model", "optimizer", "scheduler", "scaler", "average")
@@ -40,6 +40,7 @@ class Run:
     scaler: GradScaler
     amp_dtype: torch.dtype | None
     parts: int = 1  # that a batch is computed in, one after another, where the GPU's memory does not hold all of it
+    keeps_statistics: bool = False  # the encoder's BatchNorm uses what it was trained with
     average: WeightAverage | None = None  # of the weights over the steps
     dataset: TolerantDataset | None = None  # of the training, which knows the photos that could not be read
     data: dict[str, str] | None = None  # what there is to train on and to validate: `resuming.contents`
@@ -74,6 +75,8 @@ class Run:
     def begin_epoch(self) -> None:
         """Or what is left of one."""
         self.model.train()
+        if self.keeps_statistics:
+            keep_statistics(self.model.encoder)
         self.tally = self.tally or Tally(self.criterion, self.device)
         self.guard = FiniteGuard(self.model, self.device, self.skipped, self.broken_in_a_row)
         if self.dataset is not None:

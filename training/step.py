@@ -23,6 +23,8 @@ from utils import (
     sum_over_processes,
 )
 
+SMALL_BATCH = 16  # photos; of fewer BatchNorm's statistics say too little
+
 # --- batches and their parts ------------------------------------------------------------------------------
 
 
@@ -106,7 +108,7 @@ def share_buffers(*models: nn.Module) -> None:
 
 def needs_sync_batchnorm(processes: Processes, batch_size: int) -> bool:
     """Whether a process's own batch is too small for BatchNorm's statistics; PyTorch can share them on GPUs only."""
-    return processes.device.type == "cuda" and processes.world_size > 1 and batch_size < 16
+    return processes.device.type == "cuda" and processes.world_size > 1 and batch_size < SMALL_BATCH
 
 
 # --- an epoch's figures -----------------------------------------------------------------------------------

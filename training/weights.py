@@ -27,6 +27,13 @@ def weight_groups(model: UNetAutoencoder, learning_rate: float, decoder_rate: fl
     ]
 
 
+def keep_statistics(encoder: nn.Module) -> None:
+    """Lets the BatchNorm of a trained encoder use its stored averages, which a small batch's own would only blur."""
+    for layer in encoder.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            layer.eval()
+
+
 class WeightAverage(AveragedModel):
     """The exponential moving average of a model's weights, and of BatchNorm's averages with them.
 

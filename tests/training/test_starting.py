@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from test_trainer import ALONE, small
@@ -68,6 +70,23 @@ def test_a_resume_goes_on_from_its_own_weights_where_the_file_is_gone(trained, c
     found = trainer.resuming.newest_usable(tmp_path / "run")
     after = trainer.start_run(start, ALONE, found).model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize(("batch_size", "kept"), [(15, True), (16, False)])
+def test_a_trained_encoder_keeps_its_statistics_at_small_batches(batch_size, kept, trained):
+    config = trainer.parse(["--start-from", str(trained), "--device", "cpu", "--batch-size", str(batch_size)])
+    run = trainer.start_run(config, ALONE)
+    before = copy.deepcopy(run.model.state_dict())
+    run.begin_epoch()
+    run.model(torch.rand(2, 3, 64, 64))
+    after = run.model.state_dict().items()
+    changed = {name.split(".")[0] for name, value in after if not torch.equal(value, before[name])}
+    assert changed == ({"decoder"} if kept else {"decoder", "encoder"})
+    assert run.model.encoder.training  # dropout and the like are as ever
+
+
+def test_an_encoder_of_random_values_learns_its_statistics():
+    assert not trainer.start_run(trainer.Config(pretrained=False, batch_size=2, device="cpu"), ALONE).keeps_statistics
 
 
 @pytest.mark.parametrize("flags", [["--encoder", "resnet34"], ["--use-attention"]])
