@@ -105,7 +105,7 @@ class Style:
         """
         alpha = alpha_of(probabilities, square, metadata, photo.rgb)
         opacity = to_opacity(alpha, photo.alpha, self.threshold, metadata["scale"])
-        del alpha
+        del alpha  # its memory
         if self.mask:
             return encode_png(opacity)
         hide = self.background is None and not self.keep_background_colours

@@ -136,14 +136,14 @@ def hard_edged(alpha: np.ndarray, threshold: float, scale: float) -> np.ndarray:
     The soft edge is how much of a pixel lies on the inside, of a contour that is straight within it.
 
     Args:
-        alpha: float32 (H, W) in [0, 1].
+        alpha: float32 (H, W) in [0, 1]; it is used up where the photo is larger than the square.
         scale: pixels of the square for one of the photo.
 
     Returns:
         uint8 (H, W): 128 or more exactly where the smoothed alpha exceeds the threshold.
     """
     if scale < 1:
-        alpha = cv2.GaussianBlur(alpha, (0, 0), CUT_SMOOTHING / scale)
+        cv2.GaussianBlur(alpha, (0, 0), CUT_SMOOTHING / scale, dst=alpha)  # a second one would be the peak of memory
     opacity = (alpha > threshold).astype(np.uint8) * np.uint8(255)
     edge = cv2.morphologyEx(opacity, cv2.MORPH_GRADIENT, cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3)))
     rows, columns = np.nonzero(edge)

@@ -196,10 +196,16 @@ def torn_edge(scale: float) -> tuple[np.ndarray, np.ndarray]:
 def test_texture_does_not_tear_a_hard_edge():
     for scale in (0.1, 0.25):
         alpha, truth = torn_edge(scale)
-        found, torn = (opacity > 127 for opacity in (to_opacity(alpha, None, 0.5, scale), alpha * 255))
+        found, torn = (opacity > 127 for opacity in (to_opacity(alpha.copy(), None, 0.5, scale), alpha * 255))
         lengths = [np.count_nonzero(np.diff(mask, axis=0)) for mask in (found, torn)]  # a straight edge has none
         assert lengths[0] < 0.2 * lengths[1]
         assert np.count_nonzero(found != truth) < 0.6 * np.count_nonzero(torn != truth)
+
+
+def test_a_hard_edge_lies_where_the_smoothed_alpha_crosses_the_threshold():
+    alpha, _ = torn_edge(0.2)
+    smooth = cv2.GaussianBlur(alpha, (0, 0), edges.CUT_SMOOTHING / 0.2)
+    np.testing.assert_array_equal(to_opacity(alpha, None, 0.4, 0.2) > 127, smooth > 0.4)
 
 
 def test_a_photo_that_is_not_enlarged_is_cut_where_alpha_is():

@@ -114,6 +114,6 @@ def on_photo(cutter: Cutter, rgba: np.ndarray) -> dict[str, dict]:
     square, metadata = letterbox(rgb, cutter.image_size)
     probabilities = cutter.probabilities([square])[0]
     refined = alpha_of(probabilities, square, metadata, rgb)
-    cut = to_opacity(refined, None, 0.5, metadata["scale"]) > 127  # by predict.py --threshold 0.5
-    ways = {"enlarged": restore(probabilities, metadata) > 0.5, "refined": refined > 0.5, "cut": cut}
+    ways = {"enlarged": restore(probabilities, metadata) > 0.5, "refined": refined > 0.5}
+    ways["cut"] = to_opacity(refined, None, 0.5, metadata["scale"]) > 127  # by predict.py --threshold 0.5
     return {name: compare(mask, truth) for name, mask in ways.items()}
