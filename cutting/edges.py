@@ -149,7 +149,7 @@ def hard_edged(alpha: np.ndarray, threshold: float, scale: float) -> np.ndarray:
     rows, columns = np.nonzero(edge)
     values, inside = alpha[rows, columns], opacity[rows, columns] > 0
     share = np.clip(0.5 + (values - threshold) / np.maximum(steepness(alpha, rows, columns), NOTHING), 0, 1)
-    opacity[rows, columns] = np.where(inside, np.maximum(255 * share, 128), np.minimum(255 * share, 127))
+    opacity[rows, columns] = np.where(inside, np.maximum(255 * share, 128), 255 * share)
     return opacity
 
 
