@@ -88,8 +88,8 @@ class Config:
     learning_rate: float = 1e-4  # Adam's, at the start of each cosine cycle; of a pretrained encoder
     decoder_rate: float = 10.0  # times as fast learns what starts from random values beside a pretrained encoder
     weight_decay: float = 1e-6  # Adam's L2 penalty; 0 is off
-    restart_period: int = 0  # T_0: epochs of the first cosine cycle; 0 is one cycle over the whole run
-    restart_mult: int = 1  # T_mult: each cycle is so many times as long as the one before it
+    restart_period: int = 0  # T_0: epochs of the first cosine cycle; 0 makes two cycles that end with the run
+    restart_mult: int = 3  # T_mult: each cycle is so many times as long as the one before it
     grad_clip: float = 1.0  # largest norm of the gradient; 0 is off
     average_decay: float = 0.999  # of the moving average of the weights, which is measured and saved; 0 is off
     # --- the loss
@@ -259,7 +259,7 @@ def start_run(config: Config, processes: Processes, found: tuple[Path, dict] | N
     if needs_sync_batchnorm(processes, config.batch_size // parts):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     optimizer = build_optimizer(model, config)
-    scheduler = CosineAnnealingWarmRestarts(optimizer, config.restart_period or config.num_epochs, config.restart_mult)
+    scheduler = CosineAnnealingWarmRestarts(optimizer, first_cycle(config), config.restart_mult)
     scaler = torch.amp.GradScaler(processes.device.type, enabled=amp_dtype == torch.float16)
     criterion = LossCalculator(config.colour_weight, config.bce_weight, config.dice_weight)
     average = WeightAverage(model, config.average_decay) if config.average_decay else None
@@ -291,6 +291,12 @@ def build_optimizer(model: UNetAutoencoder, config: Config) -> Adam:
     groups = weight_groups(model, config.learning_rate, decoder_rate)
     # Fused, it skips float16's overflows on the GPU itself, where others would wait for the answer at every step.
     return Adam(groups, weight_decay=config.weight_decay, fused=True)
+
+
+def first_cycle(config: Config) -> int:
+    """T_0: by default such that a second cycle ends with the run, or one cycle does where its epochs allow no two."""
+    whole, rest = divmod(config.num_epochs, 1 + config.restart_mult)
+    return config.restart_period or (config.num_epochs if rest else whole)
 
 
 def from_imagenet(config: Config) -> bool:

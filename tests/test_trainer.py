@@ -327,10 +327,30 @@ def test_without_an_average_the_weights_themselves_are_saved(coco_root, tmp_path
 
 
 @pytest.mark.usefixtures("tiny")
-def test_by_default_the_run_is_one_cycle():
-    scheduler = trainer.start_run(Config(device="cpu"), ALONE).scheduler
-    assert (scheduler.T_0, scheduler.T_mult) == (100, 1)
-    assert report.unfinished_cycle(scheduler, 100) == ""
+@pytest.mark.parametrize(
+    ("changes", "cycles"),
+    [
+        ({}, [25, 75]),
+        ({"num_epochs": 12}, [3, 9]),
+        ({"num_epochs": 12, "restart_mult": 1}, [6, 6]),
+        ({"num_epochs": 10, "restart_mult": 4}, [2, 8]),
+        ({"num_epochs": 10}, [10]),  # not divisible by four
+        ({"num_epochs": 1}, [1]),
+        ({"restart_period": 20, "restart_mult": 1}, [20] * 5),
+        ({"restart_period": 100}, [100]),
+    ],
+)
+def test_by_default_the_rate_is_reset_once_and_the_run_ends_with_a_cycle(changes, cycles):
+    config = Config(device="cpu", **changes)
+    scheduler = trainer.start_run(config, ALONE).scheduler
+    assert report.cycles(scheduler, config.num_epochs) == cycles
+    assert report.unfinished_cycle(scheduler, config.num_epochs) == ""
+    resets = []
+    for epoch in range(config.num_epochs + 1):  # the schedule itself, and not our reading of it
+        scheduler.step(epoch)
+        if scheduler.get_last_lr()[0] == config.learning_rate:
+            resets.append(epoch)
+    assert resets == [0, *itertools.accumulate(cycles)]
 
 
 @pytest.mark.parametrize(

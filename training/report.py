@@ -46,7 +46,8 @@ def describe(run: Run, changed: dict, folder: Path, train_loader: DataLoader, va
     train, val, settings = train_loader.dataset.dataset, val_loader.dataset.dataset, run.settings
     batch_size, accumulate, keep = settings["batch_size"], settings["accumulate"], settings["keep_checkpoints"]
     parameters, processes = sum(parameter.numel() for parameter in run.model.parameters()), run.processes
-    disk = disk_needed(4 * parameters, 3 + (run.average is not None), keep, settings["num_epochs"])
+    epochs = settings["num_epochs"]
+    disk = disk_needed(4 * parameters, 3 + (run.average is not None), keep, epochs)
     caches = ", ".join(str(source.cache.path.parent) for source in train.sources if source.cache)
     facts = {
         "settings": " ".join(f"{name}={value}" for name, value in changed.items()) or "all as in the file",
@@ -56,10 +57,11 @@ def describe(run: Run, changed: dict, folder: Path, train_loader: DataLoader, va
                               for source in [*train.sources, *val.sources] if source.index.left_out),
         "device": f"{processes.device}, {precision(run.amp_dtype)}, {processes.world_size} process"
                   f"{'es' if processes.world_size > 1 else ''}, {counted(train_loader.num_workers, 'worker')} each",
-        "note": "; ".join(filter(None, [processes.note, unfinished_cycle(run.scheduler, settings["num_epochs"])])),
+        "note": "; ".join(filter(None, [processes.note, unfinished_cycle(run.scheduler, epochs)])),
         "batch": f"{counted(batch_size * accumulate * processes.world_size, 'photo')} a step, "
                  f"{counted(math.ceil(len(train_loader) / accumulate), 'step')} an epoch",
-        "rates": f"{described_rates(run.scheduler)}{', weights averaged' if run.average is not None else ''}",
+        "rates": f"{described_rates(run.scheduler)}, in cosine cycles of {described_cycles(run.scheduler, epochs)} "
+                 f"epochs{', weights averaged' if run.average is not None else ''}",
         "memory": f"{batch_size} photos at once do not fit in the free memory of {processes.device}: "
                   f"each batch is computed in {run.parts} parts" if run.parts > 1 else "",
         "model": f"{settings['encoder']}, {parameters / 1e6:.1f} million parameters",
@@ -94,15 +96,29 @@ def precision(dtype: torch.dtype | None) -> str:
     return str(dtype or torch.float32).removeprefix("torch.")
 
 
+def cycles(scheduler: CosineAnnealingWarmRestarts, num_epochs: int) -> list[int]:
+    """The lengths in epochs of the cosine cycles, up to the one that the run ends in."""
+    lengths = [scheduler.T_0]
+    while sum(lengths) < num_epochs:
+        lengths.append(lengths[-1] * scheduler.T_mult)
+    return lengths
+
+
+def described_cycles(scheduler: CosineAnnealingWarmRestarts, num_epochs: int) -> str:
+    """25 and 75; 1, 2, 4 ... 64."""
+    *first, last = (str(length) for length in cycles(scheduler, num_epochs))
+    if len(first) > 3:
+        return f"{', '.join(first[:3])} ... {last}"
+    return f"{', '.join(first)} and {last}" if first else last
+
+
 def unfinished_cycle(scheduler: CosineAnnealingWarmRestarts, num_epochs: int) -> str:
     """A warning where the run ends in the middle of a cosine cycle, with a learning rate that is still high."""
-    end = length = scheduler.T_0
-    while end < num_epochs:
-        length *= scheduler.T_mult
-        end += length
+    lengths = cycles(scheduler, num_epochs)
+    end = sum(lengths)
     if end == num_epochs:
         return ""
-    ends = f"{end - length} and {end}" if end > length else end
+    ends = f"{end - lengths[-1]} and {end}" if len(lengths) > 1 else end
     run = f"{num_epochs} epochs end" if num_epochs > 1 else "1 epoch ends"
     return f"{run} within a cosine cycle (cycles end after {ends})"
 

@@ -13,9 +13,13 @@ OF_THE_MODEL = ("encoder", "use_attention", "image_size")
 def settings_of(path: Path) -> dict:
     """The settings that the weights in a checkpoint were trained with and need again.
 
+    None for a file that is not there: a run that is resumed does not need it, and another one says so later.
+
     Raises:
         CheckpointError: it cannot be used.
     """
+    if not path.exists():
+        return {}
     config = read_checkpoint(path)["config"]
     return {name: config[name] for name in OF_THE_MODEL if name in config}
 

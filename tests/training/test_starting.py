@@ -105,8 +105,9 @@ def test_weights_of_another_model_are_refused_in_one_line(flags, trained):
         (["--start-from", "README.md"], "the checkpoint README.md is damaged or no checkpoint"),
     ],
 )
-def test_a_file_that_cannot_be_used_is_named_in_one_line(flags, said, capsys):
-    assert trainer.run_command(["trainer.py", *flags]) == 2
+def test_a_file_that_cannot_be_used_is_named_in_one_line(flags, said, coco_root, tmp_path, capsys):
+    data = ["--data-root", str(coco_root), "--checkpoint-dir", str(tmp_path), "--device", "cpu", "--num-workers", "0"]
+    assert trainer.run_command(["trainer.py", *flags, *data]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"trainer.py: error: {said}")
     assert error.count("\n") == 1
