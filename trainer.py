@@ -95,7 +95,8 @@ class Config:
     # --- the loss
     colour_weight: float = 1.0  # of the colours' L1 inside the mask
     bce_weight: float = 1.0  # of alpha's binary cross-entropy
-    dice_weight: float = 1.0  # of alpha's soft Dice
+    dice_weight: float = 2.0  # of alpha's soft Dice
+    contour_weight: float = 3.0  # of alpha's binary cross-entropy near the contour alone
     # --- the run
     seed: int = 0  # of the weights, the order of the photos and the augmentations
     checkpoint_dir: str = "checkpoints"  # folder of everything that a run writes
@@ -118,6 +119,7 @@ LIMITS = {  # smallest and largest value of each number
     "learning_rate": (1e-12, 10), "decoder_rate": (1, 1000), "weight_decay": (0, 1),
     "restart_period": (0, 10**6), "restart_mult": (1, 100), "grad_clip": (0, 1e6), "average_decay": (0, 1 - 1e-9),
     "colour_weight": (0, 1e6), "bce_weight": (0, 1e6), "dice_weight": (0, 1e6),
+    "contour_weight": (0, 1e6),
     "seed": (0, 2**32 - 1), "checkpoint_minutes": (0, 1e6), "keep_checkpoints": (0, 10**6), "log_every": (1, 10**6),
 }  # fmt: skip
 
@@ -261,7 +263,7 @@ def start_run(config: Config, processes: Processes, found: tuple[Path, dict] | N
     optimizer = build_optimizer(model, config)
     scheduler = CosineAnnealingWarmRestarts(optimizer, first_cycle(config), config.restart_mult)
     scaler = torch.amp.GradScaler(processes.device.type, enabled=amp_dtype == torch.float16)
-    criterion = LossCalculator(config.colour_weight, config.bce_weight, config.dice_weight)
+    criterion = LossCalculator(config.colour_weight, config.bce_weight, config.dice_weight, config.contour_weight)
     average = WeightAverage(model, config.average_decay) if config.average_decay else None
     keeps_statistics = bool(config.pretrained or config.start_from) and config.batch_size // parts < SMALL_BATCH
     run = Run(processes, dataclasses.asdict(config), model, model, criterion, optimizer, scaler=scaler,

@@ -34,6 +34,9 @@ def counted(number: int, noun: str) -> str:
 # --- loss -------------------------------------------------------------------------------------------------
 
 
+CONTOUR_SHARE = 0.02  # of a mask's width: how far from its contour a pixel is near it
+
+
 class LossCalculator(nn.Module):
     """The loss of RGBA logits against an RGBA target: colour, binary cross-entropy and soft Dice.
 
@@ -44,14 +47,20 @@ class LossCalculator(nn.Module):
         colour_weight: of L1 between the colours, inside the mask only: what lies around a person is not asked for.
         bce_weight: of the binary cross-entropy of alpha, a mean over pixels.
         dice_weight: of one minus soft Dice of alpha (Milletari et al. 2016), which small persons count in as well.
+        contour_weight: of the binary cross-entropy of alpha near the mask's contour, a mean over all pixels as well;
+            with 0 there is no such term.
     """
 
-    def __init__(self, colour_weight: float = 1.0, bce_weight: float = 1.0, dice_weight: float = 1.0):
+    def __init__(
+        self, colour_weight: float = 1.0, bce_weight: float = 1.0, dice_weight: float = 1.0, contour_weight: float = 0.0
+    ):
         super().__init__()
         self.weights = {"colour": colour_weight, "bce": bce_weight, "dice": dice_weight}
+        if contour_weight:
+            self.weights["contour"] = contour_weight
 
     def forward(self, raw: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The scalar to minimise, and its unweighted terms, detached: "colour", "bce", "dice".
+        """The scalar to minimise, and its unweighted terms, detached: "colour", "bce", "dice", and "contour" if any.
 
         Args:
             raw: (N, 4, H, W) logits, as the model gives them.
@@ -60,11 +69,14 @@ class LossCalculator(nn.Module):
         with torch.autocast(raw.device.type, enabled=False):
             raw, target = raw.float(), target.float()
             mask = target[:, 3]
+            entropy = F.binary_cross_entropy_with_logits(raw[:, 3], mask, reduction="none")
             terms = {
                 "colour": colour_loss(torch.sigmoid(raw[:, :3]), target[:, :3], mask),
-                "bce": F.binary_cross_entropy_with_logits(raw[:, 3], mask),
+                "bce": entropy.mean(),
                 "dice": soft_dice_loss(torch.sigmoid(raw[:, 3]), mask),
             }
+            if "contour" in self.weights:
+                terms["contour"] = (entropy * near_contour(mask)).mean()
             loss = sum(self.weights[name] * term for name, term in terms.items())
         return loss, {name: term.detach() for name, term in terms.items()}
 
@@ -73,6 +85,14 @@ def colour_loss(colours: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """L1 of colours (N, 3, H, W) inside masks (N, H, W), by the mask's area; 0 for an empty mask."""
     difference = ((colours - target).abs().mean(dim=1) * mask).sum(dim=(1, 2))
     return (difference / mask.sum(dim=(1, 2)).clamp(min=1)).mean()
+
+
+def near_contour(mask: Tensor) -> Tensor:
+    """1 where both sides of the contour of masks (N, H, W) lie within 2 % of their width, else 0; none at the rim."""
+    reach = max(1, round(CONTOUR_SHARE * mask.shape[-1]))
+    sides = torch.stack([mask, 1 - mask], dim=1)
+    columns = F.max_pool2d(sides, (2 * reach + 1, 1), stride=1, padding=(reach, 0))
+    return F.max_pool2d(columns, (1, 2 * reach + 1), stride=1, padding=(0, reach)).prod(dim=1)
 
 
 def soft_dice_loss(alpha: Tensor, mask: Tensor, smooth: float = 1.0) -> Tensor:

@@ -10,6 +10,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -21,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 import utils
 from training import step
 from training.step import LossMeter
-from utils import LaunchError, LossCalculator, Processes, SegmentationMetrics, pick_device
+from utils import LaunchError, LossCalculator, Processes, SegmentationMetrics, near_contour, pick_device
 
 CPU = torch.device("cpu")
 EACH = utils.EACH_ITS_GPU
@@ -162,6 +163,32 @@ def test_counting_does_not_wait_for_the_device():
     with torch.device("meta"):  # where nothing has a value: to ask for one, as `.item()` or an `if` does, raises
         SegmentationMetrics("meta").update(torch.rand(2, 8, 8), torch.rand(2, 8, 8))
         LossMeter(TERMS, "meta").update(*spent(1.0), images=2)
+
+
+def test_the_contour_is_what_opencv_finds_within_two_percent_of_the_width():
+    mask = np.zeros((100, 100), np.uint8)
+    cv2.circle(mask, (40, 50), 20, 1, -1)
+    mask[60:, 90:] = 1  # it reaches over the rim, where there is no contour
+    square = np.ones((5, 5), np.uint8)
+    expected = cv2.dilate(mask, square) - cv2.erode(mask, square)
+    found = near_contour(torch.from_numpy(mask)[None].float())[0]
+    assert np.array_equal(found.numpy(), expected)
+    assert (found[70, 99], found[70, 90]) == (0, 1)
+
+
+def test_the_contour_counts_as_a_term_of_its_own_where_it_is_wanted():
+    raw, target = torch.randn(2, 4, 60, 60), (torch.rand(2, 4, 60, 60) > 0.5).float()
+    target[:, 3] = 0
+    target[:, 3, 20:40, 20:40] = 1
+    plain, terms = LossCalculator()(raw, target)
+    weighted, more = LossCalculator(contour_weight=3.0)(raw, target)
+    assert "contour" not in terms
+    band = torch.zeros(60, 60)
+    band[19:41, 19:41] = 1
+    band[21:39, 21:39] = 0
+    by_hand = (torch.nn.functional.softplus(raw[:, 3]) - raw[:, 3] * target[:, 3]) * band
+    assert more["contour"].item() == pytest.approx(by_hand.mean().item(), rel=1e-5)
+    assert weighted.item() == pytest.approx(plain.item() + 3 * by_hand.mean().item(), rel=1e-5)
 
 
 TERMS = ("colour", "bce", "dice")

@@ -3,8 +3,9 @@
     python tools/bench/ablation.py base rate_30 dice_3 --data-root data/coco --encoder-weights mobilenet_v2.pth
     python tools/bench/ablation.py --list
 
-Each row changes one thing of the base, dice_2+start_gates two. A run is the trainer itself; what was measured is kept
-in --folder and not measured again. The last model counts, not the best: no photo that is measured has chosen it.
+Each row changes one thing of the base, dice_2+start_gates two, recipe+zoom one of the program as it is. A run is the
+trainer itself; what was measured is kept in --folder and not measured again. The last model counts, not the best: no
+photo that is measured has chosen it.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ class Row:
 
 
 ROWS = {
-    "base": Row("decoder_rate 10, average_decay 0.999, one cycle; all else as in the file"),
+    "base": Row("decoder_rate 10, average_decay 0.999, one cycle; the rest as before any row was tried",
+                {"dice_weight": 1.0, "contour_weight": 0.0}, variants.before),
+    "recipe": Row("the program as it is, in one cycle"),
     "rate_1": Row("one rate for all", {"decoder_rate": 1.0}),
     "rate_3": Row("the decoder learns 3 times as fast", {"decoder_rate": 3.0}),
     "rate_30": Row("30 times as fast", {"decoder_rate": 30.0}),
@@ -72,7 +75,7 @@ ROWS = {
     "dice_3": Row("dice_weight 3", {"dice_weight": 3.0}),
     "lovasz": Row("Lovasz hinge added in the last third", patched=variants.lovasz),
     "jaccard": Row("soft Jaccard in the place of Dice", patched=variants.jaccard),
-    "contour": Row("BCE counts 4 times within 3 pixels of the contour", patched=variants.contour),
+    "contour": Row("contour_weight 3", {"contour_weight": 3.0}),
     "deep": Row("deep supervision at strides 4, 8, 16", patched=variants.deep_supervision),
     "zoom": Row("scale_limit (-0.2, 1), shift_limit 0.2, p 0.8", patched=variants.zoom),
     "to_persons": Row("half of the samples zoomed 1 to 2.5 times toward a person", patched=variants.to_persons),
@@ -125,8 +128,9 @@ def run_one(name: str, options: argparse.Namespace) -> None:
 
 
 def rows_of(name: str) -> list[Row]:
-    """The rows of a name: several changes at once are dice_2+start_gates."""
-    return [ROWS[part] for part in name.split("+")]
+    """The rows of a name, dice_2 or dice_2+start_gates: changes of the base, or of the recipe if it is among them."""
+    rows = [ROWS[part] for part in name.split("+")]
+    return rows if name.startswith(("base", "recipe")) else [ROWS["base"], *rows]
 
 
 def config_of(rows: list[Row], options: argparse.Namespace) -> trainer.Config:
@@ -163,7 +167,7 @@ def table(found: dict[str, list[dict]], reference: str) -> str:
         others, is_reference = found[reference], name == reference
         cells = [compared(runs, others, part, metric, is_reference) for part in sets for metric in METRICS]
         minutes = f"{np.mean([run['seconds'] for run in runs]) / 60:.1f}"
-        what = "; ".join(row.what for row in rows_of(name))
+        what = "; ".join(ROWS[part].what for part in name.split("+"))
         lines.append("| " + " | ".join([name, what, *cells, minutes]) + " |")
     return "\n".join(lines)
 

@@ -26,8 +26,6 @@ from trainer import Config
 from utils import LossCalculator
 
 Patched = AbstractContextManager
-PERSON_SHARE = 0.11  # of COCO's pixels, over the photos with persons
-
 
 def model_with(change: Callable[[UNetAutoencoder], object]) -> Patched:
     """The model is changed when it is made; by hooks, which go along when it is copied for the average."""
@@ -64,28 +62,41 @@ def warm_up(_config: Config, steps: int = 200) -> Patched:
 # --- starting values --------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def before(_config: Config) -> Iterator[None]:
+    """As the program was: alpha from one half on, half-open gates, an encoder that learns BatchNorm's averages."""
+
+    def change(model: UNetAutoencoder) -> None:
+        nn.init.zeros_(model.decoder.head.conv.bias)
+        for gate in gates_of(model):
+            nn.init.zeros_(gate.psi.bias)
+
+    with model_with(change), patch.object(trainer, "SMALL_BATCH", 0):
+        yield
+
+
 def start_bias(_config: Config) -> Patched:
     def change(model: UNetAutoencoder) -> None:
         with torch.no_grad():
-            model.decoder.head.conv.bias[-4:] = math.log(PERSON_SHARE / (1 - PERSON_SHARE))
+            model.decoder.head.conv.bias[-4:] = math.log(models.PERSON_SHARE / (1 - models.PERSON_SHARE))
 
     return model_with(change)
 
 
 def start_gates(_config: Config) -> Patched:
     def change(model: UNetAutoencoder) -> None:
-        for gate in model.modules():
-            if isinstance(gate, AttentionGate):
-                nn.init.constant_(gate.psi.bias, 3)
+        for gate in gates_of(model):
+            nn.init.constant_(gate.psi.bias, models.OPEN)
 
     return model_with(change)
 
 
-def fixed_batchnorm(_config: Config) -> Patched:
-    def fixed(encoder: nn.Module, _args: tuple) -> None:
-        encoder.eval()
+def gates_of(model: UNetAutoencoder) -> list[AttentionGate]:
+    return [part for part in model.modules() if isinstance(part, AttentionGate)]
 
-    return model_with(lambda model: model.encoder.register_forward_pre_hook(fixed))
+
+def fixed_batchnorm(_config: Config) -> Patched:
+    return patch.object(trainer, "SMALL_BATCH", 16)
 
 
 # --- the loss ---------------------------------------------------------------------------------------------
@@ -137,16 +148,6 @@ def jaccard(_config: Config) -> Patched:
             return loss + self.weights["dice"] * (dice - dice / (2 - dice)), terms
 
     return loss_of(Jaccard)
-
-
-def contour(_config: Config) -> Patched:
-    class Contour(WithExtra):
-        def extra(self, raw: Tensor, mask: Tensor) -> Tensor:
-            inside, outside = mask[:, None], 1 - mask[:, None]
-            near = (F.max_pool2d(inside, 7, 1, 3) * F.max_pool2d(outside, 7, 1, 3))[:, 0]
-            return (3 * near * F.binary_cross_entropy_with_logits(raw, mask, reduction="none")).mean()
-
-    return loss_of(Contour)
 
 
 @contextlib.contextmanager

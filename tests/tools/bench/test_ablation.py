@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -86,24 +88,30 @@ def test_a_run_is_measured_on_every_set_and_kept(coco_root, tmp_path, monkeypatc
     assert np.isfinite([found["seconds"]]).all()
 
 
-def test_several_changes_at_once(coco_root):
-    options = ablation.parse(["fixed_batchnorm+start_gates+dice_2", "--data-root", str(coco_root), "--one", "0"])
-    rows = ablation.rows_of(options.rows[0])
-    config = ablation.config_of(rows, options)
-    assert config.dice_weight == 2
+@pytest.mark.parametrize(
+    ("name", "dice_weight", "bias", "kept"),
+    [
+        ("base", 1.0, 0.0, False),
+        ("dice_3", 3.0, 0.0, False),
+        ("fixed_batchnorm+start_gates+dice_2", 2.0, 3.0, True),
+        ("recipe", 2.0, 3.0, True),
+        ("recipe+dice_3", 3.0, 3.0, True),
+    ],
+)
+def test_rows_are_changes_of_the_base_or_of_the_program(name, dice_weight, bias, kept, coco_root):
+    rows = ablation.rows_of(name)
+    config = ablation.config_of(rows, ablation.parse([name, "--data-root", str(coco_root), "--one", "0"]))
+    assert config.dice_weight == dice_weight
+    config.pretrained = True
     with contextlib.ExitStack() as stack:
+        stack.enter_context(patch.object(trainer, "from_imagenet", lambda _config: False))
         for row in rows:
             stack.enter_context(row.patched(config))
-        model = trainer.UNetAutoencoder("resnet18", False)
-    assert {block.gate.psi.bias.item() for block in model.decoder.blocks if block.gate} == {3.0}
-    model.train()
-    before = model.encoder.stages[0][1].running_mean.clone()
-    model(torch.rand(2, 3, 32, 32))
-    assert torch.equal(before, model.encoder.stages[0][1].running_mean)
-    assert not model.encoder.training
-    assert model.decoder.training
+        run = trainer.start_run(dataclasses.replace(config, bfloat16_on_cpu=False), ALONE)
+    assert {block.gate.psi.bias.item() for block in run.model.decoder.blocks if block.gate} == {bias}
+    assert run.keeps_statistics is kept
 
 
 def test_an_unknown_row_is_refused_with_those_that_there_are():
-    with pytest.raises(UsageError, match="no row dicee: there are base, rate_1"):
+    with pytest.raises(UsageError, match="no row dicee: there are base, recipe, rate_1"):
         ablation.parse(["dicee"])
