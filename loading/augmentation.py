@@ -26,7 +26,7 @@ def augmentations() -> list:
         warnings.filterwarnings("ignore", message="ShiftScaleRotate is a special case of Affine")
         return [
             A.HorizontalFlip(p=0.5),
-            A.RandomRotate90(p=0.1),
+            A.RandomRotate90(p=0.02),
             ShiftScaleRotate(shift_limit=0.0625, scale_limit=0.2, rotate_limit=15, p=0.5),
             A.RandomBrightnessContrast(brightness_limit=0.2, contrast_limit=0.2, p=0.3),
             A.HueSaturationValue(hue_shift_limit=10, sat_shift_limit=20, val_shift_limit=10, p=0.3),
