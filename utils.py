@@ -35,6 +35,7 @@ def counted(number: int, noun: str) -> str:
 
 
 CONTOUR_SHARE = 0.02  # of a mask's width: how far from its contour a pixel is near it
+ROUNDING = 1e-6  # of a mean of zeros and ones; a single pixel of the largest mask weighs more
 
 
 class LossCalculator(nn.Module):
@@ -90,9 +91,10 @@ def colour_loss(colours: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 def near_contour(mask: Tensor) -> Tensor:
     """1 where both sides of the contour of masks (N, H, W) lie within 2 % of their width, else 0; none at the rim."""
     reach = max(1, round(CONTOUR_SHARE * mask.shape[-1]))
-    sides = torch.stack([mask, 1 - mask], dim=1)
-    columns = F.max_pool2d(sides, (2 * reach + 1, 1), stride=1, padding=(reach, 0))
-    return F.max_pool2d(columns, (1, 2 * reach + 1), stride=1, padding=(0, reach)).prod(dim=1)
+    share = mask[:, None]
+    for kernel, padding in (((2 * reach + 1, 1), (reach, 0)), ((1, 2 * reach + 1), (0, reach))):
+        share = F.avg_pool2d(share, kernel, stride=1, padding=padding, count_include_pad=False)
+    return ((share > ROUNDING) & (share < 1 - ROUNDING))[:, 0].float()
 
 
 def soft_dice_loss(alpha: Tensor, mask: Tensor, smooth: float = 1.0) -> Tensor:

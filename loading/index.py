@@ -157,6 +157,8 @@ def _open_if_current(path: Path, annotations: Path, photos: Path) -> PersonIndex
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:  # torch.load itself takes flipped bits for data
                 raise zipfile.BadZipFile
+        if torch.load(path, mmap=True, weights_only=True)["fingerprint"]["version"] != INDEX_VERSION:
+            return None  # an older program's, or a newer one's: nothing is wrong with it
         index = PersonIndex(path)
         current = _fingerprint(annotations.stat(), photos, list(index.fingerprint["folders"]))
     except Exception as error:  # whatever a damaged file raises: it holds nothing that cannot be made again

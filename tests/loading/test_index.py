@@ -116,6 +116,19 @@ def test_an_index_of_another_version_is_built_again(coco_root, monkeypatch, caps
     assert capsys.readouterr().out.count("Reading") == 2
 
 
+def test_an_older_programs_index_is_no_damaged_one(coco_root, capsys):
+    index = open_index(coco_root, TRAIN)
+    content = torch.load(index.path, weights_only=True)
+    del content["is_shown"]
+    content["fingerprint"]["version"] -= 1
+    torch.save(content, index.path)
+    capsys.readouterr()
+    assert len(open_index(coco_root, TRAIN)) == 10
+    said = capsys.readouterr().out
+    assert said.startswith("Reading ")
+    assert said.count("\n") == 1
+
+
 def test_read_only_roots_keep_their_indexes_apart_in_the_cache(coco_root, tmp_path, capsys):
     other = shutil.copytree(coco_root, tmp_path / "other")
     edit(other, hide_photo_1, keep_time=True)  # to the byte count and the clock the same
