@@ -64,7 +64,9 @@ def describe(run: Run, changed: dict, folder: Path, train_loader: DataLoader, va
                  f"epochs{', weights averaged' if run.average is not None else ''}",
         "memory": f"{batch_size} photos at once do not fit in the free memory of {processes.device}: "
                   f"each batch is computed in {run.parts} parts" if run.parts > 1 else "",
-        "model": f"{settings['encoder']}, {parameters / 1e6:.1f} million parameters",
+        "model": f"{settings['encoder']}, {parameters / 1e6:.1f} million parameters"
+                 f"{', from ' + settings['start_from'] if settings['start_from'] else ''}"
+                 f"{', the encoder keeping its BatchNorm statistics' if run.keeps_statistics else ''}",
         "disk": f"up to {readable_size(disk)} of checkpoints in {folder} "
                 f"({what_is_kept(keep)} kept), {readable_size(shutil.disk_usage(folder).free)} free",
     }  # fmt: skip

@@ -87,6 +87,7 @@ ROWS = {
     "margin": Row("a margin of 16 replicated pixels inside the model", patched=variants.margin),
     "replicate": Row("the decoder's convolutions replicate at the rim", patched=variants.replicate),
     "float32": Row("float32 in the place of bfloat16", {"bfloat16_on_cpu": False}),
+    "from_box": Row("starts from the model that comes with the program", {"start_from": "box"}),
     "smp": Row("segmentation_models_pytorch's U-Net, two rates", patched=variants.smp, epochs=1 / 2.2),
     "smp_1": Row("the same with one rate of 1e-3 and no average", {"learning_rate": 1e-3, "decoder_rate": 1.0,
                  "average_decay": 0.0}, patched=variants.smp, epochs=1 / 2.2),
