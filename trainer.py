@@ -88,7 +88,7 @@ class Config:
     learning_rate: float = 1e-4  # Adam's, at the start of each cosine cycle; of a pretrained encoder
     decoder_rate: float = 10.0  # times as fast learns what starts from random values beside a pretrained encoder
     weight_decay: float = 1e-6  # Adam's L2 penalty; 0 is off
-    restart_period: int = 0  # T_0: epochs of the first cosine cycle; 0 makes two cycles that end with the run
+    restart_period: int = 0  # T_0: epochs of the first cosine cycle; 0 makes two that end with the run, or one
     restart_mult: int = 3  # T_mult: each cycle is so many times as long as the one before it
     grad_clip: float = 1.0  # largest norm of the gradient; 0 is off
     average_decay: float = 0.999  # of the moving average of the weights, which is measured and saved; 0 is off
@@ -253,6 +253,7 @@ def find_start(
 def start_run(config: Config, processes: Processes, found: tuple[Path, dict] | None = None) -> Run:
     """The model and what trains it, from the first weights or from the checkpoint that was found."""
     torch.manual_seed(config.seed)
+    config = dataclasses.replace(config, **resuming.beginning(found))
     model = build_model(config, processes, is_new=found is None)
     amp_dtype = utils.autocast_dtype(processes.device, config.amp, config.bfloat16_on_cpu)
     parts = 1
@@ -265,7 +266,8 @@ def start_run(config: Config, processes: Processes, found: tuple[Path, dict] | N
     scaler = torch.amp.GradScaler(processes.device.type, enabled=amp_dtype == torch.float16)
     criterion = LossCalculator(config.colour_weight, config.bce_weight, config.dice_weight, config.contour_weight)
     average = WeightAverage(model, config.average_decay) if config.average_decay else None
-    keeps_statistics = bool(config.pretrained or config.start_from) and config.batch_size // parts < SMALL_BATCH
+    is_trained = bool(config.pretrained or config.start_from)
+    keeps_statistics = is_trained and config.batch_size < SMALL_BATCH and found is None  # else the checkpoint knows
     run = Run(processes, dataclasses.asdict(config), model, model, criterion, optimizer, scaler=scaler,
               scheduler=scheduler, average=average, amp_dtype=amp_dtype, parts=parts,
               keeps_statistics=keeps_statistics)  # fmt: skip
@@ -393,6 +395,9 @@ def check(config: Config) -> None:
         raise UsageError("--encoder-weights needs --pretrained, which --no-pretrained or --sample has turned off")
     if config.encoder_weights and config.start_from:
         raise UsageError("--encoder-weights and --start-from both name the weights to start from: choose one")
+    if Path(config.checkpoint_dir).resolve() in Path(config.start_from).resolve().parents:
+        raise UsageError(f"--start-from {config.start_from} lies in --checkpoint-dir, whose files a new run moves "
+                         "aside: choose another --checkpoint-dir")  # fmt: skip
     if config.batch_size == 1 and config.image_size == SMALLEST_INPUT:
         raise UsageError(f"--batch-size 1 at --image-size {SMALLEST_INPUT} leaves BatchNorm a single value: "
                          "make one of them larger")  # fmt: skip

@@ -89,7 +89,10 @@ def colour_loss(colours: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 
 
 def near_contour(mask: Tensor) -> Tensor:
-    """1 where both sides of the contour of masks (N, H, W) lie within 2 % of their width, else 0; none at the rim."""
+    """1 where both sides of the contour of masks (N, H, W) lie within 2 % of their width, else 0.
+
+    The rim of the square is no contour; where a letterbox's bar cuts a person off is one.
+    """
     reach = max(1, round(CONTOUR_SHARE * mask.shape[-1]))
     share = mask[:, None]
     for kernel, padding in (((2 * reach + 1, 1), (reach, 0)), ((1, 2 * reach + 1), (0, reach))):
@@ -448,6 +451,11 @@ def read_checkpoint(path: str | Path) -> dict:
             or not isinstance(content["config"], dict):  # fmt: skip
         raise CheckpointError(f"{path} is not a checkpoint of this program: it holds no model, config and epoch")
     return content
+
+
+def weights_of(content: dict) -> dict[str, Tensor]:
+    """The weights that a checkpoint's model was measured with: the averaged ones, where it holds both."""
+    return content["average"]["model"] if content.get("average") else content["model"]
 
 
 def write_csv(rows: list[dict], path: Path) -> None:

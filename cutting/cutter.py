@@ -16,7 +16,7 @@ from cutting.edges import alpha_of, foreground, to_opacity
 from cutting.photos import open_photo
 from loading.letterbox import letterbox, to_rgba
 from models import SMALLEST_INPUT, UNetAutoencoder
-from utils import CheckpointError, UserError, read_checkpoint
+from utils import CheckpointError, UserError, read_checkpoint, weights_of
 
 TRAINED = "checkpoints/best_model.pth"  # what a training leaves, in the working directory
 BOX = Path(__file__).with_name("person.pth")  # the model that comes with the program
@@ -46,7 +46,7 @@ def load(
     try:
         config = content["config"]
         model = UNetAutoencoder(config["encoder"], pretrained=False, use_attention=config["use_attention"])
-        model.load_state_dict(content["model"])  # of float16 too: the model stays float32
+        model.load_state_dict(weights_of(content))  # of float16 too: the model stays float32
         size = config["image_size"] if image_size is None else image_size
         drawings = config["data_root"] if config.get("sample") else None
         about = introduce(checkpoint, content, size)

@@ -116,7 +116,8 @@ def to_opacity(
 ) -> np.ndarray:
     """Alpha in [0, 1], float32 (H, W), as uint8 (H, W): soft, or with a threshold as `hard_edged` draws it.
 
-    A network is never quite sure: without a margin a thin haze of the background would stay.
+    A network is never quite sure: without a margin a thin haze of the background would stay. With a threshold `alpha`
+    is used up, and `scale` is the pixels of the square for one of the photo, by which it is smoothed; at 1 it is not.
 
     No more opaque than the photo was, by the smaller of the two: both draw the same person's edge, and a
     product would eat it away a little more each time that a cutout is cut out again.
@@ -144,6 +145,7 @@ def hard_edged(alpha: np.ndarray, threshold: float, scale: float) -> np.ndarray:
     """
     if scale < 1:
         cv2.GaussianBlur(alpha, (0, 0), CUT_SMOOTHING / scale, dst=alpha)  # a second one would be the peak of memory
+        np.minimum(alpha, 1, out=alpha)  # a sum of weights, rounded, may exceed it
     opacity = (alpha > threshold).astype(np.uint8) * np.uint8(255)
     edge = cv2.morphologyEx(opacity, cv2.MORPH_GRADIENT, cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3)))
     rows, columns = np.nonzero(edge)
@@ -154,10 +156,12 @@ def hard_edged(alpha: np.ndarray, threshold: float, scale: float) -> np.ndarray:
 
 
 def steepness(values: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """The length of the gradient of values (H, W) at some pixels, by a pixel: (n,). Half of it at the border."""
+    """The length of the gradient of values (H, W) at some pixels, by a pixel: (n,)."""
     below, right = np.minimum(rows + 1, values.shape[0] - 1), np.minimum(columns + 1, values.shape[1] - 1)
     above, left = np.maximum(rows - 1, 0), np.maximum(columns - 1, 0)
-    return np.hypot(values[below, columns] - values[above, columns], values[rows, right] - values[rows, left]) / 2
+    down = (values[below, columns] - values[above, columns]) / np.maximum(below - above, 1)  # 1 at the border, else 2
+    across = (values[rows, right] - values[rows, left]) / np.maximum(right - left, 1)
+    return np.hypot(down, across)
 
 
 def foreground(

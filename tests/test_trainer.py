@@ -315,7 +315,7 @@ def test_the_average_of_the_weights_is_what_is_measured_and_saved(coco_root, tmp
     saved, weights = best["model"], last["model"]
     assert all(torch.equal(saved[name], value) for name, value in measured[0].items())
     assert not torch.equal(saved["0.weight"], weights["0.weight"])
-    assert int(last["average"]["n_averaged"]) == 3  # ten photos in batches of four
+    assert last["average"]["steps"] == 3  # ten photos in batches of four
 
 
 @pytest.mark.usefixtures("tiny")

@@ -18,7 +18,7 @@ from cutting.cutter import BOX
 from training.checkpoints import save
 from training.settings import OneLineParser
 from training.starting import OF_THE_MODEL
-from utils import UserError, read_checkpoint
+from utils import UserError, read_checkpoint, weights_of
 
 LARGEST = 8_000_000  # bytes: it is in every clone
 
@@ -32,9 +32,11 @@ def make_box(content: dict) -> dict:
     """What a checkpoint holds, as the model that comes with the program: weights, their settings, what they are worth.
 
     Raises:
-        UserError: a weight is too large for float16.
+        UserError: a weight is too large for float16, or the model was trained on drawings.
     """
-    model = {name: halved(value) for name, value in content["model"].items()}
+    if content["config"].get("sample"):
+        raise UserError("this model was trained on drawings (trainer.py --sample): it does not work on photos")
+    model = {name: halved(value) for name, value in weights_of(content).items()}
     if too_large := [name for name, value in model.items() if not torch.isfinite(value).all()]:
         raise UserError(f"{too_large[0]} holds values that float16 has not")
     config = {name: content["config"][name] for name in OF_THE_MODEL}

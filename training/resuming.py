@@ -21,7 +21,10 @@ SAME_WHEN_RESUMED = (
 
 
 # What a checkpoint that is older than a setting was trained with, where that is not the default.
-BEFORE = {"decoder_rate": 1.0, "average_decay": 0.0}
+BEFORE = {"decoder_rate": 1.0, "average_decay": 0.0, "contour_weight": 0.0}
+
+
+OF_THE_BEGINNING = ("pretrained", "encoder_weights", "start_from")  # nothing to be changed later
 
 
 class ResumeError(UserError):
@@ -82,21 +85,31 @@ def find_checkpoint(
 
 def refuse_another_run(path: Path, content: dict, settings: dict, photos: int, data: dict[str, str]) -> None:
     before = content["config"]
-    set_to = {flag(name): (before[name], settings[name]) for name in SAME_WHEN_RESUMED}
+    one_rate = not before["pretrained"] or before["start_from"]  # of the decoder's nothing was taken
+    names = [name for name in SAME_WHEN_RESUMED if not (one_rate and name == "decoder_rate")]
+    set_to = {flag(name): (before[name], settings[name]) for name in names}
     known = content.get("data") or {}  # an older one knows the number of photos alone
     found = {"the training photos:": (content["photos"], photos)}
     for name, then in known.items():
         files = ", ".join(str(root / name) for root in data_roots(settings["data_root"]))
         found[f"{files}:"] = then, data.get(name)
-    for name, (then, now) in (set_to | found).items():
-        if then != now:
-            advice = ": restore it, or begin a new run" if name in found else ""
-            raise ResumeError(f"{path} was trained with {name} {then} and cannot go on with {now}{advice}")
+    for facts, advice in ((set_to, ""), (found, ": restore it, or begin a new run")):
+        if others := {name: pair for name, pair in facts.items() if pair[0] != pair[1]}:
+            then = ", ".join(f"{name} {pair[0]}" for name, pair in others.items())
+            now = ", ".join(str(pair[1]) for pair in others.values())
+            raise ResumeError(f"{path} was trained with {then} and cannot go on with {now}{advice}")
+
+
+def beginning(found: tuple[Path, dict] | None) -> dict:
+    """The settings by which the run began that goes on from a checkpoint, whatever is said now."""
+    config = found[1]["config"] if found else {}
+    return {name: config[name] for name in OF_THE_BEGINNING if name in config}
 
 
 def differences(content: dict, settings: dict, processes: int) -> str:
     """What is no longer as it was."""
-    pairs = {name: (content["config"][name], now) for name, now in settings.items() if name != "resume"}
+    names = [name for name in settings if name not in ("resume", *OF_THE_BEGINNING)]
+    pairs = {name: (content["config"][name], settings[name]) for name in names}
     text = "".join(f", {name} {then} is now {now}" for name, (then, now) in pairs.items() if then != now)
     then = content.get("world_size", processes)
     if then != processes:

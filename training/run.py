@@ -19,7 +19,7 @@ from training.weights import WeightAverage, keep_statistics
 from utils import CheckpointError, LossCalculator, Processes, from_all
 
 STATEFUL = ("model", "optimizer", "scheduler", "scaler", "average")
-NUMBERS = ("learning_rate", "best_iou", "history", "broken_in_a_row")
+NUMBERS = ("learning_rate", "best_iou", "history", "broken_in_a_row", "keeps_statistics")
 REQUIRED = {
     *("model", "optimizer", "scheduler", "scaler", "config", "epoch", "step", "tallies", "photos"),
     *("learning_rate", "best_iou", "history"),
@@ -92,7 +92,7 @@ class Run:
         """
         self.step += 1
         if self.average is not None:
-            self.average.update_parameters(self.model)
+            self.average.update(self.model)
         if self.device.type == "cpu" or self.step % fetch_every == 0:
             self.guard.fetch()
         self.learning_rate = self.scheduler.get_last_lr()[0]
@@ -161,6 +161,8 @@ class Run:
         for name, part in self._parts().items():
             if content.get(name):  # a scaler or an average that there was not has no state, and starts anew
                 part.load_state_dict(content[name])
+        if self.average is not None and not content.get("average"):
+            self.average.module.load_state_dict(content["model"])
         for name in NUMBERS:
             setattr(self, name, content.get(name, getattr(self, name)))  # an older one lacks the newer of them
         self.epochs_done, tallies = content["epoch"], content["tallies"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from models import UNetAutoencoder
-from utils import CheckpointError, read_checkpoint
+from utils import CheckpointError, read_checkpoint, weights_of
 
 OF_THE_MODEL = ("encoder", "use_attention", "image_size")
 
@@ -13,7 +13,7 @@ OF_THE_MODEL = ("encoder", "use_attention", "image_size")
 def settings_of(path: Path) -> dict:
     """The settings that the weights in a checkpoint were trained with and need again.
 
-    None for a file that is not there: a run that is resumed does not need it, and another one says so later.
+    None for a file that is not there: a run that is resumed needs these as flags then, and another one says so later.
 
     Raises:
         CheckpointError: it cannot be used.
@@ -32,7 +32,7 @@ def load_weights(model: UNetAutoencoder, path: Path) -> None:
     """
     content = read_checkpoint(path)
     try:
-        model.load_state_dict(content["model"])
+        model.load_state_dict(weights_of(content))
     except (RuntimeError, TypeError, AttributeError):  # what PyTorch says lists every tensor
         config = content["config"]
         gates = "with" if config.get("use_attention", True) else "without"

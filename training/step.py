@@ -83,7 +83,7 @@ def fits(model: nn.Module, photos: int, image_size: int, device: torch.device, d
         images, target = to_device(torch.zeros(photos, 4, image_size, image_size, dtype=torch.uint8), device)
         with autocast(device, dtype):
             raw = model(images)
-        LossCalculator()(raw, target)[0].backward()
+        LossCalculator(contour_weight=1.0)(raw, target)[0].backward()  # with all terms that there may be
     except torch.OutOfMemoryError:
         return False
     finally:
@@ -140,6 +140,9 @@ class LossMeter:
         return {name: total / images if images else 0.0 for name, total in zip(self.names, sums, strict=True)}
 
 
+OLDER_TERMS = ("loss", "colour", "bce", "dice")  # of a checkpoint that does not name them
+
+
 class Tally:
     """An epoch's figures so far: the loss and its terms, the metrics."""
 
@@ -162,11 +165,13 @@ class Tally:
 
     def state(self) -> dict[str, Tensor]:
         """This process's sums, for a checkpoint."""
-        return {"losses": self.losses.sums.cpu(), "metrics": self.metrics.sums.cpu()}
+        return {"losses": self.losses.sums.cpu(), "names": [*self.losses.names], "metrics": self.metrics.sums.cpu()}
 
     def add(self, state: dict[str, Tensor]) -> None:
         """Adds what a checkpoint holds."""
-        self.losses.sums += state["losses"].to(self.losses.sums.device)
+        *sums, images = state["losses"].to(self.losses.sums.device)
+        found = dict(zip(state.get("names", OLDER_TERMS), sums, strict=True))  # a weight of 0 may come or go
+        self.losses.sums += torch.stack([*(found.get(name, 0 * images) for name in self.losses.names), images])
         self.metrics.sums += state["metrics"].to(self.metrics.sums.device)
 
 

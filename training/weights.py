@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch import nn
 
 from models import UNetAutoencoder
 
@@ -34,26 +35,39 @@ def keep_statistics(encoder: nn.Module) -> None:
             layer.eval()
 
 
-class WeightAverage(AveragedModel):
+class WeightAverage:
     """The exponential moving average of a model's weights, and of BatchNorm's averages with them.
 
     It reaches back over a tenth of the steps so far, and over 1 / (1 - decay) steps at most: a short training has
-    one as well (the ramp is that of Tarvainen and Valpola 2017 and of TensorFlow's ExponentialMovingAverage).
+    one as well (the ramp is that of TensorFlow's ExponentialMovingAverage). It never waits for a GPU.
 
     Args:
         model: not wrapped for several processes; on each of them the same weights give the same average.
         decay: of the average, below 1.
+
+    Attributes:
+        module: the model with the averaged weights.
+        steps: that are in them.
     """
 
     def __init__(self, model: nn.Module, decay: float):
-        super().__init__(model, multi_avg_fn=self._mix, use_buffers=True)
-        self.decay = decay
-        self.requires_grad_(False)
+        self.module = deepcopy(model).requires_grad_(False)
+        self.decay, self.steps = decay, 0
 
-    def _mix(self, averages: list[Tensor], values: list[Tensor], _number: Tensor) -> None:
-        steps = int(self.n_averaged)  # on the CPU, where no GPU has to be waited for
-        weight = 1 - min(self.decay, (1 + steps) / (10 + steps))
-        if averages[0].is_floating_point():
-            torch._foreach_lerp_(averages, values, weight)
-        else:  # BatchNorm's counts of batches
-            torch._foreach_copy_(averages, values)
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """After a step of the model."""
+        weight = 1 - min(self.decay, (1 + self.steps) / (10 + self.steps)) if self.steps else 1.0
+        averages, values = ([*it.parameters(), *it.buffers()] for it in (self.module, model))
+        real = [place for place, value in enumerate(values) if value.is_floating_point()]
+        torch._foreach_lerp_([averages[it] for it in real], [values[it] for it in real], weight)
+        for place in {*range(len(values))} - {*real}:  # BatchNorm's counts of batches
+            averages[place].copy_(values[place])
+        self.steps += 1
+
+    def state_dict(self) -> dict:
+        return {"model": self.module.state_dict(), "steps": self.steps}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.module.load_state_dict(state["model"])
+        self.steps = state["steps"]

@@ -312,3 +312,18 @@ def test_nobody_leaves_nothing_and_a_person_everywhere_leaves_all():
     square, metadata = letterbox(photo, 64)
     assert not foreground(photo, np.zeros((90, 120), np.uint8), square, metadata, None, True).any()
     assert foreground(photo, np.full((90, 120), 255, np.uint8), square, metadata, None, True) is photo
+
+
+def test_nothing_exceeds_a_threshold_of_one():
+    for scale in (0.05, 0.1, 0.3, 0.9):
+        assert not to_opacity(np.ones((200, 300), np.float32), None, 1.0, scale).any()
+
+
+def test_a_soft_pixel_at_the_border_is_the_one_that_lies_within():
+    ramp = np.tile(np.linspace(0, 1, 12, dtype=np.float32)[:, None], (1, 6))  # an edge that reaches both sides
+    opacity = to_opacity(ramp.copy(), None, 0.5, 1.0)
+    assert (opacity == opacity[:, :1]).all()
+    across = to_opacity(ramp.T.copy(), None, 0.5, 1.0)
+    assert np.array_equal(across, opacity.T)
+    near_border = to_opacity(ramp[5:].copy(), None, 0.5, 1.0)
+    assert np.array_equal(near_border[0], opacity[5])

@@ -48,6 +48,14 @@ def test_a_weight_that_float16_has_not_is_named(trained, tmp_path, capsys):
     assert not (tmp_path / "box.pth").exists()
 
 
+def test_a_model_of_drawings_is_refused(trained, tmp_path, capsys):
+    content = torch.load(trained, weights_only=True)
+    content["config"]["sample"] = True
+    torch.save(content, trained)
+    assert make_box.run_command(["make_box.py", str(trained), "--output", str(tmp_path / "box.pth")]) == 2
+    assert "trained on drawings" in capsys.readouterr().err
+
+
 def test_a_file_too_large_for_every_clone_is_said(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(make_box, "LARGEST", 1000)
     assert make_box.run_command(["make_box.py", str(trained), "--output", str(tmp_path / "box.pth")]) == 2

@@ -10,7 +10,8 @@ from test_trainer import ALONE, run_of
 from torch import nn
 
 from training.run import Run
-from utils import CheckpointError
+from training.weights import WeightAverage
+from utils import CheckpointError, LossCalculator, weights_of
 
 
 def stopped_run(model: nn.Module) -> dict:
@@ -52,6 +53,49 @@ def test_a_checkpoint_that_is_older_than_a_number_goes_on():
         del state["bad_photos"]
     run = restored(content, 0, 2)
     assert (run.broken_in_a_row, run.bad_photos) == (0, [])
+
+
+@pytest.mark.parametrize("weights", [{}, {"contour_weight": 3.0}])
+def test_the_figures_of_an_older_checkpoint_are_those_of_its_terms(weights):
+    """Before the terms were named there were these, and the images last."""
+    content = stopped_run(nn.Conv2d(3, 4, 1))
+    for state in content["tallies"]:
+        del state["names"]
+        state["losses"] = torch.tensor([8.0, 1.0, 3.0, 4.0, 2.0], dtype=torch.float64)
+    run = run_of(nn.Conv2d(3, 4, 1))
+    run.criterion, run.settings = LossCalculator(**weights), {"batch_size": 4, "accumulate": 1}
+    run.processes = dataclasses.replace(ALONE, rank=0, world_size=2)
+    run.restore("last.pth", content)
+    found = run.tally.compute()
+    expected = {"loss": 4.0, "colour_loss": 0.5, "bce_loss": 1.5, "dice_loss": 2.0}
+    assert {name: found[name] for name in expected} == expected
+    assert found.get("contour_loss", 0.0) == 0.0
+
+
+def test_an_average_that_a_checkpoint_lacks_begins_with_its_weights():
+    model, content = nn.Conv2d(3, 4, 1), stopped_run(nn.Conv2d(3, 4, 1))
+    run = run_of(model)
+    run.average, run.settings = WeightAverage(model, 0.999), {"batch_size": 4, "accumulate": 1}
+    run.restore("last.pth", content)
+    assert torch.equal(run.evaluated.weight, content["model"]["weight"])
+
+
+def test_what_a_checkpoint_is_worth_is_its_average():
+    model = nn.Conv2d(3, 4, 1)
+    run = run_of(model)
+    assert torch.equal(weights_of(run.checkpoint())["weight"], model.weight)
+    run.average = WeightAverage(model, 0.999)
+    nn.init.zeros_(model.weight)
+    saved = run.checkpoint()
+    assert torch.equal(weights_of(saved)["weight"], run.average.module.weight)
+    assert not torch.equal(saved["model"]["weight"], weights_of(saved)["weight"])
+    assert weights_of(run.result({})).keys() == weights_of(saved).keys()
+
+
+def test_whether_the_encoder_keeps_its_statistics_is_as_it_was():
+    content = stopped_run(nn.Conv2d(3, 4, 1))
+    assert restored(content, 0, 2).keeps_statistics is False
+    assert restored({**content, "keeps_statistics": True}, 0, 2).keeps_statistics is True
 
 
 def test_other_weights_do_not_fit():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -87,6 +88,24 @@ def test_a_trained_encoder_keeps_its_statistics_at_small_batches(batch_size, kep
 
 def test_an_encoder_of_random_values_learns_its_statistics():
     assert not trainer.start_run(trainer.Config(pretrained=False, batch_size=2, device="cpu"), ALONE).keeps_statistics
+
+
+def test_a_resume_trains_as_the_run_began_whatever_is_said_now(trained, coco_root, tmp_path):
+    settings = small(coco_root, tmp_path / "run", num_epochs=2, restart_period=2, encoder="resnet18")
+    settings.num_epochs = 1
+    settings.restart_period = 1
+    trainer.main(settings)
+    found = trainer.resuming.newest_usable(tmp_path / "run")
+    run = trainer.start_run(dataclasses.replace(settings, pretrained=True, start_from="x"), ALONE, found)
+    assert (run.settings["pretrained"], run.settings["start_from"]) == (False, "")
+    assert run.scheduler.base_lrs == [1e-4]
+    assert not run.keeps_statistics
+
+
+def test_a_file_that_the_run_itself_would_move_aside_is_refused(trained, capsys):
+    arguments = ["--start-from", str(trained), "--checkpoint-dir", str(trained.parent)]
+    assert trainer.run_command(["trainer.py", *arguments]) == 2
+    assert "lies in --checkpoint-dir, whose files a new run moves aside" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", [["--encoder", "resnet34"], ["--use-attention"]])

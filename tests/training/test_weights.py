@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -36,7 +38,7 @@ def test_the_average_follows_the_ramp_and_then_the_decay(decay):
         nn.init.constant_(model[0].weight, weight)
         model[1].running_mean.fill_(mean)
         model[1].num_batches_tracked.fill_(step)
-        average.update_parameters(model)
+        average.update(model)
         share = 1 - min(decay, (1 + step) / (10 + step))
         found = torch.tensor([weight, mean])
         by_hand = found if by_hand is None else by_hand + share * (found - by_hand)
@@ -52,10 +54,10 @@ def test_the_average_goes_on_where_its_state_was_saved():
     for step in range(6):
         model(torch.ones(1, 2)).sum().backward()
         optimizer.step()
-        straight.update_parameters(model)
-        saved.update_parameters(model)
+        straight.update(model)
+        saved.update(model)
         if step == 2:
-            state = {name: value.clone() for name, value in saved.state_dict().items()}
+            state = copy.deepcopy(saved.state_dict())
             saved = WeightAverage(nn.Linear(2, 2), 0.9)
             saved.load_state_dict(state)
     assert torch.equal(straight.module.weight, saved.module.weight)
@@ -64,5 +66,5 @@ def test_the_average_goes_on_where_its_state_was_saved():
 def test_the_average_asks_for_no_gradient_and_leaves_the_model_its_own():
     model = nn.Linear(1, 1)
     average = WeightAverage(model, 0.9)
-    assert not any(parameter.requires_grad for parameter in average.parameters())
+    assert not any(parameter.requires_grad for parameter in average.module.parameters())
     assert all(parameter.requires_grad for parameter in model.parameters())

@@ -35,11 +35,13 @@ from cutting.cutter import Cutter
 from datasets import COCOPersonDataset
 from tools.bench import variants
 from tools.bench.measuring import machine
+from training.report import git_revision
 from training.settings import OneLineParser, UsageError
 from training.step import Tally
 from utils import UserError, atomic_write, usable_cores
 
 METRICS = ("iou", "boundary_iou")  # at the photos' own size
+PROJECT = Path(__file__).resolve().parents[2]
 
 
 @dataclass
@@ -99,11 +101,20 @@ ROWS = {
 
 def measured(name: str, seed: int, options: argparse.Namespace) -> dict:
     """A row's run with one seed: from --folder, or trained and measured in a process of its own."""
-    path = Path(options.folder, f"{name}_{options.image_size}_{options.epochs}_{seed}.json")
-    if not path.exists():
+    path = result_file(name, seed, options)
+    if not path.exists() or json.loads(path.read_text()).get("made_with") != made_with(options):
         one = ["--one", f"{seed}", *options.passed_on]
         subprocess.run([sys.executable, __file__, name, *one], check=True)
     return json.loads(path.read_text())
+
+
+def result_file(name: str, seed: int, options: argparse.Namespace) -> Path:
+    return Path(options.folder, f"{name}_{options.image_size}_{options.epochs}_{seed}.json")
+
+
+def made_with(options: argparse.Namespace) -> list:
+    """What else a result depends on, but for the program itself."""
+    return [options.data_root, options.train_split, options.measure, bool(options.encoder_weights)]
 
 
 def run_one(name: str, options: argparse.Namespace) -> None:
@@ -123,15 +134,16 @@ def run_one(name: str, options: argparse.Namespace) -> None:
         seconds = time.perf_counter() - start
     cutter = Cutter(kept[0].evaluated, config.image_size, torch.device("cpu"))
     sets = {f"{root}:{split}": measure(cutter, root, split) for root, split in options.sets}
-    result = {"row": name, "seed": config.seed, "seconds": seconds, "sets": sets}
-    with atomic_write(Path(options.folder, f"{name}_{options.image_size}_{options.epochs}_{config.seed}.json")) as file:
+    facts = {"row": name, "seed": config.seed, "made_with": made_with(options), "settings": dataclasses.asdict(config)}
+    result = {**facts, "git_revision": git_revision(PROJECT), "seconds": seconds, "sets": sets}
+    with atomic_write(result_file(name, config.seed, options)) as file:
         file.write(json.dumps(result).encode())
 
 
 def rows_of(name: str) -> list[Row]:
     """The rows of a name, dice_2 or dice_2+start_gates: changes of the base, or of the recipe if it is among them."""
     rows = [ROWS[part] for part in name.split("+")]
-    return rows if name.startswith(("base", "recipe")) else [ROWS["base"], *rows]
+    return rows if {"base", "recipe"} & {*name.split("+")} else [ROWS["base"], *rows]
 
 
 def config_of(rows: list[Row], options: argparse.Namespace) -> trainer.Config:
@@ -142,11 +154,14 @@ def config_of(rows: list[Row], options: argparse.Namespace) -> trainer.Config:
         image_size=options.image_size, batch_size=8, num_workers=options.workers, cache=True, device="cpu",
         encoder="mobilenet_v2", encoder_weights=options.encoder_weights, pretrained=bool(options.encoder_weights),
         num_epochs=epochs, bfloat16_on_cpu=True, seed=options.one, keep_checkpoints=1, checkpoint_minutes=5,
-        checkpoint_dir=str(Path(options.folder, "run")), restart_period=epochs, average_decay=0.999, decoder_rate=10.0,
+        checkpoint_dir=str(Path(options.folder, "run")), restart_period=epochs, restart_mult=1,
     )  # fmt: skip
     changes = {name: value for row in rows for name, value in row.settings.items()}
     if "restart_period" in changes:  # as a share of the run
-        changes["restart_period"] = round(epochs * changes["restart_period"])
+        shares = round(1 / changes["restart_period"])
+        if epochs % shares:
+            raise UsageError(f"{epochs} epochs are no {shares} shares of whole ones: choose other --epochs")
+        changes["restart_period"] = epochs // shares
     return dataclasses.replace(base, **changes, checkpoint_dir=f"{base.checkpoint_dir}_{os.getpid()}")
 
 
@@ -207,6 +222,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     options.passed_on = [argument for argument in argv if argument not in options.rows]
     options.sets = [tuple(part.rsplit(":", 1)) for part in options.measure.split(",")]
+    if not options.encoder_weights and any("rate" in name or name == "smp" for name in options.rows):
+        raise UsageError("rows of two rates need --encoder-weights: without them the encoder is random as well")
     if unknown := [part for name in options.rows for part in name.split("+") if part not in ROWS]:
         raise UsageError(f"there is no row {unknown[0]}: there are {', '.join(ROWS)}")
     return options

@@ -36,6 +36,9 @@ def main(options: argparse.Namespace) -> None:
     source = options.root / "annotations" / f"instances_{options.split}.json"
     if not source.is_file():
         raise UserError(f"there is no {source}")
+    photos = len(json.loads(source.read_text())["images"])
+    if not 0 < options.number < photos:
+        raise UserError(f"{options.number} of {photos} photos cannot be held out: some, and not all")
     if options.output.exists():
         raise UserError(f"{options.output} is there already: choose another folder")
     (options.output / "annotations").mkdir(parents=True)

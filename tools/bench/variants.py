@@ -71,8 +71,13 @@ def before(_config: Config) -> Iterator[None]:
         for gate in gates_of(model):
             nn.init.zeros_(gate.psi.bias)
 
-    with model_with(change), patch.object(trainer, "SMALL_BATCH", 0):
+    turned = list_with(lambda found: [A.RandomRotate90(p=0.1) if is_quarter_turn(one) else one for one in found])
+    with model_with(change), turned, patch.object(trainer, "SMALL_BATCH", 0):
         yield
+
+
+def is_quarter_turn(transform: object) -> bool:
+    return isinstance(transform, A.RandomRotate90)
 
 
 def start_bias(_config: Config) -> Patched:
@@ -121,13 +126,10 @@ def lovasz(config: Config) -> Patched:
 
         def extra(self, raw: Tensor, mask: Tensor) -> Tensor:
             self.seen += len(raw)
-            photos = config.num_epochs * PHOTOS[config.train_split]
             return raw.sum() * 0 if self.seen < photos * 2 / 3 else lovasz_hinge(raw, mask)
 
+    photos = config.num_epochs * len(trainer.COCOPersonDataset(config.data_root, config.train_split))
     return loss_of(Lovasz)
-
-
-PHOTOS = {"train2017": 252}  # to train on, so that a loss knows the last third of a run
 
 
 def lovasz_hinge(raw: Tensor, mask: Tensor) -> Tensor:
@@ -144,8 +146,9 @@ def jaccard(_config: Config) -> Patched:
     class Jaccard(LossCalculator):
         def forward(self, raw: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             loss, terms = super().forward(raw, target)
-            dice = 1 - trainer.utils.soft_dice_loss(torch.sigmoid(raw[:, 3].float()), target[:, 3])
-            return loss + self.weights["dice"] * (dice - dice / (2 - dice)), terms
+            pairs = zip(torch.sigmoid(raw[:, 3:].float()), target[:, 3:], strict=True)
+            dice = torch.stack([1 - trainer.utils.soft_dice_loss(*pair) for pair in pairs])
+            return loss + self.weights["dice"] * (dice - dice / (2 - dice)).mean(), terms
 
     return loss_of(Jaccard)
 
@@ -184,7 +187,7 @@ def zoom(_config: Config) -> Patched:
 
 
 def no_rotation(_config: Config) -> Patched:
-    return list_with(lambda found: [one for one in found if not isinstance(one, A.RandomRotate90)])
+    return list_with(lambda found: [one for one in found if not is_quarter_turn(one)])
 
 
 def to_persons(_config: Config) -> Patched:

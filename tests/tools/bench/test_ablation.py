@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
@@ -14,6 +15,7 @@ from test_trainer import ALONE
 
 import trainer
 from tools.bench import ablation, variants
+from training import report
 from training.settings import UsageError
 
 
@@ -44,7 +46,9 @@ def test_the_lovasz_hinge_of_clear_answers_is_twice_one_minus_iou(wrong):
 @pytest.mark.parametrize("name", [name for name in ablation.ROWS if not name.startswith(("smp", "from_box"))])
 def test_each_row_trains(name, coco_root, tmp_path):
     options = ablation.parse([name, "--data-root", str(coco_root), "--measure", f"{coco_root}:val2017",
-                              "--image-size", "32", "--epochs", "20", "--folder", str(tmp_path), "--one", "0"])
+                              "--encoder-weights", "random", "--image-size", "32", "--epochs", "20",
+                              "--folder", str(tmp_path), "--one", "0"])  # fmt: skip
+    options.encoder_weights = ""
     config = ablation.config_of(ablation.rows_of(name), options)
     config.bfloat16_on_cpu = False  # not every machine has it
     with ablation.ROWS[name].patched(config):
@@ -56,6 +60,18 @@ def test_each_row_trains(name, coco_root, tmp_path):
     assert torch.isfinite(loss)
     assert any(parameter.grad is not None for parameter in run.model.decoder.parameters())
     assert run.evaluated.eval()(torch.rand(2, 3, 32, 32)).shape == (2, 4, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "lengths"),
+    [("base", 12, [12]), ("cycles_5", 20, [4] * 5), ("cycles_1_4", 20, [4, 16]), ("cycles_1_3", 12, [3, 9])],
+)
+def test_cycles_are_those_of_the_row_and_end_with_the_run(name, epochs, lengths):
+    config = ablation.config_of(ablation.rows_of(name), ablation.parse([name, "--epochs", str(epochs), "--one", "0"]))
+    cycle = SimpleNamespace(T_0=config.restart_period, T_mult=config.restart_mult)
+    assert report.cycles(cycle, epochs) == lengths
+    with pytest.raises(UsageError, match="choose other --epochs"):
+        ablation.config_of(ablation.rows_of("cycles_5"), ablation.parse(["cycles_5", "--epochs", "12", "--one", "0"]))
 
 
 @pytest.mark.parametrize("name", ["zoom", "to_persons", "no_rotation"])
@@ -113,5 +129,7 @@ def test_rows_are_changes_of_the_base_or_of_the_program(name, dice_weight, bias,
 
 
 def test_an_unknown_row_is_refused_with_those_that_there_are():
+    with pytest.raises(UsageError, match="rows of two rates need --encoder-weights"):
+        ablation.parse(["rate_30"])
     with pytest.raises(UsageError, match="no row dicee: there are base, recipe, rate_1"):
         ablation.parse(["dicee"])

@@ -33,6 +33,8 @@ def test_a_mistake_gets_one_line_and_nothing_is_overwritten(coco_root, tmp_path,
     for arguments, said in (
         ([str(tmp_path), "train2017", "3", str(tmp_path / "new")], "there is no"),
         ([str(coco_root), "train2017", "3", str(tmp_path / "there")], "is there already"),
+        ([str(coco_root), "train2017", "99", str(tmp_path / "new")], "99 of "),
+        ([str(coco_root), "train2017", "-3", str(tmp_path / "new")], "-3 of "),
     ):
         assert hold_out.run_command(["hold_out.py", *arguments]) == 2
         assert said in capsys.readouterr().err
