@@ -34,8 +34,8 @@ from datasets import COCOPersonDataset, batches, make_loader
 from loading.sources import data_roots
 from loading.unreadable import TolerantDataset, dead_worker, name_bad_photos
 from models import ENCODERS, SMALLEST_INPUT, UNetAutoencoder
-from training import launching, pictures, report, resuming, starting
-from training.checkpoints import RUN_JSON, RunFolder, tried
+from training import curves, launching, pictures, report, resuming, starting
+from training.checkpoints import CURVES, PREVIEW, RUN_JSON, RunFolder, tried
 from training.interruptions import Stopped, Watch
 from training.run import Run
 from training.settings import UsageError, flag, read_settings
@@ -349,7 +349,8 @@ def write_down(run: Run, training: dict, validation: dict, val: TolerantDataset,
     is_best = validation["iou"] > run.best_iou or not folder.has_best()
     run.best_iou = validation["iou"] if is_best else run.best_iou
     saved = folder.save_epoch(run, run.result(validation) if is_best else None)
-    tried(lambda: pictures.preview(run, val, folder.path / "preview.png"))
+    tried(lambda: pictures.preview(run, val, folder.path / PREVIEW))
+    tried(lambda: curves.save_curves(run.history, folder.path / CURVES))
     print(report.epoch_lines(run.history[-1], run.settings["num_epochs"], is_best, folder.path), flush=True)
     return saved
 

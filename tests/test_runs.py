@@ -90,9 +90,11 @@ def iou_by_hand(content: dict, coco: Path) -> float:
 def test_a_run_leaves_its_files(finished):
     run = finished[1]
     checkpoints = ["best_model.pth", "epoch_0003.pth", "epoch_0004.pth", "last.pth"]
-    assert {path.name for path in run.iterdir()} == {*checkpoints, ".lock", "history.csv", "preview.png", "run.json"}
+    others = [".lock", "history.csv", "preview.png", "curves.png", "run.json"]
+    assert {path.name for path in run.iterdir()} == {*checkpoints, *others}
     assert [row["epoch"] for row in history(run)] == ["1", "2", "3", "4"]
-    assert (run / "preview.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("preview.png", "curves.png"):
+        assert (run / picture).read_bytes().startswith(b"\x89PNG")
     assert read_checkpoint(run / "last.pth")["epoch"] == 4
 
 

@@ -23,7 +23,8 @@ from utils import CheckpointError, atomic_write, draft_of, flush_folder, read_ch
 LOCK = ".lock"
 EPOCH_FILE = re.compile(r"epoch_(\d+)\.pth")
 BEST, LAST, PREVIOUS, HISTORY, RUN_JSON = "best_model.pth", "last.pth", "previous.pth", "history.csv", "run.json"
-RUN_FILES = (BEST, LAST, PREVIOUS, SKIPPED, HISTORY, "preview.png", RUN_JSON)  # beside epoch_0001.pth ...
+PREVIEW, CURVES = "preview.png", "curves.png"
+RUN_FILES = (BEST, LAST, PREVIOUS, SKIPPED, HISTORY, PREVIEW, CURVES, RUN_JSON)  # beside epoch_0001.pth ...
 RETRY_SECONDS = 60.0  # after which a checkpoint that could not be written is tried again
 
 

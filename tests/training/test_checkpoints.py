@@ -240,7 +240,7 @@ def test_newest_usable_is_none_where_all_are_damaged(tmp_path, capsys):
 
 # --- an earlier run ---------------------------------------------------------------------------------------
 
-LEFT = ["best_model.pth", "epoch_0001.pth", "epoch_12345.pth", "history.csv", "last.pth", "preview.png"]
+LEFT = ["best_model.pth", "curves.png", "epoch_0001.pth", "epoch_12345.pth", "history.csv", "last.pth", "preview.png"]
 OTHERS = [".gitkeep", "epoch_0003_good.pth", "epoch_notes.txt", "my_best_model.pth", "notes.md"]
 
 
