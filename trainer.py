@@ -34,8 +34,8 @@ from datasets import COCOPersonDataset, batches, make_loader
 from loading.sources import data_roots
 from loading.unreadable import TolerantDataset, dead_worker, name_bad_photos
 from models import ENCODERS, SMALLEST_INPUT, UNetAutoencoder
-from training import curves, launching, pictures, report, resuming, starting
-from training.checkpoints import CURVES, PREVIEW, RUN_JSON, RunFolder, tried
+from training import curves, launching, pictures, report, resuming, runlog, starting
+from training.checkpoints import CURVES, PREVIEW, RUN_JSON, RUN_LOG, RunFolder, tried
 from training.interruptions import Stopped, Watch
 from training.run import Run
 from training.settings import UsageError, flag, read_settings
@@ -325,6 +325,7 @@ def begin(run: Run, config: Config, folder: RunFolder, train_loader: DataLoader,
     run.dataset = train_loader.dataset
     went_back = run.source == Path(config.resume)
     utils.on_main(lambda: folder.take_over(run, went_back), run.processes)
+    runlog.keep_in(folder.path / RUN_LOG, run.processes.rank)
     if not run.processes.is_main:
         return
     run.data = resuming.contents(train_loader.dataset.dataset, val_loader.dataset.dataset)
@@ -407,21 +408,22 @@ def check(config: Config) -> None:
 def run_command(argv: list[str]) -> int:
     """The whole program. Returns its exit code: 0, 2 for a user's mistake, 128 and its number after a signal."""
     steady_streams()
-    try:
-        config = parse(argv[1:])
-        launching.use_every_gpu(argv, config.device)
-        main(config)
-    except Stopped as stop:
-        return stop.code
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would cut off the ending of the workers
-        print("\nstopped; --resume goes on after the last whole epoch", file=sys.stderr)
-        return 130
-    except (UserError, RuntimeError) as error:
-        if not (message := for_the_user(error)):
-            raise
-        print(f"trainer.py: error: {message}", file=sys.stderr)
-        return 2
+    with runlog.recorded():
+        try:
+            config = parse(argv[1:])
+            launching.use_every_gpu(argv, config.device)
+            main(config)
+        except Stopped as stop:
+            return stop.code
+        except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would cut off the ending of the workers
+            print("\nstopped; --resume goes on after the last whole epoch", file=sys.stderr)
+            return 130
+        except (UserError, RuntimeError) as error:
+            if not (message := for_the_user(error)):
+                raise
+            print(f"trainer.py: error: {message}", file=sys.stderr)
+            return 2
     return 0
 
 

@@ -371,6 +371,24 @@ def test_a_finished_run_says_so_and_changes_nothing(coco_root, tmp_path, capsys)
 
 
 @pytest.mark.usefixtures("tiny")
+def test_the_log_is_what_the_console_showed_of_every_start(coco_root, tmp_path, capsys):
+    run, said = tmp_path / "run", ""
+    settings = small(coco_root, run, num_epochs=1)
+    assert "--seed" in refusal(capsys, *flags(settings), "--seed=-1")
+    assert not run.exists()
+    for more in ([], ["--resume", "--num-epochs=2"]):
+        assert trainer.run_command(["trainer.py", *flags(settings), *more]) == 0
+        said += capsys.readouterr().out
+    refusal(capsys, *flags(settings), "--resume", "--seed=3")
+    log = (run / "run.log").read_text().splitlines()
+    assert [line for line in log if not line.startswith("--- ")] == said.splitlines()
+    assert len(log) == len(said.splitlines()) + 2
+    assert trainer.run_command(["trainer.py", *flags(settings)]) == 0
+    (aside,) = run.glob("earlier_*")
+    assert (aside / "run.log").read_text().splitlines() == log
+
+
+@pytest.mark.usefixtures("tiny")
 def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(coco_root, tmp_path, capsys):
     settings = small(coco_root, tmp_path, num_epochs=1)
     with checkpoints.claim(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import threading
@@ -11,6 +10,7 @@ from types import FrameType
 
 from training.checkpoints import LAST, RETRY_SECONDS, RunFolder
 from training.run import Run
+from training.runlog import say_at_once
 from utils import UserError, largest_of_each
 
 # SIGHUP: the terminal or the ssh session has ended. Windows has neither it nor SIGUSR1.
@@ -62,10 +62,8 @@ class Watch:
             os.kill(os.getpid(), number)
         elif not self._signal:
             self._signal, self._noticed = number, time.monotonic()
-            if self._run.processes.is_main:  # not by print, which may be what the signal has interrupted
-                text = f"\n{signal.Signals(number).name}: saving after this step (once more: ends now)\n"
-                with contextlib.suppress(OSError):  # Ctrl-C ends the reader of a pipe as well
-                    os.write(1, text.encode())
+            if self._run.processes.is_main:
+                say_at_once(f"\n{signal.Signals(number).name}: saving after this step (once more: ends now)\n")
 
     def between_steps(self) -> None:
         """To be called by all processes together, after each step.
