@@ -35,7 +35,8 @@ from loading.sources import data_roots
 from loading.unreadable import TolerantDataset, dead_worker, name_bad_photos
 from models import ENCODERS, SMALLEST_INPUT, UNetAutoencoder
 from training import curves, launching, pictures, report, resuming, runlog, starting
-from training.checkpoints import CURVES, PREVIEW, RUN_JSON, RUN_LOG, RunFolder, tried
+from training.board import Board
+from training.checkpoints import BOARD, CURVES, PREVIEW, RUN_JSON, RUN_LOG, RunFolder, tried
 from training.interruptions import Stopped, Watch
 from training.run import Run
 from training.settings import UsageError, flag, read_settings
@@ -100,9 +101,11 @@ class Config:
     # --- the run
     seed: int = 0  # of the weights, the order of the photos and the augmentations
     checkpoint_dir: str = "checkpoints"  # folder of everything that a run writes
+    run_name: str = ""  # of a folder in checkpoint_dir that this run has for itself
     checkpoint_minutes: float = 15.0  # between two checkpoints within an epoch, beside the one after it; 0 is none
     keep_checkpoints: int = 5  # newest epochs whose checkpoint is kept; 0 keeps all
     log_every: int = 20  # steps between two updates of the figures beside the progress bar
+    tensorboard: bool = False  # write what TensorBoard shows to tensorboard/ in the run's folder
     resume: str = ""  # go on from the newest usable checkpoint, or from the FILE that is given
     sample: bool = False  # train on built-in drawings with the small settings below
 
@@ -130,7 +133,7 @@ LIMITS = {  # smallest and largest value of each number
 def main(config: Config) -> None:
     processes = launching.start_processes(config.device)
     train_loader, val_loader = open_data(config, processes)
-    with RunFolder(config.checkpoint_dir, config.keep_checkpoints) as folder:
+    with RunFolder(folder_of(config), config.keep_checkpoints) as folder:
         found = find_start(config, processes, folder, train_loader, val_loader)
         run = start_run(config, processes, found)
         begin(run, config, folder, train_loader, val_loader)
@@ -170,6 +173,7 @@ def train_one_epoch(run: Run, loader: DataLoader, epoch: int, config: Config, wa
         run.guard.step(run.optimizer, run.scaler, norm)
         run.end_step(epoch, steps, config.log_every)
         progress.show(loss, terms, run.learning_rate)
+        run.board.after_step(epoch * steps + run.step, loss, terms, run.learning_rate)
         watch.between_steps()
     return run.end_training() | progress.speed(run.processes.world_size)
 
@@ -208,7 +212,7 @@ def open_data(config: Config, processes: Processes) -> tuple[DataLoader, DataLoa
         train, val = (
             TolerantDataset(
                 COCOPersonDataset(config.data_root, split, config.image_size, training, **options),
-                training, config.max_bad_photos, config.checkpoint_dir,
+                training, config.max_bad_photos, folder_of(config),
             )
             for split, training in ((config.train_split, True), (config.val_split, False))
         )  # fmt: skip
@@ -220,6 +224,11 @@ def open_data(config: Config, processes: Processes) -> tuple[DataLoader, DataLoa
         raise UsageError(f"one training photo a process at --image-size {SMALLEST_INPUT} leaves BatchNorm a single "
                          "value: make --image-size larger, or add photos")  # fmt: skip
     return train_loader, make_loader(val, config.batch_size, workers, training=False, **place)
+
+
+def folder_of(config: Config) -> Path:
+    """Where a run writes."""
+    return Path(config.checkpoint_dir, config.run_name)
 
 
 def workers_per_process(wanted: int, cores: int, processes: int) -> int:
@@ -270,7 +279,7 @@ def start_run(config: Config, processes: Processes, found: tuple[Path, dict] | N
     keeps_statistics = is_trained and config.batch_size < SMALL_BATCH and found is None  # else the checkpoint knows
     run = Run(processes, dataclasses.asdict(config), model, model, criterion, optimizer, scaler=scaler,
               scheduler=scheduler, average=average, amp_dtype=amp_dtype, parts=parts,
-              keeps_statistics=keeps_statistics)  # fmt: skip
+              keeps_statistics=keeps_statistics, board=Board(config.tensorboard))  # fmt: skip
     if found:
         run.restore(*found)
     run.parallel_model = parallel(model, processes)
@@ -336,6 +345,8 @@ def begin(run: Run, config: Config, folder: RunFolder, train_loader: DataLoader,
         print(f"{done} done: a higher --num-epochs goes on", flush=True)
     else:
         tried(lambda: report.write_run(run, folder.path / RUN_JSON))
+        steps = math.ceil(len(train_loader) / config.accumulate)
+        run.board.begin(folder.path / BOARD, run.settings, run.epochs_done * steps + run.step)
 
 
 # --- after each epoch -------------------------------------------------------------------------------------
@@ -352,6 +363,7 @@ def write_down(run: Run, training: dict, validation: dict, val: TolerantDataset,
     saved = folder.save_epoch(run, run.result(validation) if is_best else None)
     tried(lambda: pictures.preview(run, val, folder.path / PREVIEW))
     tried(lambda: curves.save_curves(run.history, folder.path / CURVES))
+    run.board.after_epoch(run.history[-1], folder.path / PREVIEW)
     print(report.epoch_lines(run.history[-1], run.settings["num_epochs"], is_best, folder.path), flush=True)
     return saved
 
@@ -400,6 +412,8 @@ def check(config: Config) -> None:
     if Path(config.checkpoint_dir).resolve() in Path(config.start_from).resolve().parents:
         raise UsageError(f"--start-from {config.start_from} lies in --checkpoint-dir, whose files a new run moves "
                          "aside: choose another --checkpoint-dir")  # fmt: skip
+    if {*config.run_name} & {*"/\\"} or config.run_name in (".", ".."):
+        raise UsageError(f"--run-name {config.run_name} is not the name of a folder: --checkpoint-dir takes a path")
     if config.batch_size == 1 and config.image_size == SMALLEST_INPUT:
         raise UsageError(f"--batch-size 1 at --image-size {SMALLEST_INPUT} leaves BatchNorm a single value: "
                          "make one of them larger")  # fmt: skip

@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -386,6 +388,21 @@ def test_the_log_is_what_the_console_showed_of_every_start(coco_root, tmp_path, 
     assert trainer.run_command(["trainer.py", *flags(settings)]) == 0
     (aside,) = run.glob("earlier_*")
     assert (aside / "run.log").read_text().splitlines() == log
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_run_of_a_name_has_a_folder_for_itself(coco_root, tmp_path, monkeypatch):
+    tensorboard = SimpleNamespace(SummaryWriter=Mock())
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: True)
+    (coco_root / "val2017" / "000000000101.jpg").write_bytes(b"")
+    trainer.main(small(coco_root, tmp_path / "runs", run_name="first", num_epochs=1, tensorboard=True, log_every=2))
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["first"]
+    assert {"last.pth", "history.csv", "skipped.txt"} <= {path.name for path in (tmp_path / "runs" / "first").iterdir()}
+    tensorboard.SummaryWriter.assert_called_once_with(str(tmp_path / "runs" / "first" / "tensorboard"), purge_step=1)
+    steps = [call.args for call in tensorboard.SummaryWriter().add_scalar.mock_calls]
+    assert [step for name, _, step in steps if name == "step/loss"] == [2]  # of 3
+    assert [step for name, _, step in steps if name == "iou/val"] == [1]
 
 
 @pytest.mark.usefixtures("tiny")

@@ -212,6 +212,8 @@ def test_limits_are_allowed_and_what_is_beyond_is_not(name, capsys):
         ("--frobnicate", "--frobnicate --help"), ("16", "16"), ("--batch-size 16 photos", "photos"),
         ("--no-pretrained --encoder-weights=a.pth", "--encoder-weights --no-pretrained"),
         ("--device=toaster", "--device toaster"), ("--device=cuda:99", "cuda:99"),
+        ("--run-name=a/b", "--run-name a/b --checkpoint-dir"), ("--run-name=..", "--run-name .."),
+        ("--run-name=a\\b", "--run-name a\\b"),
     ],
 )  # fmt: skip
 def test_a_mistake_gets_one_line_that_names_it(arguments, named, capsys):

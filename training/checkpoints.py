@@ -23,8 +23,10 @@ from utils import CheckpointError, atomic_write, draft_of, flush_folder, read_ch
 LOCK = ".lock"
 EPOCH_FILE = re.compile(r"epoch_(\d+)\.pth")
 BEST, LAST, PREVIOUS, HISTORY, RUN_JSON = "best_model.pth", "last.pth", "previous.pth", "history.csv", "run.json"
-PREVIEW, CURVES, RUN_LOG = "preview.png", "curves.png", "run.log"
-RUN_FILES = (BEST, LAST, PREVIOUS, SKIPPED, HISTORY, PREVIEW, CURVES, RUN_JSON, RUN_LOG)  # beside epoch_0001.pth ...
+PREVIEW, CURVES, RUN_LOG, BOARD = "preview.png", "curves.png", "run.log", "tensorboard"
+RUN_FILES = (  # beside epoch_0001.pth ...
+    *(BEST, LAST, PREVIOUS, SKIPPED, HISTORY, PREVIEW, CURVES, RUN_JSON, RUN_LOG, BOARD),
+)
 RETRY_SECONDS = 60.0  # after which a checkpoint that could not be written is tried again
 
 
@@ -274,7 +276,7 @@ def in_the_way(folder: Path, source: Path | None, epoch: int, went_back: bool) -
     everything = [path for name in RUN_FILES if (path := folder / name).exists()]
     if source is None or source.resolve().parent != folder.resolve():
         found = epoch_files(folder) + everything
-        told_only = {path.name for path in found} <= {RUN_JSON, RUN_LOG}
+        told_only = {path.name for path in found} <= {RUN_JSON, RUN_LOG, BOARD}
         killed_early = told_only and found and (folder / LOCK).stat().st_size  # it had nothing to lose
         return [] if killed_early else found
     newer = epoch_files(folder, after=epoch)

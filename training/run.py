@@ -14,6 +14,7 @@ from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
 from loading.unreadable import TolerantDataset
+from training.board import Board
 from training.step import FiniteGuard, Tally
 from training.weights import WeightAverage, keep_statistics
 from utils import CheckpointError, LossCalculator, Processes, from_all
@@ -42,6 +43,7 @@ class Run:
     parts: int = 1  # that a batch is computed in, one after another, where the GPU's memory does not hold all of it
     keeps_statistics: bool = False  # the encoder's BatchNorm uses what it was trained with
     average: WeightAverage | None = None  # of the weights over the steps
+    board: Board = dataclasses.field(default_factory=Board)  # where TensorBoard's figures go, if anywhere
     dataset: TolerantDataset | None = None  # of the training, which knows the photos that could not be read
     data: dict[str, str] | None = None  # what there is to train on and to validate: `resuming.contents`
     source: Path | None = None  # the checkpoint that it goes on from
