@@ -34,8 +34,10 @@ from utils import Processes, UserError, atomic_write, read_checkpoint, usable_co
 
 BOUNDARY_SHARE = 0.02  # of the image's diagonal: how far from the contour its boundary reaches (Cheng et al. 2021)
 WORST = 12  # photos of the contact sheet
+WORST_SMALL = 4  # of them at most, whose persons are all small: those are the worst as a rule, and little is seen there
 LEVELS = ("network", "original")  # where the masks are compared: the network's square, the photo's own size
-SIZES = {"all": (0.0, 2.0), "under 1 %": (0.0, 0.01), "1 to 10 %": (0.01, 0.1), "over 10 %": (0.1, 2.0)}
+SMALL = 0.01  # of a photo's area: persons under it are the small ones
+SIZES = {"all": (0.0, 2.0), "under 1 %": (0.0, SMALL), "1 to 10 %": (SMALL, 0.1), "over 10 %": (0.1, 2.0)}
 METRICS = ("iou", "dice", "global_iou", "boundary_iou", "precision", "recall")
 
 
@@ -199,12 +201,20 @@ def write_files(result: dict, rows: list[dict], cutter: Cutter, dataset: COCOPer
 
 def save_worst(rows: list[dict], cutter: Cutter, dataset: COCOPersonDataset, path: Path) -> None:
     """The photos of the lowest IoU at their own size: photo, truth, prediction, cutout."""
-    worst = sorted(rows, key=lambda row: row["original_iou"])[:WORST]
+    worst = worst_of(rows)
     samples = torch.stack([dataset[row["index"]] for row in worst])
     found, targets = cutter.probabilities([*samples[:, :3].permute(0, 2, 3, 1).numpy()]), samples.float() / 255
     predictions = torch.cat([targets[:, :3], torch.from_numpy(found)[:, None]], dim=1)
     labels = [f"{row['file_name']}  IoU {row['original_iou']:.3f}" for row in worst]
     pictures.save_sheet(targets, predictions, path, labels)
+
+
+def worst_of(rows: list[dict]) -> list[dict]:
+    """The lowest first; only a few of them show small persons alone."""
+    ordered = sorted(rows, key=lambda row: row["original_iou"])
+    small = [row for row in ordered if row["largest_person"] < SMALL][:WORST_SMALL]
+    others = [row for row in ordered if row["largest_person"] >= SMALL]
+    return sorted(small + others, key=lambda row: row["original_iou"])[:WORST]
 
 
 # --- the command line -------------------------------------------------------------------------------------

@@ -125,7 +125,16 @@ def test_the_table_fits_a_terminal_and_the_worst_are_shown_first(coco_root, chec
     sheet = cv2.imread(str(checkpoint.with_name(f"best_model_on_coco_{VAL}") / "worst.png"))
     worst = min(range(5), key=lambda index: float(rows[index]["original_iou"]))
     photo = COCOPersonDataset(coco_root, VAL, 64)[worst][:3].permute(1, 2, 0).numpy()[..., ::-1]
-    np.testing.assert_array_equal(sheet[24 : 24 + 64, :64], photo)
+    np.testing.assert_array_equal(sheet[48 : 48 + 64, :64], photo)
+    assert (sheet[24:48] < 128).any()  # its caption is above it
+    assert (sheet[48 + 64 : 48 + 64 + 4] == 255).all()
+
+
+def test_small_persons_are_a_few_of_the_worst():
+    rows = [{"index": n, "original_iou": n / 100, "largest_person": 0.005 if n < 20 else 0.01} for n in range(40)][::-1]
+    assert [row["index"] for row in evaluation.worst_of(rows)] == [0, 1, 2, 3, *range(20, 28)]
+    assert [row["index"] for row in evaluation.worst_of(rows[-20:])] == [0, 1, 2, 3]
+    assert [row["index"] for row in evaluation.worst_of(rows[:20])] == [*range(20, 32)]
 
 
 def test_a_mistake_gets_one_line(coco_root, checkpoint, tmp_path, capsys):

@@ -22,6 +22,7 @@ from utils import CheckpointError, atomic_write, draft_of, flush_folder, read_ch
 
 LOCK = ".lock"
 EPOCH_FILE = re.compile(r"epoch_(\d+)\.pth")
+RESULTS = re.compile(r"(?:best_model|last|previous|epoch_(\d+))_on_.+")  # evaluate.py's folders, of a run's checkpoints
 BEST, LAST, PREVIOUS, HISTORY, RUN_JSON = "best_model.pth", "last.pth", "previous.pth", "history.csv", "run.json"
 PREVIEW, CURVES, RUN_LOG, BOARD = "preview.png", "curves.png", "run.log", "tensorboard"
 RUN_FILES = (  # beside epoch_0001.pth ...
@@ -198,6 +199,13 @@ def epoch_files(folder: Path, after: int = 0) -> list[Path]:
     return sorted((path for path in numbers if numbers[path] > after), key=numbers.get, reverse=True)
 
 
+def results(folder: Path, after: int = 0) -> list[Path]:
+    """What evaluate.py has measured of the checkpoints of the epochs after one, and of those that are no epoch's."""
+    numbers = {path: found[1] for path in folder.glob("*_on_*") if (found := RESULTS.fullmatch(path.name))}
+    of_these = [path for path, number in numbers.items() if number is None or int(number) > after]
+    return sorted(path for path in of_these if (path / "metrics.json").exists())  # else it is a run of such a name
+
+
 def newest_usable(folder: Path) -> tuple[Path, dict] | None:
     """The newest checkpoint that can be read; what is damaged is named and passed over."""
     last = first_usable([folder / LAST])
@@ -275,13 +283,13 @@ def in_the_way(folder: Path, source: Path | None, epoch: int, went_back: bool) -
     """
     everything = [path for name in RUN_FILES if (path := folder / name).exists()]
     if source is None or source.resolve().parent != folder.resolve():
-        found = epoch_files(folder) + everything
+        found = epoch_files(folder) + everything + results(folder)
         told_only = {path.name for path in found} <= {RUN_JSON, RUN_LOG, BOARD}
         killed_early = told_only and found and (folder / LOCK).stat().st_size  # it had nothing to lose
         return [] if killed_early else found
     newer = epoch_files(folder, after=epoch)
     if went_back and newer:
-        return newer + everything
+        return newer + everything + results(folder, after=epoch)
     others = [folder / LAST, folder / PREVIOUS]
     return newer + [path for path in others if path in everything and path != source and not is_usable(path)]
 

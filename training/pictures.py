@@ -37,14 +37,14 @@ def save_sheet(targets: Tensor, predictions: Tensor, path: Path, labels: Sequenc
     Args:
         targets, predictions: float (N, 4, S, S) in [0, 1]: RGBA, predictions after the sigmoid.
         path: of the PNG.
-        labels: a line of text under each row, or none.
+        labels: a line of text above each row, or none.
     """
     targets, predictions = (_to_pixels(pictures) for pictures in (targets, predictions))
     rows = [_row(target, prediction) for target, prediction in zip(targets, predictions, strict=True)]
     width, step = rows[0].shape[1], targets.shape[1] + GAP
     captions = _text({column * step: caption for column, caption in enumerate(CAPTIONS)}, width)
     if labels:
-        rows = [part for row, label in zip(rows, labels, strict=True) for part in (row, _text({0: label}, width))]
+        rows = [part for row, label in zip(rows, labels, strict=True) for part in (_text({0: label}, width), row)]
     sheet = np.vstack([captions, *rows])
     with atomic_write(path) as file:
         file.write(cv2.imencode(".png", cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))[1].tobytes())

@@ -268,6 +268,34 @@ def test_all_of_a_run_is_moved_aside_and_nothing_else(tmp_path):
     assert set_aside(tmp_path) is None
 
 
+MEASURED = ["best_model_on_coco_val2017", "epoch_0001_on_a_val_at_512", "epoch_0007_on_a_val", "last_on_a_b_val"]
+
+
+def measured(folder: Path) -> None:
+    """What evaluate.py leaves, and what only has such a name."""
+    for name in (*MEASURED, "my_model_on_coco_val2017"):
+        (folder / name).mkdir()
+        (folder / name / "metrics.json").touch()
+    (folder / "last_on_tuesday").mkdir()  # a run by --run-name
+    (folder / "best_model_on_paper.txt").touch()
+
+
+def test_an_older_models_evaluations_are_moved_aside_with_it(tmp_path):
+    (tmp_path / "best_model.pth").touch()
+    measured(tmp_path)
+    assert names(set_aside(tmp_path)) == sorted(["best_model.pth", *MEASURED])
+    assert {"my_model_on_coco_val2017", "last_on_tuesday", "best_model_on_paper.txt"} < {*names(tmp_path)}
+    assert set_aside(tmp_path) is None
+
+
+def test_going_on_keeps_the_evaluations_and_going_back_those_of_before(tmp_path):
+    measured(filled(tmp_path))
+    found = in_the_way(tmp_path, tmp_path / "epoch_0003.pth", 3, False)
+    assert not [path for path in found if path.is_dir()]
+    found = in_the_way(tmp_path, tmp_path / "epoch_0002.pth", 2, True)
+    assert [path.name for path in found if path.is_dir()] == sorted({*MEASURED} - {"epoch_0001_on_a_val_at_512"})
+
+
 def test_moving_aside_twice_in_a_second_overwrites_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "datetime", Noon)
     asides = []
