@@ -1,6 +1,6 @@
 """Cuts the persons out of photos with a trained model: any photo in, an RGBA PNG of the photo's own size out.
 
-    python predict.py photo.jpg                          # cutouts/photo.png
+    python predict.py photo.jpg                          # cutouts/photo.png; --output result.png names the file
     python predict.py holidays --output cut              # a folder with its subfolders; run again, it goes on
     python predict.py holidays --output white --background white      # composed onto a colour, or onto a photo
     python predict.py holidays --output masks --mask --threshold 0.5  # the masks alone, with a hard edge
@@ -27,6 +27,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -86,7 +87,16 @@ with our_modules():
 PIXELS_AT_WORK = 2**27  # of all photos that are read, cut or written at one moment
 BATCH_PIXELS = 2**25  # of the photos of one batch
 Job = tuple[Path, Path]  # a photo and what is made of it
+NAMED = 3  # photos in which nobody was found; the others are counted
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)  # after which no other file can be written either
+
+
+class Outcome(NamedTuple):
+    """What became of a few photos."""
+
+    tried: int
+    failures: list[str]  # a line for each that could not be done
+    empty: list[Path]  # those in which nobody was found
 
 
 @dataclass(frozen=True)
@@ -98,14 +108,18 @@ class Style:
     threshold: float | None = None  # a hard edge, one pixel soft, at this probability
     keep_background_colours: bool = False  # in a cutout, under an alpha of 0
 
-    def draw(self, probabilities: np.ndarray, photo: Photo, square: np.ndarray, metadata: dict) -> list:
+    def draw(self, probabilities: np.ndarray, photo: Photo, square: np.ndarray, metadata: dict) -> tuple[list, bool]:
         """The pieces of a PNG file: mode L for a mask, RGB on a background, RGBA for a cutout. It uses up `photo`.
 
-        `probabilities` are the network's, `square` and `metadata` what `letterbox` returned for the photo.
+        `probabilities` are the network's, `square` and `metadata` what `letterbox` returned for the photo. Returned as
+        well is whether anybody was found: whether any pixel is more opaque than not.
         """
         alpha = alpha_of(probabilities, square, metadata, photo.rgb)
         opacity = to_opacity(alpha, photo.alpha, self.threshold, metadata["scale"])
         del alpha  # its memory
+        return self._encoded(photo, opacity, square, metadata), bool((opacity > 127).any())
+
+    def _encoded(self, photo: Photo, opacity: np.ndarray, square: np.ndarray, metadata: dict) -> list:
         if self.mask:
             return encode_png(opacity)
         hide = self.background is None and not self.keep_background_colours
@@ -121,7 +135,8 @@ def plan(arguments: list[str], output: Path) -> tuple[list[Job], list[Path]]:
     """What is to be done, decided by the photos' names alone, so that a second run decides alike; and what cannot be.
 
     Raises:
-        UserError: no such path, no photo in a folder, two outputs of one name, an output among the photos.
+        UserError: no such path, no photo in a folder, two outputs of one name, an output among the photos, a file as
+            output of several.
     """
     names: dict[Path, Path] = {}  # in the output folder, by photo
     unknown = {}
@@ -137,10 +152,28 @@ def plan(arguments: list[str], output: Path) -> tuple[list[Job], list[Path]]:
         else:
             raise UserError(f"there is no photo or folder {argument}")
     jobs = [(photo, output / name) for photo, name in with_png(names).items()]
+    if names_a_file(output):
+        if len(jobs) != 1 or any(map(os.path.isdir, arguments)):
+            raise UserError(f"--output {output} is the name of one file: give one photo, or name a folder")
+        jobs = [(photo, output) for photo in names]
     refuse_collisions(jobs)
     for folder in filter(os.path.isdir, arguments):
         refuse_mixing(folder, jobs, output)
     return jobs, list(unknown)
+
+
+def names_a_file(output: Path) -> bool:
+    """Whether it is a PNG that is to be written, not a folder for them.
+
+    Raises:
+        UserError: it is a file of another kind.
+    """
+    extension = output.suffix.lower()
+    if os.path.isdir(output) or extension not in readable_extensions():
+        return False
+    if extension != ".png":
+        raise UserError(f"--output {output}: what is written is a PNG, so name it *.png, or name a folder")
+    return True
 
 
 def photos_in(folder: Path, output: Path) -> tuple[list[Path], list[Path]]:
@@ -208,8 +241,8 @@ def refuse_mixing(folder: str, jobs: list[Job], output: Path) -> None:
 # --- the run ----------------------------------------------------------------------------------------------
 
 
-def cut_all(cutter: Cutter, jobs: list[Job], style: Style, batch_size: int) -> int:
-    """Does all jobs, several at a time, and names on stderr what could not be done. Returns how many.
+def cut_all(cutter: Cutter, jobs: list[Job], style: Style, batch_size: int) -> list[Outcome]:
+    """Does all jobs, several at a time, and names on stderr what could not be done.
 
     Each thread takes its photos from file to file: while one waits for the GPU or the disk, others decode and encode.
     On a CPU a thread runs the network by itself, a photo at a time: as fast as a batch, and no core waits for another.
@@ -218,18 +251,18 @@ def cut_all(cutter: Cutter, jobs: list[Job], style: Style, batch_size: int) -> i
     threads = min(cores if on_cpu else cores + 1, len(jobs))
     # One thread a photo, however many there are: a photo's result does not depend on its neighbours.
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-    failed, at_work = 0, {}
+    outcomes, at_work = [], {}
     try:
         with tqdm(total=len(jobs), unit="photo", disable=not sys.stderr.isatty()) as progress:
             for batch, pixels in grouped(jobs, 1 if on_cpu else batch_size):
                 while at_work and (len(at_work) > threads or sum(at_work.values()) + pixels > PIXELS_AT_WORK):
-                    failed += collect(at_work, progress)
+                    outcomes += collect(at_work, progress)
                 at_work[pool.submit(cut_batch, cutter, batch, style)] = pixels
             while at_work:
-                failed += collect(at_work, progress)
+                outcomes += collect(at_work, progress)
     finally:
         pool.shutdown(cancel_futures=True)  # after Ctrl-C: what has begun is completed, the rest not begun
-    return failed
+    return outcomes
 
 
 def grouped(jobs: list[Job], size: int) -> Iterator[tuple[list[Job], int]]:
@@ -248,44 +281,44 @@ def count_pixels(path: Path) -> int:
     return 0  # whoever reads the photo will say what is wrong
 
 
-def collect(at_work: dict[Future, int], progress: tqdm) -> int:
-    """Waits until a batch is done, takes it off the list and names what failed in it. Returns how many did."""
-    failed = 0
+def collect(at_work: dict[Future, int], progress: tqdm) -> list[Outcome]:
+    """Waits until a batch is done, takes all that are off the list and names what failed in them."""
+    outcomes = []
     for future in wait(at_work, return_when=FIRST_COMPLETED).done:
         del at_work[future]
-        done, failures = future.result()
-        for failure in failures:
+        outcomes.append(future.result())
+        for failure in outcomes[-1].failures:
             tqdm.write(failure, file=sys.stderr)
-        progress.update(done)
-        failed += len(failures)
-    return failed
+        progress.update(outcomes[-1].tried)
+    return outcomes
 
 
-def cut_batch(cutter: Cutter, jobs: list[Job], style: Style) -> tuple[int, list[str]]:
-    """Reads, cuts and writes a few photos. Returns how many were tried, and a line for each that failed.
+def cut_batch(cutter: Cutter, jobs: list[Job], style: Style) -> Outcome:
+    """Reads, cuts and writes a few photos.
 
     Raises:
         UserError: nothing more can be written to this disk.
     """
-    failures, ready = [], []
+    failures, empty, ready = [], [], []
     for path, output in jobs:
         try:
             photo = open_photo(path)
-            ready.append((output, photo, *letterbox(photo.rgb, cutter.image_size)))
+            ready.append((path, output, photo, *letterbox(photo.rgb, cutter.image_size)))
         except PhotoError as error:
             failures.append(str(error))
-    for probabilities in cutter.probabilities([square for _, _, square, _ in ready]) if ready else ():
-        output, *letterboxed = ready.pop(0)  # off the list, so that its memory is free as soon as it is written
+    for probabilities in cutter.probabilities([square for *_, square, _ in ready]) if ready else ():
+        path, output, *letterboxed = ready.pop(0)  # off the list, so that its memory is free as soon as it is written
         try:
-            pieces = style.draw(probabilities, *letterboxed)
+            pieces, somebody = style.draw(probabilities, *letterboxed)
             output.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(output) as file:
                 file.writelines(pieces)
+            empty += [] if somebody else [path]
         except (OSError, ValueError, MemoryError, cv2.error) as error:
             if getattr(error, "errno", None) in DISK_ERRORS:
                 raise UserError(f"{output} cannot be written: {error.strerror}") from None
             failures.append(f"{output} cannot be written: {reason(error)}")
-    return len(jobs), failures
+    return Outcome(len(jobs), failures, empty)
 
 
 # --- the command line -------------------------------------------------------------------------------------
@@ -296,7 +329,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("photos", nargs="+", metavar="PHOTO_OR_FOLDER", help="folders with all their subfolders")
     add("--checkpoint", help=f"the trained model ({TRAINED}, or else the one that comes with Silueta, named box)")
-    add("--output", default="cutouts", help="folder for the results (%(default)s)")
+    add("--output", default="cutouts", help="folder for the results, or of one photo a file *.png (%(default)s)")
     add("--overwrite", action="store_true", help="make results again that are there already, instead of going on")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--mask", action="store_true", help="write the mask alone, in grey")
@@ -328,7 +361,7 @@ def read_background(text: str | None) -> tuple[int, ...] | np.ndarray | None:
 
 def main(options: argparse.Namespace) -> int:
     """Returns how many photos could not be done."""
-    output, failed = Path(options.output), 0
+    output, outcomes = Path(options.output), []
     jobs, unknown = plan(options.photos, output)
     todo = [(photo, made) for photo, made in jobs if options.overwrite or not os.path.exists(made)]
     background = read_background(options.background)
@@ -336,20 +369,34 @@ def main(options: argparse.Namespace) -> int:
     if todo:
         cutter = load(options.checkpoint, options.device, options.image_size)
         try:
-            make_writable(output)
+            make_writable(output.parent if names_a_file(output) else output)
         except OSError as error:
             raise UserError(f"--output {output} cannot be written: {error.strerror}") from None
         tell_model(cutter, [photo for photo, _ in jobs])
-        failed = cut_all(cutter, todo, style, options.batch_size)
+        outcomes = cut_all(cutter, todo, style, options.batch_size)
     for advice, paths in by_advice(unknown).items():
         kinds = ", ".join(sorted({path.suffix.lower() for path in paths}))
         print(f"{counted(len(paths), 'photo')} ({kinds}) cannot be read here: {advice}", file=sys.stderr)
-    failed, photos = failed + len(unknown), len(jobs) + len(unknown)
-    kept = len(jobs) - len(todo)
-    notes = f", {kept} were there already (--overwrite makes them again)" if kept else ""
-    notes += f", {failed} could not be done" if failed else ""
-    print(f"{photos - kept - failed} of {counted(photos, 'photo')} written to {output}{notes}", flush=True)
+    failed = len(unknown) + sum(len(outcome.failures) for outcome in outcomes)
+    empty = {photo for outcome in outcomes for photo in outcome.empty}
+    kept, photos = len(jobs) - len(todo), len(jobs) + len(unknown)
+    print(f"{photos - kept - failed} of {counted(photos, 'photo')} written to {output}"
+          + notes(kept, failed, [photo for photo, _ in todo if photo in empty]), flush=True)  # fmt: skip
     return failed
+
+
+def notes(kept: int, failed: int, empty: list[Path]) -> str:
+    """The rest of the last line: how many were left as they are, could not be done, and show nobody; of these a few."""
+    text = ""
+    if kept:
+        was, them = ("was", "it") if kept == 1 else ("were", "them")
+        text += f", {kept} {was} there already (--overwrite makes {them} again)"
+    if failed:
+        text += f", {failed} could not be done"
+    if empty:
+        names = [str(photo) for photo in empty[:NAMED]] + ["..."] * (len(empty) > NAMED)
+        text += f"; nobody was found in {counted(len(empty), 'photo')}: {', '.join(names)}"
+    return text
 
 
 def tell_model(cutter: Cutter, photos: list[Path]) -> None:

@@ -93,7 +93,7 @@ def test_single_call_folder_and_batch_agree(tmp_path, cut, run):
     photos = [save_picture(tmp_path / "in" / name, picture) for name, picture in pictures.items()]
     assert run(tmp_path / "in", "--output", tmp_path / "folder")[0] == 0
     jobs = [(photo, tmp_path / "batch" / photo.name) for photo in photos]
-    assert predict.cut_batch(cut, jobs, predict.Style()) == (5, [])
+    assert predict.cut_batch(cut, jobs, predict.Style())[:2] == (5, [])
     for photo in photos:
         alone = cut(photo)
         assert np.ptp(alone[..., 3]) > 50
@@ -351,15 +351,62 @@ def test_work_is_bounded_by_pixels(tmp_path, cut, monkeypatch):
         threading.Event().wait(0.02)
         with lock:
             at_work[0] -= 1
-        return len(batch), []
+        return predict.Outcome(len(batch), [], [])
 
     monkeypatch.setattr(predict, "cut_batch", counted)
     monkeypatch.setattr(predict, "usable_cores", lambda: 4)
     for limit, expected in ((3500 * 2, 2), (1, 1), (10**9, 4)):
         monkeypatch.setattr(predict, "PIXELS_AT_WORK", limit)
         most[0] = 0
-        assert predict.cut_all(cut, jobs, predict.Style(), 1) == 0
+        assert predict.cut_all(cut, jobs, predict.Style(), 1) == [(1, [], [])] * 7
         assert most[0] == expected
+
+
+# --- one file, nobody -------------------------------------------------------------------------------------
+
+
+def test_one_photo_goes_to_the_file_that_is_named(tmp_path, run, stub):
+    stub()
+    photo, other = save_picture(tmp_path / "a.jpg"), save_picture(tmp_path / "b.jpg")
+    made = tmp_path / "new" / "Result.PNG"
+    assert run(photo, photo, "--output", made)[:2] == (0, [f"1 of 1 photo written to {made}"])
+    assert outputs(tmp_path) == {"a.jpg", "b.jpg", "new/Result.PNG"}
+    assert read_rgba(made).shape == (50, 70, 4)
+    made.write_text("mine")
+    said = f"0 of 1 photo written to {made}, 1 was there already (--overwrite makes it again)"
+    assert run(photo, "--output", made)[:2] == (0, [said])
+    assert made.read_text() == "mine"
+    assert run(photo, "--output", made, "--overwrite")[0] == 0
+    assert read_rgba(made).shape == (50, 70, 4)
+    before = {name: (tmp_path / name).read_bytes() for name in outputs(tmp_path)}
+    cases = {
+        "one file": ([photo, other, "--output", made], [tmp_path, "--output", made]),
+        "would overwrite": ([made, "--output", made, "--overwrite"],),
+        "is a PNG": ([photo, "--output", tmp_path / "c.jpg"], [photo, "--output", other, "--overwrite"]),
+        "cannot be written": ([photo, "--output", photo / "c.png"],),
+    }
+    for words, commands in cases.items():
+        for command in commands:
+            code, lines, errors = run(*command)
+            assert (code, lines, len(errors)) == (2, [], 1), command
+            assert words in errors[0]
+    assert {name: (tmp_path / name).read_bytes() for name in outputs(tmp_path)} == before
+    (tmp_path / "folder.png").mkdir()  # as every folder
+    assert run(photo, "--output", tmp_path / "folder.png")[0] == 0
+    assert outputs(tmp_path / "folder.png") == {"a.png"}
+
+
+@pytest.mark.parametrize("options", [[], ["--mask"], ["--background", "red"], ["--threshold", "0.5"]])
+def test_photos_without_anybody_are_counted_and_a_few_named(options, tmp_path, run, stub):
+    stub(lambda red: (red > 0.5).float() if "--threshold" in options else (red > 0.5) * 0.6 + 0.35)
+    for n in range(6):
+        save_picture(tmp_path / "in" / f"{n}.png", np.full((40, 40, 3), 255 if n == 1 else 9, np.uint8))
+    named = ", ".join(str(tmp_path / "in" / f"{n}.png") for n in (0, 2, 3))
+    code, lines, _ = run(tmp_path / "in", "--output", tmp_path / "out", *options)
+    said = f"6 of 6 photos written to {tmp_path / 'out'}; nobody was found in 5 photos: {named}, ..."
+    assert (code, lines) == (0, [said])
+    _, lines, _ = run(tmp_path / "in" / "0.png", "--output", tmp_path / "one", *options)
+    assert lines[0].endswith(f"; nobody was found in 1 photo: {tmp_path / 'in' / '0.png'}")
 
 
 # --- mask, background, threshold --------------------------------------------------------------------------
@@ -532,8 +579,8 @@ def test_as_a_program(tmp_path, small_checkpoint):
     photo = save_picture(tmp_path / "a.jpg")
     command = [sys.executable, predict.__file__, photo, "--checkpoint", small_checkpoint, "--device", "cpu"]
     done = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, check=False)
-    lines = f"model: {small_checkpoint} (resnet18 at 64)\n1 of 1 photo written to cutouts\n"
-    assert (done.returncode, done.stdout, done.stderr) == (0, lines, "")
+    lines = f"model: {small_checkpoint} (resnet18 at 64)\n1 of 1 photo written to cutouts"
+    assert (done.returncode, done.stdout.partition(";")[0], done.stderr) == (0, lines, "")  # nobody may be found
     assert outputs(tmp_path / "cutouts") == {"a.png"}
 
 

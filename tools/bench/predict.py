@@ -47,6 +47,6 @@ def one_at_a_time(cutter: Cutter, files: list[Path], output: Path, threads: int)
 
 def all_at_once(cutter: Cutter, files: list[Path], output: Path) -> int:
     jobs, _ = predict.plan([str(file) for file in files], output)
-    if predict.cut_all(cutter, jobs, predict.Style(), batch_size=8):
+    if any(outcome.failures for outcome in predict.cut_all(cutter, jobs, predict.Style(), batch_size=8)):
         raise RuntimeError("a photo could not be cut out")
     return len(files)
