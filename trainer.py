@@ -409,9 +409,9 @@ def check(config: Config) -> None:
         raise UsageError("--encoder-weights needs --pretrained, which --no-pretrained or --sample has turned off")
     if config.encoder_weights and config.start_from:
         raise UsageError("--encoder-weights and --start-from both name the weights to start from: choose one")
-    if Path(config.checkpoint_dir).resolve() in Path(config.start_from).resolve().parents:
-        raise UsageError(f"--start-from {config.start_from} lies in --checkpoint-dir, whose files a new run moves "
-                         "aside: choose another --checkpoint-dir")  # fmt: skip
+    if config.start_from and Path(config.start_from).resolve().parent == folder_of(config).resolve():
+        raise UsageError(f"--start-from {config.start_from} lies in the run's own folder, whose files a new run moves "
+                         "aside: give it a --run-name")  # fmt: skip
     if {*config.run_name} & {*"/\\"} or config.run_name in (".", ".."):
         raise UsageError(f"--run-name {config.run_name} is not the name of a folder: --checkpoint-dir takes a path")
     if config.batch_size == 1 and config.image_size == SMALLEST_INPUT:

@@ -105,7 +105,8 @@ def test_a_resume_trains_as_the_run_began_whatever_is_said_now(trained, coco_roo
 def test_a_file_that_the_run_itself_would_move_aside_is_refused(trained, capsys):
     arguments = ["--start-from", str(trained), "--checkpoint-dir", str(trained.parent)]
     assert trainer.run_command(["trainer.py", *arguments]) == 2
-    assert "lies in --checkpoint-dir, whose files a new run moves aside" in capsys.readouterr().err
+    assert "lies in the run's own folder, whose files a new run moves aside" in capsys.readouterr().err
+    assert trainer.parse([*arguments, "--run-name", "tuned"]).encoder == "resnet18"
 
 
 @pytest.mark.parametrize("flags", [["--encoder", "resnet34"], ["--use-attention"]])
