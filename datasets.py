@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_co
 from loading.annotations import DataError
 from loading.cache import PhotoCache
 from loading.index import PersonIndex
+from loading.layout import AS_COCO, Choices
 from loading.letterbox import letterbox, restore
 from loading.sources import Source, open_sources
 from loading.workers import start_loader_worker
@@ -38,6 +39,8 @@ class COCOPersonDataset(Dataset):
         seed: of the augmentations. A sample depends on (seed, epoch, index) and on nothing else.
         cache: whether to keep the letterboxed photos on disk, for faster epochs; the samples are the same.
         other_splits: of several roots one without the split is left out if it has one of these; else it is refused.
+            Where the data have no split, they are the names of the parts to train on and to validate.
+        choices: how the data are to be read, where not as COCO's.
 
     Attributes:
         sources: of the roots that have the split, in their order.
@@ -49,8 +52,9 @@ class COCOPersonDataset(Dataset):
     def __init__(
         self, root: str | Path, split: str, image_size: int = 384, augment: bool = False,
         store_metadata: bool = False, seed: int = 0, cache: bool = False, other_splits: Sequence[str] = (),
+        choices: Choices = AS_COCO,
     ):  # fmt: skip
-        self.sources = open_sources(root, split, image_size, other_splits)
+        self.sources = open_sources(root, split, image_size, other_splits, choices)
         self._ends = [*accumulate(map(len, self.sources))]
         self.image_size, self.store_metadata, self.seed = image_size, store_metadata, seed
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see it change

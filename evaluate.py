@@ -26,6 +26,7 @@ import utils
 from cutting.cutter import Cutter, check_size, load
 from cutting.edges import alpha_of, to_opacity
 from datasets import COCOPersonDataset, DataError, letterbox
+from loading.layout import Choices
 from loading.sources import data_roots
 from training import launching, pictures
 from training.settings import OneLineParser
@@ -54,7 +55,8 @@ def main(options: argparse.Namespace) -> dict:
     processes = launching.start_processes(options.device)
     cutter = load(options.checkpoint, str(processes.device), options.image_size)
     with utils.one_process_first(processes):
-        dataset = COCOPersonDataset(options.data_root, options.split, cutter.image_size, other_splits=options.splits)
+        dataset = COCOPersonDataset(options.data_root, options.split, cutter.image_size, other_splits=options.splits,
+                                    choices=options.choices)  # fmt: skip
     folder = results_folder(options)
     if processes.is_main:
         with writing_to(str(folder)):
@@ -232,15 +234,34 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--data-root", "--data_root", help="folder of annotations/ and the photos; several: a,b (that of the training)")
     add("--split", help="the photo folder's name (that of the training's validation)")
     add("--image-size", "--image_size", type=int, help="pixels of the network's square (the checkpoint's)")
+    add("--category", help="category of the annotations that is cut out; several: a,b (that of the training)")
+    add("--annotations", help="a single COCO-format file without splits, instead of --data-root")
+    add("--photos", help="folder of the photos of --annotations")
+    add("--val-share", "--val_share", type=float, help="of photos without a split, as in training (as it was there)")
     add("--device", default=utils.EACH_ITS_GPU, help="cpu, cuda:1, mps (every process its own GPU, or the CPU)")
     options = parser.parse_args(argv)
     check_size(options.image_size)
     trained_with = read_checkpoint(options.checkpoint)["config"]
-    options.data_root = options.data_root or trained_with.get("data_root", "data/coco")
+    options.choices = choices_of(options, trained_with)
+    options.data_root = options.choices.photos or options.data_root or trained_with.get("data_root", "data/coco")
     options.split = options.split or trained_with.get("val_split", "val2017")
     options.splits = [trained_with.get(f"{name}_split", f"{name}2017") for name in ("train", "val")]
     options.trained_size = trained_with.get("image_size")
     return options
+
+
+def choices_of(options: argparse.Namespace, trained_with: dict) -> Choices:
+    """How the data are to be read: as in training, but for what is said; another data root has its own annotations.
+
+    Raises:
+        UserError: an annotation file without its photos, or beside a data root.
+    """
+    if bool(options.annotations) != bool(options.photos) or (options.annotations and options.data_root):
+        raise UserError("--annotations and --photos go together, and without --data-root")
+    if options.annotations or options.data_root:
+        trained_with = trained_with | {"annotations": options.annotations or "", "photos": options.photos or ""}
+    said = {name: value for name in Choices._fields if (value := getattr(options, name)) is not None}
+    return Choices(**{name: trained_with[name] for name in Choices._fields if name in trained_with} | said)
 
 
 def run_command(argv: list[str]) -> int:

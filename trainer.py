@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P, or PYTHON
 import utils
 from cutting.cutter import BOX
 from datasets import COCOPersonDataset, batches, make_loader
+from loading.layout import Choices
 from loading.sources import data_roots
 from loading.unreadable import TolerantDataset, dead_worker, name_bad_photos
 from models import ENCODERS, SMALLEST_INPUT, UNetAutoencoder
@@ -65,6 +66,10 @@ class Config:
     data_root: str = "data/coco"  # folder that holds annotations/ and the photo folders; several: a,b
     train_split: str = "train2017"  # photo folder to train on; annotations/instances_{split}.json goes with it
     val_split: str = "val2017"  # photo folder to validate on after every epoch
+    category: str = "person"  # category of the annotations that is cut out; several become one: person,pedestrian
+    annotations: str = ""  # a single COCO-format FILE without splits, instead of data_root
+    photos: str = ""  # folder of the photos of --annotations
+    val_share: float = 0.1  # of photos that have no split: so many are validated on, and their names decide which
     image_size: int = 384  # pixels: side of the square that photos are fitted into
     # --- batches
     batch_size: int = 32  # photos per process and step
@@ -118,7 +123,7 @@ SAMPLE = dict(
 
 LIMITS = {  # smallest and largest value of each number
     "image_size": (SMALLEST_INPUT, 4096), "batch_size": (1, 65536), "accumulate": (1, 65536), "num_workers": (0, 1024),
-    "max_bad_photos": (0, 1), "num_epochs": (1, 10**6),
+    "val_share": (0.001, 0.999), "max_bad_photos": (0, 1), "num_epochs": (1, 10**6),
     "learning_rate": (1e-12, 10), "decoder_rate": (1, 1000), "weight_decay": (0, 1),
     "restart_period": (0, 10**6), "restart_mult": (1, 100), "grad_clip": (0, 1e6), "average_decay": (0, 1 - 1e-9),
     "colour_weight": (0, 1e6), "bce_weight": (0, 1e6), "dice_weight": (0, 1e6),
@@ -208,7 +213,9 @@ def open_data(config: Config, processes: Processes) -> tuple[DataLoader, DataLoa
     with utils.one_process_first(processes):
         if config.sample:
             draw_sample(config)
-        options = {"seed": config.seed, "cache": config.cache, "other_splits": (config.train_split, config.val_split)}
+        choices = Choices(config.category, config.annotations, config.photos, config.val_share)
+        options = {"seed": config.seed, "cache": config.cache, "other_splits": (config.train_split, config.val_split),
+                   "choices": choices}  # fmt: skip
         train, val = (
             TolerantDataset(
                 COCOPersonDataset(config.data_root, split, config.image_size, training, **options),
@@ -405,6 +412,10 @@ def check(config: Config) -> None:
             raise UsageError(f"{flag(name)} {value} is out of range: from {low} to {high}")
     if config.encoder not in ENCODERS:
         raise UsageError(f"--encoder {config.encoder} is not known: there are {', '.join(ENCODERS)}")
+    if bool(config.annotations) != bool(config.photos):
+        raise UsageError("--annotations and --photos go together: a COCO-format file, and the folder of its photos")
+    if config.annotations and config.data_root != Config.data_root:
+        raise UsageError("--annotations and --data-root (or --sample) both name the data: choose one")
     if config.encoder_weights and not config.pretrained:
         raise UsageError("--encoder-weights needs --pretrained, which --no-pretrained or --sample has turned off")
     if config.encoder_weights and config.start_from:

@@ -14,6 +14,7 @@ from loading.headers import MAX_PIXELS
 from utils import UserError
 
 MAX_SIDE = 2**20  # of a photo: more is taken for a broken record, not for a photo
+NAMED_IN_ERROR = 100  # categories: COCO has 80
 
 
 class DataError(UserError):
@@ -57,7 +58,11 @@ LeftOut = dict[str, list[str]]  # names by the reason, in which {s} is the plura
 
 def with_example(reason: str, names: list[str]) -> str:
     """A reason with its first example; a name may hold a line's end."""
-    return f"{reason.format(s='s' * (len(names) != 1))} ({repr(names[0])[1:-1]}{', ...' * (len(names) > 1)})"
+    return f"{reason.format(s='s' * (len(names) != 1))} ({in_one_line(names[0])}{', ...' * (len(names) > 1)})"
+
+
+def in_one_line(name: str) -> str:
+    return repr(name)[1:-1]
 
 
 def describe_left_out(left_out: dict[str, int]) -> str:
@@ -82,14 +87,18 @@ def _parse(annotations: Path) -> CocoFile:
         raise DataError(f"{annotations} does not fit into the memory") from None
 
 
-def read_persons(annotations: Path, left_out: LeftOut) -> list[Person]:
+def read_persons(annotations: Path, left_out: LeftOut, category: str = "person") -> list[Person]:
     """The photos with persons and their persons' segmentations, as copies: the rest of the file can go.
 
+    Args:
+        category: what is to be taken for a person; several names are separated by commas.
+
     Raises:
-        DataError: not a COCO annotation file, or one without persons.
+        DataError: not a COCO annotation file, or one without such a category.
     """
     coco = _parse(annotations)
-    is_named, photos = _categories(coco.categories, annotations), _photos_by_id(coco.images, left_out)
+    is_named = _categories(coco.categories, category, annotations, left_out)
+    photos = _photos_by_id(coco.images, left_out)
     grouped: dict[int, list[msgspec.Raw]] = {}
     unclear: set[int] = set()
     for annotation in coco.annotations:
@@ -107,21 +116,44 @@ def read_persons(annotations: Path, left_out: LeftOut) -> list[Person]:
     return [(photo, grouped[image_id]) for image_id, photo in usable.items() if image_id not in unclear]
 
 
-def _categories(categories: list[Category], annotations: Path) -> dict[int, bool]:
-    """True for what is named person, in whatever spelling; False for what is one by its supercategory alone.
+def wanted_names(category: str) -> list[str]:
+    """The categories of a text that names one, or several between commas."""
+    return [name.strip() for name in category.split(",") if name.strip()]
+
+
+def _categories(categories: list[Category], wanted: str, annotations: Path, left_out: LeftOut) -> dict[int, bool]:
+    """True for the categories of the wanted names; False for what has such a name as its supercategory alone.
 
     The latter may be a man or a helmet: that depends on the tool that wrote the file.
     """
-    persons, others, kin = set(), set(), set()
-    for category in categories:
-        name, above = (str(it).strip().casefold() for it in (category.name, category.supercategory))
-        (persons if name == "person" else others).add(category.id)
-        kin |= {category.id} if above == "person" else set()
-    if not persons:
-        raise DataError(f"{annotations} has no category named 'person' among its {len(categories)}")
-    if persons & others:
-        raise DataError(f"{annotations} has one id for 'person' and another category, {min(persons & others)}")
-    return {number: number in persons for number in persons | kin}
+    names = {category.name.strip() for category in categories}
+    taken = {name: _spellings(name, names) for name in wanted_names(wanted)}
+    missing, chosen = [name for name, found in taken.items() if not found], set().union(*taken.values())
+    if not chosen:
+        raise DataError(f"{annotations} has no category named {' or '.join(map(repr, missing))}: it has "
+                        f"{_listed(sorted(names))}; --category names another, or several: a,b")  # fmt: skip
+    left_out["name{s} in --category that the file has not"] += missing
+    named = {category.id for category in categories if category.name.strip() in chosen}
+    if clash := named & {category.id for category in categories if category.name.strip() not in chosen}:
+        raise DataError(f"{annotations} has one id for {wanted!r} and another category, {min(clash)}")
+    folded = {name.casefold() for name in taken}
+    kin = {it.id for it in categories if str(it.supercategory).strip().casefold() in folded}
+    return {number: number in named for number in named | kin}
+
+
+def _spellings(wanted: str, names: set[str]) -> set[str]:
+    """The names that differ from the wanted one in case at most. With a capital it means just itself where it is there.
+
+    So 'cat' is 'Cat' and 'CAT' as well, and 'CAT' beside a 'Cat' is the scan.
+    """
+    if wanted in names and wanted != wanted.casefold():
+        return {wanted}
+    return {name for name in names if name.casefold() == wanted.casefold()}
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - NAMED_IN_ERROR} more" * (len(names) > NAMED_IN_ERROR)
+    return (", ".join(map(in_one_line, names[:NAMED_IN_ERROR])) or "none") + more
 
 
 def _photos_by_id(images: list[Photo], left_out: LeftOut) -> dict[int, Photo | None]:

@@ -6,7 +6,6 @@ import contextlib
 import os
 import socket
 import sys
-import unicodedata
 import zipfile
 import zlib
 from collections import defaultdict
@@ -29,11 +28,13 @@ from loading.annotations import (
     safe_name,
     with_example,
 )
+from loading.files import PhotoFolder
 from loading.headers import which_way_up
-from loading.run_lengths import Drawing, Mask, draw_all, draw_mask, lie_inside
-from utils import usable_cores
+from loading.layout import Layout, find_layout
+from loading.run_lengths import Drawing, Mask, draw_all, draw_mask, is_box_alone, lie_inside
+from utils import counted, usable_cores
 
-INDEX_VERSION = 4  # of the index file's content; another version is built anew
+INDEX_VERSION = 5  # of the index file's content; another version is built anew
 MANY_PHOTOS, MOST_PROCESSES = 2**12, 4  # from as many on processes share the drawing; more would add nothing to it
 
 
@@ -96,23 +97,27 @@ class PersonIndex:
 
 
 def open_index(root: str | Path, split: str) -> PersonIndex:
+    """That of a split in COCO's layout."""
+    return index_of(find_layout(Path(root), split))
+
+
+def index_of(layout: Layout) -> PersonIndex:
     """Opens the person index of a split, and builds it first where it is missing or out of date.
 
     Raises:
-        DataError: no COCO under `root`, or an annotation file that is not COCO's.
+        DataError: an annotation file that is not COCO's, or no photo that can be used.
     """
-    root = Path(root)
-    annotations, photos, places = _annotation_file(root, split), root / split, index_places(root, split)
+    places = index_places(layout.home, layout.index)
     for place in places:
-        if index := _open_if_current(place, annotations, photos):
+        if index := _open_if_current(place, layout):
             return index
-    print(f"Reading {annotations} (once: the person index is kept on disk)", flush=True)
+    print(f"Reading {layout.annotations} (once: the person index is kept on disk)", flush=True)
     try:
-        content = _build(annotations, photos)
+        content = _build(layout)
     except OSError as error:
         raise DataError(f"{error.filename} cannot be read: {error.strerror}") from None
     except BrokenProcessPool as error:  # no memory is left, as a rule
-        raise DataError(f"{annotations} cannot be indexed: {error}") from None
+        raise DataError(f"{layout.annotations} cannot be indexed: {error}") from None
     for place in places:
         if _write(content, place):
             return PersonIndex(place)
@@ -120,24 +125,13 @@ def open_index(root: str | Path, split: str) -> PersonIndex:
     raise DataError(f"the person index cannot be kept in {folders}: make it writable or set XDG_CACHE_HOME")
 
 
-def index_places(root: Path, split: str) -> list[Path]:
-    """Where the index may lie, best first: under the data root, or in the user's cache folder."""
-    folders = [root / ".silueta"]
+def index_places(home: Path, name: str) -> list[Path]:
+    """Where the index may lie, best first: under the data, or in the user's cache folder."""
+    folders = [home / ".silueta"]
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if not cache.startswith("~"):  # a container's user may have no home
-        folders.append(Path(cache) / "silueta" / sha256(str(root.resolve()).encode()).hexdigest()[:16])
-    return [folder / f"{split}.index" for folder in folders]
-
-
-def _annotation_file(root: Path, split: str) -> Path:
-    path = root / "annotations" / f"instances_{split}.json"
-    for missing in [part for part in (path, root / split) if not part.exists()]:
-        raise DataError(
-            f"no COCO data: {missing} is missing. Expected are {path} and photos in {root / split}: "
-            f"`python tools/download_coco.py --root {root}` fetches COCO 2017 (https://cocodataset.org), "
-            "--data-root names another folder, --sample trains on built-in drawings"
-        )
-    return path
+        folders.append(Path(cache) / "silueta" / sha256(str(home.resolve()).encode()).hexdigest()[:16])
+    return [folder / f"{name}.index" for folder in folders]
 
 
 def _fingerprint(stat: os.stat_result, photos: Path, folders: list[str]) -> dict:
@@ -150,7 +144,7 @@ def _fingerprint(stat: os.stat_result, photos: Path, folders: list[str]) -> dict
     return {"version": INDEX_VERSION, **file, "folders": listing}
 
 
-def _open_if_current(path: Path, annotations: Path, photos: Path) -> PersonIndex | None:
+def _open_if_current(path: Path, layout: Layout) -> PersonIndex | None:
     try:
         if not path.is_file():
             return None
@@ -160,7 +154,7 @@ def _open_if_current(path: Path, annotations: Path, photos: Path) -> PersonIndex
         if torch.load(path, mmap=True, weights_only=True)["fingerprint"]["version"] != INDEX_VERSION:
             return None  # an older program's, or a newer one's: nothing is wrong with it
         index = PersonIndex(path)
-        current = _fingerprint(annotations.stat(), photos, list(index.fingerprint["folders"]))
+        current = _fingerprint(layout.annotations.stat(), layout.photos, list(index.fingerprint["folders"]))
     except Exception as error:  # whatever a damaged file raises: it holds nothing that cannot be made again
         print(f"{path} cannot be read ({type(error).__name__}) and is built again", flush=True)
         return None
@@ -187,14 +181,16 @@ def _write(content: dict, path: Path) -> bool:
 
 # --- what it is built from --------------------------------------------------------------------------------
 
-def _build(annotations: Path, photos: Path) -> dict:
+def _build(layout: Layout) -> dict:
     left_out: LeftOut = defaultdict(list)
+    annotations, photos = layout.annotations, layout.photos
     stat = annotations.stat()  # before the reading: a change during it must show
-    persons = read_persons(annotations, left_out)
-    named = {os.path.dirname(safe_name(photo, annotations)) for photo, _ in persons}
-    folders = {folder: _on_disk(photos, folder) for folder in named}
-    fingerprint = _fingerprint(stat, photos, sorted({*folders.values()}))  # and so before the listing
-    is_shown, upright = _upright(_present(persons, photos, folders, left_out), photos, left_out)
+    persons = read_persons(annotations, left_out, layout.category)
+    folder = PhotoFolder(photos, [safe_name(photo, annotations) for photo, _ in persons])
+    fingerprint = _fingerprint(stat, photos, folder.watched)  # and so before the listing
+    is_shown, upright = _upright(_present(persons, folder, left_out), photos, left_out)
+    if layout.part and upright:
+        upright, left_out = _of_part(upright, left_out, layout)
     rows = _drawn(upright, left_out)
     counts = {with_example(reason, names): len(names) for reason, names in left_out.items() if names}
     if not rows:
@@ -205,58 +201,40 @@ def _build(annotations: Path, photos: Path) -> dict:
     return {"fingerprint": fingerprint, "left_out": counts, "is_shown": is_shown, "arrays": _flat_arrays(rows)}
 
 
-def _on_disk(photos: Path, folder: str) -> str:
-    """A folder's plain name in the Unicode form of the disk: macOS takes letters apart that JSON writes as one."""
-    forms = [folder, *(unicodedata.normalize(form, folder) for form in ("NFC", "NFD"))]
-    found = os.path.normpath(next((form for form in forms if (photos / form).is_dir()), folder))
-    return "" if found == "." else found
+def _of_part(persons: list[Person], left_out: LeftOut, layout: Layout) -> tuple[list[Person], LeftOut]:
+    """The photos of one side of a made split; what is left out is counted on one side as well."""
+    names, has = [photo.file_name for photo, _ in persons], layout.part.has
+    chosen = [person for person, name in zip(persons, names, strict=True) if has(name)]
+    if not chosen:
+        raise DataError(
+            f"of {counted(len(names), 'photo')} in {layout.photos} none is for {layout.part.name}: their names decide, "
+            f"with --val-share {layout.part.val_share:g}; {layout.part.share_for_one(names):g} would give it one"
+        )
+    return chosen, defaultdict(list, {reason: [*filter(has, names)] for reason, names in left_out.items()})
 
 
-def _present(persons: list[Person], photos: Path, folders: dict[str, str], left_out: LeftOut) -> list[Person]:
-    """Those whose file lies in the photo folder, which itself may lie wherever its owner wants it, and is no other's.
+def _present(persons: list[Person], folder: PhotoFolder, left_out: LeftOut) -> list[Person]:
+    """Those whose file lies in the photo folder and is no other's.
 
     A file of several records may belong to one of them, to none, or be annotated in parts: all are left out.
     """
-    home, present = os.path.realpath(photos), {}
-    inside = {folder: _files_in(photos / folder, home) for folder in {*folders.values()}}
+    present = {}
     for photo, segmentations in persons:
-        folder, name = os.path.split(photo.file_name)
-        folder = folders[folder]
-        files = inside[folder]
-        found = "" if files is None else files.get(name, files.get(unicodedata.normalize("NFC", name)))
-        if found:
-            photo.file_name = f"{folder}/{found}" if folder else found
+        name = photo.file_name
+        found = folder.find(name)
+        if len(found) == 1 and found[0]:
+            photo.file_name = found[0]
             present.setdefault(photo.file_name, []).append((photo, segmentations))
+        elif found == [""]:
+            left_out["photo{s} behind a link out of the photo folder"].append(name)
+        elif found:
+            left_out["photo{s} of which the last parts of the name fit several files"].append(name)
         else:
-            reason = "not on disk" if found is None else "behind a link out of the photo folder"
-            left_out[f"photo{{s}} {reason}"].append(photo.file_name)
+            left_out["photo{s} not on disk"].append(f"{name}, tried as {folder.path / name}")
     left_out["photo record{s} of a file that has several"] += [
         photo.file_name for records in present.values() if len(records) > 1 for photo, _ in records
     ]
     return [records[0] for records in present.values() if len(records) == 1]
-
-
-def _files_in(folder: Path, home: str) -> dict[str, str] | None:
-    """The files by their names, and by the composed Unicode form of them; "" for one that does not lie under `home`.
-
-    None for a folder that does not: it is not even listed.
-    """
-    if not folder.is_dir():
-        return {}
-    if not _lies_in(folder, home):
-        return None
-    files = {}
-    with os.scandir(folder) as entries:  # tells files and links apart without opening any
-        for entry in entries:
-            if entry.is_file(follow_symlinks=False):  # a pipe or a device would never end
-                files[entry.name] = entry.name
-            elif entry.is_symlink() and os.path.isfile(entry.path):
-                files[entry.name] = entry.name if _lies_in(entry.path, home) else ""
-    return {unicodedata.normalize("NFC", name): found for name, found in files.items() if not name.isascii()} | files
-
-
-def _lies_in(path: str | Path, home: str) -> bool:
-    return Path(os.path.realpath(path)).is_relative_to(home)
 
 
 def _upright(persons: list[Person], photos: Path, left_out: LeftOut) -> tuple[bool | None, list[Person]]:
@@ -281,9 +259,11 @@ def _drawn(persons: list[Person], left_out: LeftOut) -> list[tuple[Photo, Mask]]
     processes, rows = min(usable_cores(), MOST_PROCESSES) if len(persons) >= MANY_PHOTOS else 1, []
     masks = draw_all([Drawing(shapes, photo.height, photo.width) for photo, shapes in persons], processes)
     bar = tqdm(masks, "Drawing the masks", len(persons), False, unit="photo", delay=1, disable=not sys.stderr.isatty())
-    for (photo, _), mask in zip(persons, bar, strict=True):
+    for (photo, shapes), mask in zip(persons, bar, strict=True):
         if mask:
             rows.append((photo, mask))
+        elif any(map(is_box_alone, shapes)):
+            left_out["photo{s} with a person who has a box and no mask"].append(photo.file_name)
         else:
             left_out["photo{s} with a person who cannot be drawn"].append(photo.file_name)
     return rows

@@ -109,6 +109,11 @@ def _check_polygon(polygon: list[float], height: int, width: int) -> None:
             raise ValueError("a polygon's outline is too long for the photo")
 
 
+def is_box_alone(segmentation: msgspec.Raw) -> bool:
+    """Whether there is no segmentation: detectors' annotations have a box and leave it out, empty or null."""
+    return bytes(segmentation).strip(b"[] \t\r\n") in (b"", b"null")
+
+
 def lie_inside(segmentations: list[msgspec.Raw], width: int, height: int) -> bool:
     """Whether they may have been drawn on a photo of that size: run lengths are of it, no polygon is far outside."""
     for segmentation in segmentations:

@@ -10,7 +10,8 @@ import numpy as np
 
 from loading.annotations import DataError
 from loading.cache import PhotoCache, open_cache
-from loading.index import index_places, open_index
+from loading.index import index_of, index_places
+from loading.layout import AS_COCO, Choices, Layout, find_layout
 from loading.letterbox import fitted_size, letterbox, pad, placement, to_rgba, unpadded
 from loading.reading import read_photo
 from utils import usable_cores
@@ -20,8 +21,7 @@ class Source:
     """One root's photos of a split that show at least one person, with their masks.
 
     Args:
-        root: the folder that holds the photo folder and what the index is made from.
-        split: the photo folder's name.
+        layout: where they lie.
         image_size: the side in pixels of the squares.
         name: what a list calls the photo folder.
 
@@ -34,14 +34,19 @@ class Source:
         DataError: the data cannot be used.
     """
 
-    def __init__(self, root: Path, split: str, image_size: int, name: str):
-        self.photos, self.index, self.image_size = root / split, open_index(root, split), image_size
+    def __init__(self, layout: Layout, image_size: int, name: str):
+        self.layout, self.photos, self.index, self.image_size = layout, layout.photos, index_of(layout), image_size
         self.name = name
-        self._folders = [self.index.path.parent, *(place.parent for place in index_places(root, split))]
+        self._folders = [self.index.path.parent, *(it.parent for it in index_places(layout.home, layout.index))]
         self.cache: PhotoCache | None = None
 
     def __len__(self) -> int:
         return len(self.index)
+
+    @property
+    def root(self) -> Path:
+        """What was named as the data."""
+        return self.layout.root
 
     def path(self, place: int) -> Path:
         return self.photos / self.index.file_name(place)
@@ -73,7 +78,7 @@ class Source:
             return unpadded(photo, metadata["padding"]), unpadded(mask, metadata["padding"])
 
         self.cache = open_cache(
-            name=f"{self.photos.name}.{size}",
+            name=f"{self.index.path.stem}.{size}",
             state=repr((self.index.fingerprint, self.index.is_shown)),
             folders=list(dict.fromkeys(self._folders)),
             files=[self.path(place) for place in everything],
@@ -86,23 +91,33 @@ class Source:
 # --- several roots ----------------------------------------------------------------------------------------
 
 
-def open_sources(root: str | Path, split: str, image_size: int, other_splits: Sequence[str] = ()) -> list[Source]:
+def open_sources(
+    root: str | Path, split: str, image_size: int, splits: Sequence[str] = (), choices: Choices = AS_COCO
+) -> list[Source]:
     """A source for each root that has the split, in the order given.
 
     The photo folder decides whether a root has it: COCO's archive of annotations holds those of both splits.
 
     Args:
         root: the data root, or several as `data_roots` takes them.
-        other_splits: a root without the split may have one of these instead, if another root has the split.
+        splits: a root without the split may have one of these instead, if another root has the split; and as
+            `find_layout` takes them.
 
     Raises:
         DataError: a root has none of them, or one is named twice; the data of one cannot be used.
     """
-    roots = data_roots(root)
-    elsewhere = [it for it in roots if not (it / split).exists() and any((it / o).exists() for o in other_splits)]
+    roots = data_roots(root) if not choices.annotations else [Path(choices.photos)]
+    elsewhere = [it for it in roots if not (it / split).exists() and any((it / o).exists() for o in splits)]
     chosen = [it for it in roots if it not in elsewhere] or roots
     several = len(roots) > 1  # photos of two roots may have the same split and name
-    return [Source(it, split, image_size, str(it / split) if several else Path(split).name) for it in chosen]
+    layouts = [find_layout(it, split, splits, choices) for it in chosen]
+    return [Source(it, image_size, str(it.photos) if several else it.photos.name) for it in layouts]
+
+
+def shared_folders(*parts: Sequence[Source]) -> list[Path]:
+    """The photo folders of which the same photos are in two data sets."""
+    places = [{(os.path.realpath(it.photos), it.layout.part): it.photos for it in sources} for sources in parts]
+    return [folder for place, folder in places[0].items() if any(place in others for others in places[1:])]
 
 
 def data_roots(text: str | Path) -> list[Path]:

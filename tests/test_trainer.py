@@ -670,7 +670,7 @@ class TestBadData:
 
     def test_no_coco_says_where_to_get_it(self, capsys, tmp_path):
         error = self.refused(capsys, tmp_path / "nowhere", tmp_path)
-        assert all(words in error for words in (str(tmp_path / "nowhere"), "--sample", "tools/download_coco.py"))
+        assert all(words in error for words in (str(tmp_path / "nowhere"), "--sample", "--annotations"))
         assert not (tmp_path / "run").exists()
 
     @pytest.mark.parametrize(("photos", "processes", "refused"), [(1, 1, True), (2, 1, False), (2, 2, True)])

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from datasets import COCOPersonDataset
 from loading.annotations import describe_left_out
+from loading.sources import shared_folders
 from loading.unreadable import SKIPPED
 from training.checkpoints import BEST, disk_needed
 from training.run import Run
@@ -52,12 +53,14 @@ def describe(run: Run, changed: dict, folder: Path, train_loader: DataLoader, va
     facts = {
         "settings": " ".join(f"{name}={value}" for name, value in changed.items()) or "all as in the file",
         "data": data_fact(train, val),
+        "split": split_fact(val),
         "samples": f"letterboxed once, in {caches}" if caches else "from the photos every time",
         "left out": "; ".join(f"{source.name}: {describe_left_out(source.index.left_out)}"
                               for source in [*train.sources, *val.sources] if source.index.left_out),
         "device": f"{processes.device}, {precision(run.amp_dtype)}, {processes.world_size} process"
                   f"{'es' if processes.world_size > 1 else ''}, {counted(train_loader.num_workers, 'worker')} each",
-        "note": "; ".join(filter(None, [processes.note, unfinished_cycle(run.scheduler, epochs)])),
+        "note": "; ".join(filter(None, [
+            processes.note, unfinished_cycle(run.scheduler, epochs), seen_twice(train, val)])),
         "batch": f"{counted(batch_size * accumulate * processes.world_size, 'photo')} a step, "
                  f"{counted(math.ceil(len(train_loader) / accumulate), 'step')} an epoch",
         "rates": f"{described_rates(run.scheduler)}, in cosine cycles of {described_cycles(run.scheduler, epochs)} "
@@ -85,11 +88,26 @@ def described_rates(scheduler: CosineAnnealingWarmRestarts) -> str:
 
 def data_fact(train: COCOPersonDataset, val: COCOPersonDataset) -> str:
     """The numbers of photos, and where they lie: of several roots how many of them in which."""
-    roots = {source.photos.parent for source in [*train.sources, *val.sources]}
+    roots = {source.root for source in [*train.sources, *val.sources]}
     if len(roots) == 1:
         return f"{counted(len(train), 'photo')} to train on, {len(val)} to validate, in {roots.pop()}"
-    shares = [", ".join(f"{len(it)} in {it.photos.parent}" for it in part.sources) for part in (train, val)]
+    shares = [", ".join(f"{len(it)} in {it.root}" for it in part.sources) for part in (train, val)]
     return f"{counted(len(train), 'photo')} to train on ({shares[0]}), {len(val)} to validate ({shares[1]})"
+
+
+def split_fact(val: COCOPersonDataset) -> str:
+    """What is said where the data have no split."""
+    made = {str(source.photos): source.layout.part.val_share for source in val.sources if source.layout.part}
+    if not made:
+        return ""
+    share = f"{max(made.values()):g} of them to validate (--val-share)"
+    return f"made here: the names of the photos in {' and '.join(made)} choose {share}"
+
+
+def seen_twice(train: COCOPersonDataset, val: COCOPersonDataset) -> str:
+    """A warning where the figures of the validation are none."""
+    folders = ", ".join(map(str, shared_folders(train.sources, val.sources)))
+    return f"the photos in {folders} are trained on and validated: the figures say nothing of others" * bool(folders)
 
 
 def what_is_kept(keep: int) -> str:

@@ -15,7 +15,7 @@ from utils import CheckpointError, UserError, read_checkpoint
 NEWEST = "newest"  # what a bare --resume means
 # Settings that a continued run must share with the one before it, or it would be another run.
 SAME_WHEN_RESUMED = (
-    *("encoder", "use_attention", "image_size", "train_split", "val_split", "seed"),
+    *("encoder", "use_attention", "image_size", "train_split", "val_split", "category", "val_share", "seed"),
     *("learning_rate", "decoder_rate", "weight_decay", "restart_period", "restart_mult", "accumulate"),
 )
 
@@ -33,7 +33,7 @@ class ResumeError(UserError):
 
 def contents(*datasets: COCOPersonDataset) -> dict[str, str]:
     """By annotation file what there is to train on and to validate, wherever it lies: a resume must find it again."""
-    return {f"annotations/instances_{it.sources[0].photos.name}.json": content_of(it) for it in datasets}
+    return {it.sources[0].layout.label: content_of(it) for it in datasets}
 
 
 def content_of(dataset: COCOPersonDataset) -> str:
@@ -90,8 +90,10 @@ def refuse_another_run(path: Path, content: dict, settings: dict, photos: int, d
     set_to = {flag(name): (before[name], settings[name]) for name in names}
     known = content.get("data") or {}  # an older one knows the number of photos alone
     found = {"the training photos:": (content["photos"], photos)}
+    single = settings.get("annotations")
+    roots = [Path(single).parent] if single else data_roots(settings["data_root"])
     for name, then in known.items():
-        files = ", ".join(str(root / name) for root in data_roots(settings["data_root"]))
+        files = ", ".join(str(root / name) for root in roots)
         found[f"{files}:"] = then, data.get(name)
     for facts, advice in ((set_to, ""), (found, ": restore it, or begin a new run")):
         if others := {name: pair for name, pair in facts.items() if pair[0] != pair[1]}:

@@ -22,6 +22,7 @@ import datasets
 import trainer
 from datasets import COCOPersonDataset, batches, make_loader
 from loading import cache, sources
+from loading.index import open_index
 from utils import read_checkpoint
 
 TRAIN, VAL = "train2017", "val2017"
@@ -228,7 +229,7 @@ def test_a_folder_that_cannot_be_written_gives_way_to_the_next(tmp_path, coco_ro
 
 def test_two_runs_may_fill_the_same_file(coco_root):
     code = f"import datasets; datasets.COCOPersonDataset({str(coco_root)!r}, '{TRAIN}', 48, cache=True)"
-    sources.open_index(coco_root, TRAIN)
+    open_index(coco_root, TRAIN)
     processes = [subprocess.Popen([sys.executable, "-c", code], cwd=Path(datasets.__file__).parent) for _ in range(2)]
     assert [process.wait() for process in processes] == [0, 0]
     assert torch.equal(samples_of(cached(coco_root)), samples_of(COCOPersonDataset(coco_root, TRAIN, 48)))

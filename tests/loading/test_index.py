@@ -177,7 +177,7 @@ def test_a_cache_folder_that_cannot_be_had_matters_only_where_it_is_needed(coco_
 
 def test_many_photos_are_drawn_by_several_processes_with_the_same_result(coco_root, monkeypatch, capfd):
     edit(coco_root, lambda content: [add_person(content, [[n % 30 + 12, 1, 9, 1, 9, 9]], n % 9) for n in range(3000)])
-    edit(coco_root, lambda content: add_person(content, None, 9))
+    edit(coco_root, lambda content: add_person(content, 7, 9))
     shared_out, draw_all = [], person_index.draw_all
     monkeypatch.setattr(person_index, "draw_all", lambda work, processes: (shared_out.append(processes),
                                                                            draw_all(work, processes))[1])  # fmt: skip
@@ -237,9 +237,12 @@ def test_an_open_index_is_a_few_objects_and_pages_that_every_process_shares(tmp_
 # --- data that cannot be used -----------------------------------------------------------------------------
 
 
-def test_a_missing_coco_is_named_with_the_ways_to_get_one(coco_root, tmp_path):
+def test_a_missing_coco_is_named_with_the_ways_to_get_one(coco_root, tmp_path, monkeypatch):
     message = refusal(open_index, tmp_path / "nowhere", TRAIN)
-    assert all(text in message for text in (str(tmp_path / "nowhere"), "tools/download_coco.py", "--sample"))
+    assert all(text in message for text in (str(tmp_path / "nowhere"), "--annotations", "--sample"))
+    assert "download" not in message  # 20 GB into somebody's own folder
+    monkeypatch.chdir(tmp_path)
+    assert "`python tools/download_coco.py --root data/coco` fetches COCO" in refusal(open_index, "data/coco", TRAIN)
     shutil.rmtree(coco_root / TRAIN)
     assert f"{coco_root / TRAIN} is missing" in refusal(COCOPersonDataset, coco_root, TRAIN)
     (coco_root / TRAIN).mkdir()
@@ -290,11 +293,12 @@ def test_links_out_of_the_photo_folder_are_not_followed(coco_root, tmp_path):
     index = open_index(coco_root, TRAIN)
     assert [index.image_id(i) for i in range(len(index))] == [2, 6, 7, 8, 9, 10]
     away = f"photos behind a link out of the photo folder ({FIRST}, ...)"
-    assert index.left_out == {away: 2, "photos not on disk (000000000003.jpg, ...)": 2}
+    missing = f"photos not on disk (000000000003.jpg, tried as {photos}/000000000003.jpg, ...)"
+    assert index.left_out == {away: 2, missing: 2}
 
 
 UNDRAWABLE = [
-    None, 7, "person", [], [[]], [["1"] * 6], [[1, 1, 9, 9]], [[1, 1, 9, 1, 9, 9, 5]], [[1, 1], []], [[90] * 6],
+    7, "person", [["1"] * 6], [[1, 1, 9, 9]], [[1, 1, 9, 1, 9, 9, 5]], [[1, 1], []], [[90] * 6],
     [[5, 5, 5, 5, 5, 5]], [[1, 1, 9, 1, 9, 9], [1, 2, 3, 4, 5]], {"size": [64, 48], "counts": [3072]},
     [[1, 1, 1e9, 1, 9, 9]], [[1, 1, 9, -1e300, 9, 9]], [[1, 1, 9, 1, 9, 2**70]], {"size": [64, 48]},
     {"size": [48, 64], "counts": [3072]}, {"size": [64], "counts": [3072]}, {"size": [64, 48], "counts": [3071]},
@@ -304,13 +308,17 @@ UNDRAWABLE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("segmentation", UNDRAWABLE, ids=ascii)
+BOX_ALONE = (None, [], [[]])  # as detectors' annotation files have it
+
+
+@pytest.mark.parametrize("segmentation", [*UNDRAWABLE, *BOX_ALONE], ids=ascii)
 def test_a_photo_with_a_person_who_cannot_be_drawn_is_left_out_and_counted(coco_root, segmentation):
+    why = "has a box and no mask" if segmentation in BOX_ALONE else "cannot be drawn"
     edit(coco_root, lambda content: add_person(content, segmentation))
     for beside in ("good ones", "bad ones"):
         index = open_index(coco_root, TRAIN)
         assert (len(index), index.image_id(0)) == (9, 2), beside
-        assert index.left_out == {f"photo with a person who cannot be drawn ({FIRST})": 1}
+        assert index.left_out == {f"photo with a person who {why} ({FIRST})": 1}
         edit(coco_root, lambda content: [a.update(segmentation=segmentation) for a in persons_of(content, 1)])
 
 
@@ -429,7 +437,8 @@ def test_every_reason_has_an_example_and_the_number_its_grammar(coco_root):
     edit(coco_root, spoil)
     assert describe_left_out(open_index(coco_root, TRAIN).left_out) == (
         "2 photo records of an impossible size (000000000002.jpg, ...), "
-        "2 annotations of an unknown photo (image_id 998, ...), 1 photo not on disk (gone\\n.jpg)"
+        "2 annotations of an unknown photo (image_id 998, ...), "
+        f"1 photo not on disk (gone\\n.jpg, tried as {coco_root / TRAIN}/gone\\n.jpg)"
     )
 
 
