@@ -63,7 +63,7 @@ class Config:
     """Every setting and its default: edit it here, or override it for one run by its flag."""
 
     # --- the data
-    data_root: str = "data/coco"  # folder that holds annotations/ and the photo folders; several: a,b
+    data_root: str = "data/coco"  # folder of annotations/ and the photo folders, or of photos/ and masks/; several: a,b
     train_split: str = "train2017"  # photo folder to train on; annotations/instances_{split}.json goes with it
     val_split: str = "val2017"  # photo folder to validate on after every epoch
     category: str = "person"  # category of the annotations that is cut out; several become one: person,pedestrian

@@ -7,6 +7,7 @@ import io
 import struct
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import simplejpeg
@@ -126,13 +127,21 @@ def _look_at(files: Sequence[str], places: range) -> dict[int, tuple[Size, Size]
 
 
 def _both_sizes(path: str) -> tuple[Size, Size] | None:
-    """None for a photo that is not turned, or cannot be read: whoever reads it will say so."""
+    """None for a photo that is not turned."""
+    return both_sizes(path, turned_alone=True)
+
+
+def both_sizes(path: str | Path, turned_alone: bool = False) -> tuple[Size, Size] | None:
+    """Stored and shown; None for a photo that cannot be read, as whoever reads it will say, or is not turned."""
     with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:
         encoded = file.read(HEAD)
         if encoded.startswith(JPEG_START) and _exif_place(encoded) >= len(encoded):
             encoded += file.read(LAST_SEGMENT)
-        if encoded[8:12] == b"WEBP" or orientation(encoded) > 1:
+        is_turned = encoded[8:12] == b"WEBP" or orientation(encoded) > 1  # of WebP that stands at the end
+        if turned_alone and not is_turned:
+            return None
+        if is_turned or not claimed_size(np.frombuffer(encoded, np.uint8)):
             encoded += file.read(MOST)
-            turn, stored = orientation(encoded), claimed_size(np.frombuffer(encoded, np.uint8))
-            return (stored, shown_size(stored, turn)) if turn > 1 and stored else None
+        turn, stored = orientation(encoded), claimed_size(np.frombuffer(encoded, np.uint8))
+        return (stored, shown_size(stored, turn)) if stored and (turn > 1 or not turned_alone) else None
     return None

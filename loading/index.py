@@ -1,4 +1,4 @@
-"""COCO's annotation file as a person index: one merged mask a photo, as flat arrays on disk."""
+"""An annotation file, or a folder of masks, as a person index: one merged mask a photo, as flat arrays on disk."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ from loading.annotations import (
     safe_name,
     with_example,
 )
-from loading.files import PhotoFolder
-from loading.headers import which_way_up
+from loading.files import PhotoFolder, folders_of
+from loading.headers import Size, which_way_up
 from loading.layout import Layout, find_layout
+from loading.masks import Pair, draw_files, read_pairs, state_of
 from loading.run_lengths import Drawing, Mask, draw_all, draw_mask, is_box_alone, lie_inside
 from utils import counted, usable_cores
 
@@ -111,13 +112,13 @@ def index_of(layout: Layout) -> PersonIndex:
     for place in places:
         if index := _open_if_current(place, layout):
             return index
-    print(f"Reading {layout.annotations} (once: the person index is kept on disk)", flush=True)
+    print(f"Reading {layout.masks} (once: the person index is kept on disk)", flush=True)
     try:
         content = _build(layout)
     except OSError as error:
         raise DataError(f"{error.filename} cannot be read: {error.strerror}") from None
     except BrokenProcessPool as error:  # no memory is left, as a rule
-        raise DataError(f"{layout.annotations} cannot be indexed: {error}") from None
+        raise DataError(f"{layout.masks} cannot be indexed: {error}") from None
     for place in places:
         if _write(content, place):
             return PersonIndex(place)
@@ -134,14 +135,21 @@ def index_places(home: Path, name: str) -> list[Path]:
     return [folder / f"{name}.index" for folder in folders]
 
 
-def _fingerprint(stat: os.stat_result, photos: Path, folders: list[str]) -> dict:
-    """What the index was made from: a change of the file, or of what lies in a photo folder, shows here.
+def _fingerprint(state: dict, photos: Path, folders: list[str]) -> dict:
+    """What the index was made from: a change of the masks, or of what lies in a photo folder, shows here."""
+    listing = {name: (photos / name).stat().st_mtime_ns if (photos / name).is_dir() else 0 for name in folders}
+    return {"version": INDEX_VERSION, **state, "folders": listing}
+
+
+def _state(layout: Layout) -> dict:
+    """Of what says who is on the photos.
 
     The ctime, because an archive cannot bring it along: an index that came with a stranger's data is not taken.
     """
-    listing = {name: (photos / name).stat().st_mtime_ns if (photos / name).is_dir() else 0 for name in folders}
-    file = {"size": stat.st_size, "mtime": stat.st_mtime_ns, "ctime": stat.st_ctime_ns}
-    return {"version": INDEX_VERSION, **file, "folders": listing}
+    if not layout.category:
+        return {"masks": state_of(layout.masks)}
+    stat = layout.masks.stat()
+    return {"size": stat.st_size, "mtime": stat.st_mtime_ns, "ctime": stat.st_ctime_ns}
 
 
 def _open_if_current(path: Path, layout: Layout) -> PersonIndex | None:
@@ -154,7 +162,7 @@ def _open_if_current(path: Path, layout: Layout) -> PersonIndex | None:
         if torch.load(path, mmap=True, weights_only=True)["fingerprint"]["version"] != INDEX_VERSION:
             return None  # an older program's, or a newer one's: nothing is wrong with it
         index = PersonIndex(path)
-        current = _fingerprint(layout.annotations.stat(), layout.photos, list(index.fingerprint["folders"]))
+        current = _fingerprint(_state(layout), layout.photos, list(index.fingerprint["folders"]))
     except Exception as error:  # whatever a damaged file raises: it holds nothing that cannot be made again
         print(f"{path} cannot be read ({type(error).__name__}) and is built again", flush=True)
         return None
@@ -183,22 +191,34 @@ def _write(content: dict, path: Path) -> bool:
 
 def _build(layout: Layout) -> dict:
     left_out: LeftOut = defaultdict(list)
-    annotations, photos = layout.annotations, layout.photos
-    stat = annotations.stat()  # before the reading: a change during it must show
-    persons = read_persons(annotations, left_out, layout.category)
-    folder = PhotoFolder(photos, [safe_name(photo, annotations) for photo, _ in persons])
-    fingerprint = _fingerprint(stat, photos, folder.watched)  # and so before the listing
-    is_shown, upright = _upright(_present(persons, folder, left_out), photos, left_out)
+    state = _state(layout)  # before the reading: a change during it must show
+    fingerprint, number, persons = (_from_file if layout.category else _from_folder)(layout, state, left_out)
+    is_shown, upright = _upright(persons, layout, left_out)
     if layout.part and upright:
         upright, left_out = _of_part(upright, left_out, layout)
-    rows = _drawn(upright, left_out)
+    rows = _drawn(upright, layout, left_out)
     counts = {with_example(reason, names): len(names) for reason, names in left_out.items() if names}
     if not rows:
         raise DataError(
-            f"no photo with a person: of {len(persons)} in {annotations} none can be used in {photos}"
+            f"no photo with a person: of {number} in {layout.masks} none can be used in {layout.photos}"
             + (f" ({describe_left_out(counts)})" if counts else "")
         )
     return {"fingerprint": fingerprint, "left_out": counts, "is_shown": is_shown, "arrays": _flat_arrays(rows)}
+
+
+def _from_file(layout: Layout, state: dict, left_out: LeftOut) -> tuple[dict, int, list[Person]]:
+    """The fingerprint, the number of photos with persons, and those that can be used, of an annotation file."""
+    persons = read_persons(layout.masks, left_out, layout.category)
+    folder = PhotoFolder(layout.photos, [safe_name(photo, layout.masks) for photo, _ in persons])
+    fingerprint = _fingerprint(state, layout.photos, folder.watched)  # and so before the listing
+    return fingerprint, len(persons), _present(persons, folder, left_out)
+
+
+def _from_folder(layout: Layout, state: dict, left_out: LeftOut) -> tuple[dict, int, list[Pair]]:
+    """The same of a folder of mask files."""
+    fingerprint = _fingerprint(state, layout.photos, folders_of(layout.photos))
+    pairs = read_pairs(layout.photos, layout.masks, left_out)
+    return fingerprint, len(pairs), pairs
 
 
 def _of_part(persons: list[Person], left_out: LeftOut, layout: Layout) -> tuple[list[Person], LeftOut]:
@@ -237,11 +257,15 @@ def _present(persons: list[Person], folder: PhotoFolder, left_out: LeftOut) -> l
     return [records[0] for records in present.values() if len(records) == 1]
 
 
-def _upright(persons: list[Person], photos: Path, left_out: LeftOut) -> tuple[bool | None, list[Person]]:
+def _upright(persons: list[Person | Pair], layout: Layout, left_out: LeftOut) -> tuple[bool | None, list]:
     """Whether the set was annotated as shown, and the photos without those of which nobody can tell."""
-    files = [f"{photos}/{photo.file_name}" for photo, _ in persons]
+    files = [f"{layout.photos}/{photo.file_name}" for photo, _ in persons]
     sizes = [(photo.width, photo.height) for photo, _ in persons]
-    is_shown, turned = which_way_up(files, sizes, lambda place, size: lie_inside(persons[place][1], *size))
+
+    def fits(place: int, size: Size) -> bool:
+        return lie_inside(persons[place][1], *size) if layout.category else size == sizes[place]
+
+    is_shown, turned = which_way_up(files, sizes, fits)
     names = [persons[place][0].file_name for place in turned]
     if is_shown is None:
         left_out["photo{s} that EXIF turns, and nothing tells whether the annotation is turned as well"] += names
@@ -254,19 +278,27 @@ def _upright(persons: list[Person], photos: Path, left_out: LeftOut) -> tuple[bo
     return is_shown, persons
 
 
-def _drawn(persons: list[Person], left_out: LeftOut) -> list[tuple[Photo, Mask]]:
+def _drawn(persons: list[Person | Pair], layout: Layout, left_out: LeftOut) -> list[tuple[Photo, Mask]]:
     """Each photo with its merged mask, without those where a person cannot be drawn."""
-    processes, rows = min(usable_cores(), MOST_PROCESSES) if len(persons) >= MANY_PHOTOS else 1, []
-    masks = draw_all([Drawing(shapes, photo.height, photo.width) for photo, shapes in persons], processes)
+    rows = []
+    if layout.category:
+        processes = min(usable_cores(), MOST_PROCESSES) if len(persons) >= MANY_PHOTOS else 1
+        masks = draw_all([Drawing(shapes, photo.height, photo.width) for photo, shapes in persons], processes)
+    else:
+        files = [(layout.masks / mask, (photo.width, photo.height)) for photo, mask in persons]
+        masks = draw_files(files, usable_cores())
     bar = tqdm(masks, "Drawing the masks", len(persons), False, unit="photo", delay=1, disable=not sys.stderr.isatty())
     for (photo, shapes), mask in zip(persons, bar, strict=True):
-        if mask:
+        if isinstance(mask, Mask):
             rows.append((photo, mask))
-        elif any(map(is_box_alone, shapes)):
-            left_out["photo{s} with a person who has a box and no mask"].append(photo.file_name)
         else:
-            left_out["photo{s} with a person who cannot be drawn"].append(photo.file_name)
+            left_out[mask or _why_not_drawn(shapes)].append(photo.file_name)
     return rows
+
+
+def _why_not_drawn(segmentations: list[msgspec.Raw]) -> str:
+    is_box = any(map(is_box_alone, segmentations))
+    return f"photo{{s}} with a person who {'has a box and no mask' if is_box else 'cannot be drawn'}"
 
 
 def _flat_arrays(rows: list[tuple[Photo, Mask]]) -> dict[str, torch.Tensor]:

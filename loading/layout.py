@@ -14,6 +14,7 @@ from loading.files import composed
 
 COCO_HOME = Path("data/coco")  # where COCO is looked for by default, and downloaded to
 SPLITS = ("train2017", "val2017")  # COCO's names
+PHOTO_FOLDERS = ("photos", "images")  # names of the one that lies beside masks/
 
 
 class Choices(NamedTuple):
@@ -49,7 +50,7 @@ class Part(NamedTuple):
 
 def _position(name: str) -> float:
     """Of a photo between 0 and 1, by its name in the photo folder: the same on every disk and in every year."""
-    return int.from_bytes(sha256(composed(name).encode()).digest()[:6], "big") / 2**48
+    return int.from_bytes(sha256(composed(name).encode(errors="surrogateescape")).digest()[:6], "big") / 2**48
 
 
 class Layout(NamedTuple):
@@ -59,8 +60,8 @@ class Layout(NamedTuple):
     home: Path  # the index is kept under it
     index: str  # its name there
     photos: Path
-    annotations: Path
-    category: str
+    masks: Path  # what says who is on them: an annotation file, or a folder of mask files
+    category: str  # of the annotation file; "" where there are mask files
     label: str  # what is trained on, in words that do not change when it is moved
     part: Part | None = None  # of the photos, where the split is made here
 
@@ -81,6 +82,10 @@ def find_layout(root: Path, split: str, splits: Sequence[str] = (), choices: Cho
         raise DataError("--category names no category")
     if choices.annotations:
         return _single_file(Path(choices.annotations), Path(choices.photos), _part(split, splits, choices), choices)
+    if not (root / "annotations" / f"instances_{split}.json").exists():
+        homes = [root / split] if (root / "annotations").exists() else [root / split, root]
+        for home in (home for home in homes if (home / "masks").is_dir()):
+            return _mask_folder(root, home, split, splits, choices)
     return _coco(root, split, choices)
 
 
@@ -88,14 +93,24 @@ def _coco(root: Path, split: str, choices: Choices) -> Layout:
     path, photos = root / "annotations" / f"instances_{split}.json", root / split
     for missing in [place for place in (path, photos) if not place.exists()]:
         fetch = f"`python tools/download_coco.py --root {root}` fetches COCO 2017 (https://cocodataset.org), "
-        single = "--annotations and --photos name a single file and its photos, "
+        others = f"or {root / 'photos'} beside {root / 'masks'}, or --annotations FILE with its --photos FOLDER; "
         raise DataError(
             f"no COCO data: {missing} is missing. Expected are {path} and photos in {photos}: "
-            f"{fetch if root == COCO_HOME else single}--data-root names another folder, "
+            f"{fetch if root == COCO_HOME else others}--data-root names another folder, "
             "--sample trains on built-in drawings"
         )
     index = split if choices.category == AS_COCO.category else f"{split}.{_key(choices.category)}"
     return Layout(root, root, index, photos, path, choices.category, f"annotations/instances_{split}.json")
+
+
+def _mask_folder(root: Path, home: Path, split: str, splits: Sequence[str], choices: Choices) -> Layout:
+    names = [name for name in PHOTO_FOLDERS if (home / name).is_dir()]
+    if len(names) != 1:
+        raise DataError(f"{home / 'masks'} needs its photos in one folder beside it, {' or '.join(PHOTO_FOLDERS)}: "
+                        f"there {'are both' if names else 'is none'}")  # fmt: skip
+    part = _part(split, splits, choices) if home == root else None
+    name, label = (part.name, f"masks for {part.name}") if part else (split, f"{split}/masks")
+    return Layout(root, root, f"{name}.{_key(names, part)}", home / names[0], home / "masks", "", label, part)
 
 
 def _single_file(path: Path, photos: Path, part: Part, choices: Choices) -> Layout:

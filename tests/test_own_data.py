@@ -7,11 +7,14 @@ import json
 import shutil
 from pathlib import Path
 
+import cv2
 import pytest
 from test_trainer import Tiny, flags, quick, refusal, small  # noqa: F401
 
 import evaluate
 import trainer
+from datasets import COCOPersonDataset
+from loading.layout import SPLITS, Choices
 from training.settings import UsageError
 from utils import read_checkpoint
 
@@ -78,6 +81,50 @@ def test_evaluation_takes_the_choices_of_the_training(export, coco_root, tmp_pat
     assert evaluate.run_command(["evaluate.py", str(folder / "best_model.pth"), *other]) == 2
     other = (*other, "--photos", str(coco_root / "val2017"), "--category", "person", "--val-share", "0.999")
     assert measured(folder, *other)["original"]["all"]["photos"] == 5
+
+
+def write_own(root: Path, coco_root: Path) -> Path:
+    """The training photos of `coco_root` beside masks of theirs, one of them of nobody."""
+    dataset = COCOPersonDataset(coco_root, "train2017")
+    for i in range(len(dataset)):
+        for kind, suffix in (("photos", "jpg"), ("masks", "png")):
+            (root / kind).mkdir(parents=True, exist_ok=True)
+            place = root / kind / f"{i}.{suffix}"
+            shutil.copy(dataset.path(i), place) if kind == "photos" else cv2.imwrite(str(place), dataset.alpha(i))
+    shutil.copy(root / "photos" / "0.jpg", root / "photos" / "nobody.jpg")
+    cv2.imwrite(str(root / "masks" / "nobody.png"), dataset.alpha(0) * 0)
+    return root
+
+
+def test_photos_beside_masks_are_trained_on_resumed_and_evaluated(coco_root, tmp_path, capsys):
+    root, folder = write_own(tmp_path / "own", coco_root), tmp_path / "run"
+    settings = small(root, folder, num_epochs=1, val_share=0.3, cache=True)
+    trainer.main(settings)
+    said = said_by(capsys)
+    train, val = (len(COCOPersonDataset(root, split, choices=Choices(val_share=0.3))) for split in SPLITS)
+    assert train + val == 10
+    assert f"{train} photos to train on, {val} to validate, in {root} " in said
+    assert f"split made here: the names of the photos in {root / 'photos'} choose 0.3 of them to validate" in said
+    assert "photos: 1 photo without anybody (an empty mask) (nobody.jpg)" in said
+    assert measured(folder)["folder"] == "best_model_on_own_val2017"
+    assert measured(folder)["original"]["all"]["photos"] == val
+    more = dataclasses.replace(settings, num_epochs=2, resume="newest")
+    whole = (root / "masks" / "3.png").read_bytes()
+    cv2.imwrite(str(root / "masks" / "3.png"), cv2.imread(str(root / "masks" / "3.png"))[::-1])
+    assert f"{root / 'masks'} for " in refusal(capsys, *flags(more))
+    (root / "masks" / "3.png").write_bytes(whole)
+    shutil.move(root, tmp_path / "moved")
+    trainer.main(dataclasses.replace(more, data_root=str(tmp_path / "moved")))
+    assert read_checkpoint(folder / "last.pth")["epoch"] == 2
+
+
+@pytest.mark.usefixtures("tiny")
+def test_photos_beside_masks_are_one_of_several_roots(coco_root, tmp_path, capsys):
+    root = write_own(tmp_path / "own", coco_root)
+    trainer.main(small(f"{coco_root},{root}", tmp_path / "run", num_epochs=1, val_share=0.3))
+    train, val = (len(COCOPersonDataset(root, split, choices=Choices(val_share=0.3))) for split in SPLITS)
+    said = f"{10 + train} photos to train on (10 in {coco_root}, {train} in {root}), {5 + val} to validate"
+    assert said in said_by(capsys)
 
 
 @pytest.mark.usefixtures("tiny")

@@ -177,9 +177,11 @@ def test_every_field_is_a_flag_in_each_spelling(name):
     default = FIELDS[name].default
     other = {"encoder": "resnet50", "encoder_weights": "some_file.pth", "log_every": 7}.get(name)
     value = other or {int: lambda v: v + 1, float: lambda v: v / 2, str: lambda v: f"{v}_x"}[type(default)](default)
+    beside = {"annotations": {"photos": "there"}, "photos": {"annotations": "there"}}.get(name, {})
     for flag in (f"--{name}", dashed(name)):
         for arguments in ([flag, str(value)], [f"{flag}={value}"]):
-            assert parse(arguments) == dataclasses.replace(Config(), **{name: value})
+            arguments += [f"--{other}={there}" for other, there in beside.items()]
+            assert parse(arguments) == dataclasses.replace(Config(), **beside, **{name: value})
 
 
 @pytest.mark.parametrize("name", [name for name, field in FIELDS.items() if field.type == "bool"])
