@@ -30,8 +30,9 @@ class COCOPersonDataset(Dataset):
     """The photos of a COCO-format set that show at least one person, as RGBA squares.
 
     Args:
-        root: the folder that holds `annotations/` and the photo folder, or `photos/` and `masks/`; or several, separated
-            by commas, whose photos are one set: an index is a photo's place among those of all roots, in the order given.
+        root: the folder that holds `annotations/` and the photo folder, or `photos/` and `masks/`; or several,
+            separated by commas, whose photos are one set: an index is a photo's place among those of all roots, in the
+            order given.
         split: the photo folder's name, e.g. "train2017".
         image_size: the square's side in pixels.
         augment: whether to apply `augmentations()`.
