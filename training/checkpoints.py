@@ -11,9 +11,10 @@ import weakref
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
 
 from loading.unreadable import SKIPPED
 from training.launching import launcher
@@ -153,10 +154,24 @@ def save(content: dict, path: Path) -> None:
     """
     try:
         with atomic_write(path) as file:
-            torch.save(content, file)
+            torch.save(on_cpu(content), file)
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise CheckpointError(f"{path} cannot be written: {reason}") from error
+
+
+def on_cpu(content: Any) -> Any:
+    """The same, with all its tensors on the CPU: a file that names a GPU cannot be read on a machine without it.
+
+    What lies there already is not copied.
+    """
+    if isinstance(content, Tensor):
+        return content.cpu()
+    if isinstance(content, dict):
+        moved = copy.copy(content)  # with what else a model's has: the versions of its layers
+        moved.update((name, on_cpu(value)) for name, value in content.items())
+        return moved
+    return [on_cpu(value) for value in content] if isinstance(content, list) else content
 
 
 def write_epoch(folder: Path, content: dict, keep: int) -> None:

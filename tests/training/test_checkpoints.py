@@ -18,6 +18,7 @@ from training.checkpoints import (
     in_the_way,
     move_aside,
     newest_usable,
+    on_cpu,
     save,
     write_epoch,
     write_last,
@@ -89,6 +90,29 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path):
         save(content(2, broken=lambda: None), tmp_path / "last.pth")
     assert read_checkpoint(tmp_path / "last.pth")["epoch"] == 1
     assert names(tmp_path) == ["last.pth"]
+
+
+def test_what_is_saved_of_a_gpu_is_saved_from_the_cpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: torch.full_like(self, 7, device="cpu"))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).to(memory_format=torch.channels_last)
+    model.to("meta")  # stands for a GPU
+    moments = {0: {"step": torch.ones((), device="meta"), "exp_avg": torch.ones(2, device="meta")}}
+    tallies = [{"losses": torch.ones(3, device="meta"), "skipped": 2}]
+    optimizer = {"state": moments, "param_groups": [{"betas": (0.9, 0.999), "params": [0]}]}
+    save(content(1, model=model.state_dict(), optimizer=optimizer, tallies=tallies), tmp_path / "a.pth")
+    back = torch.load(tmp_path / "a.pth", weights_only=True)  # as README does it
+    saved = [*back["model"].values(), *back["optimizer"]["state"][0].values(), back["tallies"][0]["losses"]]
+    assert {value.device.type for value in saved} == {"cpu"}
+    assert all((value == 7).all() for value in saved)
+    assert back["model"]["0.weight"].stride() == model[0].weight.stride()
+    assert back["model"]._metadata == model.state_dict()._metadata
+    assert back["optimizer"]["param_groups"] == optimizer["param_groups"]
+    assert model[0].weight.is_meta
+
+
+def test_what_lies_on_the_cpu_is_not_copied_to_be_saved():
+    one = nn.BatchNorm2d(4).state_dict()
+    assert on_cpu({"model": one})["model"]["running_var"].data_ptr() == one["running_var"].data_ptr()
 
 
 # --- reading ----------------------------------------------------------------------------------------------
