@@ -165,6 +165,7 @@ class Run:
                 part.load_state_dict(content[name])
         if self.average is not None and not content.get("average"):
             self.average.module.load_state_dict(content["model"])
+        self._lay_out_moments()
         for name in NUMBERS:
             setattr(self, name, content.get(name, getattr(self, name)))  # an older one lacks the newer of them
         self.epochs_done, tallies = content["epoch"], content["tallies"]
@@ -172,6 +173,13 @@ class Run:
         self.step = photos_done // (self.processes.world_size * photos_a_step(self.settings))
         if tallies:
             self._restore_figures(tallies)
+
+    def _lay_out_moments(self) -> None:
+        """Like their weights: they come in the layout of the run that saved them; a fused Adam expects one for all."""
+        for weights, moments in self.optimizer.state.items():
+            for name, values in moments.items():
+                if name != "step" and values.stride() != weights.stride():
+                    moments[name] = torch.empty_like(weights).copy_(values)
 
     def _restore_figures(self, tallies: list[dict]) -> None:
         """Each process its own, or the main one all where their number changed."""

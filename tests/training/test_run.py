@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
 import torch
 from test_trainer import ALONE, run_of
 from torch import nn
+from torch.optim import Adam
 
 from training.run import Run
 from training.weights import WeightAverage
@@ -96,6 +98,32 @@ def test_whether_the_encoder_keeps_its_statistics_is_as_it_was():
     content = stopped_run(nn.Conv2d(3, 4, 1))
     assert restored(content, 0, 2).keeps_statistics is False
     assert restored({**content, "keeps_statistics": True}, 0, 2).keeps_statistics is True
+
+
+def one_step(run: Run, seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    for weights in run.model.parameters():
+        weights.grad = torch.empty_like(weights).copy_(torch.randn(weights.shape, generator=random))
+    run.optimizer.step()
+
+
+def test_adams_moments_take_the_layout_of_the_weights():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1))  # of the second one both layouts are the same memory
+    before, after = run_of(model), run_of(copy.deepcopy(model).to(memory_format=torch.channels_last))
+    for run in (before, after):
+        run.settings = {"batch_size": 4, "accumulate": 1}
+        run.optimizer = Adam(run.model.parameters(), 0.1, fused=run is after)
+    one_step(before, seed=0)
+    after.restore("last.pth", copy.deepcopy(before.checkpoint()))
+    for run in (before, after):
+        one_step(run, seed=1)
+    for one, other in zip(before.model.parameters(), after.model.parameters(), strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=1e-6)
+        for name in ("exp_avg", "exp_avg_sq"):
+            moments, expected = after.optimizer.state[other][name], before.optimizer.state[one][name]
+            assert moments.stride() == other.stride()
+            assert torch.allclose(moments, expected, rtol=1e-5)
 
 
 def test_other_weights_do_not_fit():
