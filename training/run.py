@@ -69,8 +69,8 @@ class Run:
         return self.model if self.average is None else self.average.module
 
     def broken(self) -> int:
-        """Steps in a row without a finite number, as far as that is known without waiting for a GPU."""
-        return self.guard.in_a_row if self.guard else self.broken_in_a_row
+        """The most steps in a row without a finite number, as far as that is known without waiting for a GPU."""
+        return self.guard.most_in_a_row if self.guard else self.broken_in_a_row
 
     # --- an epoch ---
 
@@ -90,12 +90,13 @@ class Run:
         Args:
             epoch: that it belongs to, from 0.
             steps: of the whole epoch.
-            fetch_every: steps after which a GPU is waited for, to learn what was skipped; a CPU tells at once.
+            fetch_every: steps after which a GPU is waited for, to learn what was skipped, as after the epoch's last; a
+                CPU tells at once.
         """
         self.step += 1
         if self.average is not None:
             self.average.update(self.model)
-        if self.device.type == "cpu" or self.step % fetch_every == 0:
+        if self.device.type == "cpu" or self.step % fetch_every == 0 or self.step == steps:
             self.guard.fetch()
         self.learning_rate = self.scheduler.get_last_lr()[0]
         self.scheduler.step(epoch + (self.step - self.guard.skipped) / steps)
@@ -109,7 +110,7 @@ class Run:
 
     def end_epoch(self, row: dict) -> None:
         """Once it is validated as well."""
-        self.broken_in_a_row = self.broken()
+        self.broken_in_a_row = self.guard.in_a_row
         self.epochs_done, self.step, self.tally, self.guard = self.epochs_done + 1, 0, None, None
         self.bad_photos, self.skipped = [], 0
         self.history.append(row)
@@ -140,7 +141,7 @@ class Run:
         if self.tally is None:
             return []
         self.guard.fetch()
-        self.broken_in_a_row = self.broken()
+        self.broken_in_a_row = self.guard.in_a_row
         bad_photos = self.dataset.bad() if self.dataset is not None else []
         return from_all([{**self.tally.state(), "skipped": self.guard.skipped, "bad_photos": bad_photos}])
 

@@ -183,17 +183,20 @@ class FiniteGuard:
 
     What is skipped is decided on the device. The counts are fetched from a GPU only when they are asked for.
     BatchNorm's averages are those of before such a step as well. float16's own skips, by which its scale is found,
-    are no broken steps: there only the losses count.
+    are no broken steps: there only the losses count, for as long as there is a scale above 1 that can be lowered.
 
     Args:
         model: whose steps these are, not wrapped for several processes.
         device: that it lies on.
         skipped, in_a_row: steps that were skipped before, in all and up to now without one that was not.
+
+    Attributes:
+        skipped, in_a_row, most_in_a_row: these and the longest row of them, wherever it ended; when last fetched.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, skipped: int = 0, in_a_row: int = 0):
-        self._counts, self._losses = torch.tensor([skipped, in_a_row], device=device), []
-        self.skipped, self.in_a_row = skipped, in_a_row  # when they were fetched last
+        self._counts, self._losses = torch.tensor([skipped, in_a_row, in_a_row], device=device), []
+        self.skipped, self.in_a_row, self.most_in_a_row = skipped, in_a_row, in_a_row
         self._averages = [b for name, b in model.named_buffers() if name.rpartition(".")[2].startswith("running_")]
         self._before = [average.clone() for average in self._averages]
 
@@ -209,7 +212,8 @@ class FiniteGuard:
 
     def step(self, optimizer: Adam, scaler: torch.amp.GradScaler, norm: Tensor) -> None:
         """The optimiser's step, if the losses and the gradient's `norm` are finite."""
-        finite = torch.isfinite(torch.stack(self._losses)).all() & (torch.isfinite(norm) | scaler.is_enabled())
+        excused = scaler.scale(torch.ones_like(norm)) > 1  # its scale, which no GPU has to be waited for; 1 for none
+        finite = torch.isfinite(torch.stack(self._losses)).all() & (torch.isfinite(norm) | excused)
         found = (~finite).float()
         largest_over_processes(found)  # each has a loss of its own
         with self._skipped_where(found, optimizer):
@@ -218,8 +222,9 @@ class FiniteGuard:
         broken = found.bool()
         for average, before in zip(self._averages, self._before, strict=True):
             torch.where(broken, before, average, out=average)
-        self._counts += broken
+        self._counts[:2] += broken
         self._counts[1] *= broken
+        self._counts[2] = self._counts[1:].max()
 
     @staticmethod
     @contextmanager
@@ -239,4 +244,4 @@ class FiniteGuard:
 
     def fetch(self) -> None:
         """Brings the counts up to date; waits for the device."""
-        self.skipped, self.in_a_row = self._counts.tolist()
+        self.skipped, self.in_a_row, self.most_in_a_row = self._counts.tolist()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from test_trainer import ALONE, run_of
 from torch import nn
 from torch.optim import Adam
 
+from training.checkpoints import RunFolder
+from training.interruptions import BrokenNumbersError, Watch
 from training.run import Run
 from training.weights import WeightAverage
 from utils import CheckpointError, LossCalculator, weights_of
@@ -131,3 +134,29 @@ def test_other_weights_do_not_fit():
     content["model"]["weight"] = torch.zeros(1)
     with pytest.raises(CheckpointError, match="does not fit"):
         restored(content, 0, 1)
+
+
+class Gpu:
+    """A device that is waited for only where it must be; its tensors lie on the CPU."""
+
+    type = "cuda"
+
+
+@pytest.mark.parametrize("fetch_every", [1, 4, 100])
+def test_ten_broken_steps_in_a_row_end_the_run_wherever_in_the_epoch_they_lie(fetch_every):
+    run, steps = run_of(nn.Conv2d(3, 4, 1)), 14
+    run.begin_epoch()
+    run.processes = dataclasses.replace(ALONE, device=Gpu())
+    watch, met = Watch(run, RunFolder("unused", 0), 0), None
+    for step in range(steps):
+        run.guard.begin_step()
+        run.guard.add_loss(torch.tensor(math.nan if 1 <= step < 11 else 1.0))
+        run.guard.step(run.optimizer, run.scaler, torch.tensor(1.0))
+        run.end_step(0, steps, fetch_every)
+        try:
+            watch.between_steps()
+        except BrokenNumbersError:
+            met = met or step + 1
+    assert met == {1: 11, 4: 12, 100: 14}[fetch_every]
+    run.end_epoch({})
+    assert run.broken_in_a_row == 0  # a row that has ended is not gone on with

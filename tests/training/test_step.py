@@ -106,6 +106,34 @@ def test_an_overflow_by_which_float16_finds_its_scale_is_no_broken_step():
     assert scaler.get_scale() == 2.0**3
 
 
+def scaled_steps(scaler: torch.amp.GradScaler, gradients: list[float]) -> FiniteGuard:
+    """Steps with such a value in the gradient, of which a GPU is not asked before the end."""
+    one = model()
+    guard, optimizer = FiniteGuard(one, torch.device("cpu")), Adam(one.parameters(), 0.1, fused=True)
+    for gradient in gradients:
+        guard.begin_step()
+        optimizer.zero_grad()
+        loss = one(torch.ones(2, 3)).sum()
+        scaler.scale(loss).backward()
+        one[0].weight.grad[0, 0] = gradient
+        scaler.unscale_(optimizer)
+        guard.add_loss(loss)
+        guard.step(optimizer, scaler, nn.utils.clip_grad_norm_(one.parameters(), 1.0))
+    guard.fetch()
+    return guard
+
+
+@pytest.mark.parametrize(("scale", "counted"), [(2.0**4, 10 - 4), (1.0, 10), (2.0**20, 0)])
+def test_an_overflow_is_broken_once_the_scale_is_at_one(scale, counted):
+    guard = scaled_steps(torch.amp.GradScaler("cpu", init_scale=scale), [math.inf] * 10)
+    assert guard.skipped == guard.in_a_row == guard.most_in_a_row == counted
+
+
+def test_the_longest_row_of_broken_steps_is_known_whatever_follows_it():
+    guard = scaled_steps(torch.amp.GradScaler("cpu", enabled=False), [math.nan] * 3 + [1.0] + [math.nan] * 2 + [1.0])
+    assert (guard.skipped, guard.in_a_row, guard.most_in_a_row) == (5, 0, 3)
+
+
 def tally(seed: int) -> Tally:
     one, random = Tally(LossCalculator()), torch.Generator().manual_seed(seed)
     raw, target = torch.randn(3, 4, 8, 8, generator=random), torch.rand(3, 4, 8, 8, generator=random)
