@@ -291,7 +291,8 @@ def start_run(config: Config, processes: Processes, found: tuple[Path, dict] | N
         run.restore(*found)
     run.parallel_model = parallel(model, processes)
     if config.compile:  # a wrapper: validation and what is saved stay those of the plain model
-        run.parallel_model = torch.compile(run.parallel_model)
+        # Static: for an epoch's shorter last batch it compiles once more, and the others stay as fast as they were.
+        run.parallel_model = torch.compile(run.parallel_model, dynamic=False)
     return run
 
 

@@ -662,6 +662,21 @@ def test_compiled_the_model_gives_the_same_loss_and_gradients(monkeypatch, coco_
     assert not any("_orig_mod" in key for key in run.model.state_dict())
 
 
+@pytest.mark.usefixtures("tiny")
+def test_compiled_for_a_shorter_last_batch_it_stays_static(monkeypatch, coco_root):
+    compiled = []
+
+    def as_it_is(graph, inputs):
+        compiled.append([type(value) for value in inputs if not isinstance(value, torch.Tensor)])
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=as_it_is))
+    run = trainer.start_run(small(coco_root, "unused", compile=True), ALONE)
+    for photos in (4, 2, 4, 3):
+        run.parallel_model(torch.rand(photos, 3, 32, 32))
+    assert compiled == [[], [], []]  # one for each size, none of which takes the size as an argument
+
+
 # --- data that cannot be used -----------------------------------------------------------------------------
 
 
