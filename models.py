@@ -253,7 +253,7 @@ class DecoderBlock(nn.Module):
 
     def forward(self, below: Tensor, skip: Tensor | None) -> Tensor:
         """(N, below, H, W) and a skip (N, skip, 2H, 2W) or None to (N, width, 2H, 2W)."""
-        enlarged = F.interpolate(self.narrow(below), scale_factor=2, mode="bilinear")
+        enlarged = enlarge(self.narrow(below))
         if skip is not None:
             gated = skip if self.gate is None else self.gate(skip, below)
             enlarged = torch.cat([enlarged, gated], dim=1)
@@ -278,7 +278,7 @@ class AttentionGate(nn.Module):
     def forward(self, skip: Tensor, gating: Tensor) -> Tensor:
         """(N, skip, 2H, 2W) and (N, gating, H, W) to the skip, weighted."""
         attention = torch.sigmoid(self.psi(F.relu(self.theta(skip) + self.phi(gating))))
-        return skip * F.interpolate(attention, scale_factor=2, mode="bilinear")
+        return skip * enlarge(attention)
 
 
 class PixelShuffleHead(nn.Module):
@@ -297,6 +297,12 @@ class PixelShuffleHead(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """(N, width, H, W) to (N, out_channels, 2H, 2W)."""
         return self.shuffle(self.conv(features))
+
+
+def enlarge(features: Tensor) -> Tensor:
+    """(N, C, H, W) to (N, C, 2H, 2W), bilinearly, in their own precision."""
+    # On CUDA autocast computes it in float32, which all that is put together with it would take over.
+    return F.interpolate(features, scale_factor=2, mode="bilinear").to(features.dtype)
 
 
 def conv_bn_relu(in_channels: int, out_channels: int) -> nn.Sequential:

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.nn import functional
 
 from models import ENCODERS, AttentionGate, UNetAutoencoder, WeightsError
 
@@ -199,6 +200,22 @@ def test_the_gates_weights_lie_between_0_and_1_and_depend_on_the_gating():
     assert 0 < weights.min() < weights.max() < 1
     assert not torch.allclose(weights, other, atol=1e-3)
     assert not gate(zeros, torch.randn(1, 4, 8, 8)).any()
+
+
+@torch.no_grad()
+def test_what_is_enlarged_in_float32_as_on_a_gpu_goes_on_in_half_precision(small, monkeypatch):
+    images, precisions = torch.rand(1, 3, 32, 32), []
+    hooks = [block.fuse.register_forward_pre_hook(lambda _, inputs: precisions.append(inputs[0].dtype))
+             for block in small.decoder.blocks]  # fmt: skip
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = small(images)
+        real = functional.interpolate
+        monkeypatch.setattr(functional, "interpolate", lambda values, **how: real(values.float(), **how))
+        raw = small(images)
+    for hook in hooks:
+        hook.remove()
+    assert set(precisions) == {torch.bfloat16}
+    assert torch.equal(raw, expected)
 
 
 def test_without_attention_there_are_fewer_parameters(small):
