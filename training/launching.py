@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from uuid import uuid4
@@ -121,6 +123,9 @@ def use_every_gpu(argv: list[str], device: str) -> None:
     Args:
         argv: the script and its arguments.
         device: the setting; one that names a certain device wants no more of them.
+
+    Raises:
+        LaunchError: as `spread_command` and `visible_gpus`.
     """
     if device not in (EACH_ITS_GPU, "cuda"):
         return
@@ -128,25 +133,74 @@ def use_every_gpu(argv: list[str], device: str) -> None:
         parent_arguments = Path(f"/proc/{os.getppid()}/cmdline").read_text(errors="replace").split("\0")
     except OSError:  # no Linux: nobody to ask, and hardly several GPUs
         return
-    command = spread_command(os.environ, parent_arguments, torch.cuda.device_count(), argv)
+    command = spread_command(os.environ, parent_arguments, visible_gpus(device), argv)
     if command is not None:
         kept = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC") and k not in LAUNCHER_VARIABLES}
         os.execve(command[0], command, kept | {LAUNCHER: launcher()})
 
 
+# --- this process's GPU -----------------------------------------------------------------------------------
+
+
+def visible_gpus(device_setting: str) -> int:
+    """How many CUDA GPUs there are for this process; where the setting is another device, none is looked for.
+
+    Raises:
+        LaunchError: the driver cannot be used, or CUDA_VISIBLE_DEVICES names GPUs and none of them is there.
+    """
+    if not device_setting.startswith("cuda"):
+        return 0
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        gpus = torch.cuda.device_count()
+    failures = [line for it in said if (line := first_line(it.message)).startswith("CUDA initialization")]
+    if not gpus and failures:
+        raise LaunchError(f"the GPU cannot be used: {failures[0]} (--device cpu does without)")
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "").strip()
+    if not gpus and not re.match(r"-1|NoDevFiles|$", named):  # by which the CPU is meant; the second is SLURM's
+        raise LaunchError(f"CUDA_VISIBLE_DEVICES is {named}, and no such GPU is there: nvidia-smi -L lists those that "
+                          "are; --device cpu does without")  # fmt: skip
+    return gpus
+
+
+def take_gpu(device: torch.device) -> None:
+    """Makes a GPU this process's own, before anything is loaded: or every process would touch GPU 0.
+
+    Raises:
+        LaunchError: it cannot be used: the driver, another process that has it to itself, no code for its kind.
+    """
+    try:
+        torch.cuda.set_device(device)
+        torch.ones(1, device=device).item()  # that alone may leave it untouched, and so learn nothing of a busy one
+    except RuntimeError as error:
+        raise LaunchError(f"{device} cannot be used: {first_line(error)} (--device names another one)") from None
+
+
+def first_line(error: Exception) -> str:
+    """What PyTorch says, without where in its sources, and without what it adds to all that CUDA says."""
+    return str(error).partition("\n")[0].partition(" (Triggered")[0].rstrip(".")
+
+
+# --- this process and the others --------------------------------------------------------------------------
+
+
 def start_processes(device_setting: str) -> Processes:
-    """Finds this process's device and joins the others, if there are any."""
+    """Finds this process's device and joins the others, if there are any.
+
+    Raises:
+        LaunchError: the device cannot be had, or the others cannot be found.
+    """
     place = {key: int(os.environ.get(key.upper(), default)) for key, default in
              {"rank": 0, "local_rank": 0, "world_size": 1, "local_world_size": 1}.items()}  # fmt: skip
     has_mps = torch.backends.mps.is_available()
     name, note = pick_device(
-        device_setting, place["local_rank"], torch.cuda.device_count(), has_mps and place["local_world_size"] == 1
+        device_setting, place["local_rank"], visible_gpus(device_setting), has_mps and place["local_world_size"] == 1
     )
     device = torch.device(name)
     if place["local_world_size"] > 1 and device.type != "cpu" and device_setting not in (EACH_ITS_GPU, "cuda"):
         raise LaunchError(f"--device {device_setting} would put {place['local_world_size']} processes on one device")
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # before anything is loaded, or every process would touch GPU 0
+        take_gpu(device)
     if place["world_size"] > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         try:

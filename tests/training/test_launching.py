@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 from conftest import write_split
 from test_resume import TWO, assert_the_same, left_over, popen
-from test_trainer import small
+from test_trainer import refusal, small
 from torch.distributed.run import get_args_parser
 
 import utils
@@ -223,6 +224,7 @@ def taken(monkeypatch) -> list[int]:
     indices = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: indices.append(device.index))
+    monkeypatch.setattr(torch, "ones", lambda *_, device: torch.zeros(1))
     return indices
 
 
@@ -245,3 +247,58 @@ def test_several_processes_are_not_put_on_one_gpu(taken, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(LaunchError, match="cuda:0"):
         launching.start_processes("cuda:0")
+
+
+# --- a GPU that cannot be used ----------------------------------------------------------------------------
+
+OLD_DRIVER = ("CUDA initialization: The NVIDIA driver on your system is too old (found version 11040). Please update "
+              "your GPU driver. (Triggered internally at /pytorch/c10/cuda/CUDAFunctions.cpp:119.)")  # fmt: skip
+BUSY = ("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nSearch for `cudaErrorDevicesUnavailable'\n"
+        "Compile with `TORCH_USE_CUDA_DSA`\n")  # fmt: skip
+
+
+def fails(message: str) -> Callable:
+    def fail(*_, **__):
+        raise RuntimeError(message)
+
+    return fail
+
+
+@pytest.mark.parametrize("device", [EACH_ITS_GPU, "cuda:0"])
+def test_a_driver_that_is_too_old_is_told_in_one_line(device, monkeypatch, capsys, recwarn):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: warnings.warn(OLD_DRIVER, stacklevel=1) or 0)
+    error = refusal(capsys, "--data-root=nowhere", f"--device={device}")
+    assert "too old (found version 11040). Please update your GPU driver (--device cpu" in error
+    assert "nowhere" in refusal(capsys, "--data-root=nowhere", "--device=cpu")
+    assert not recwarn
+
+
+@pytest.mark.parametrize(
+    ("function", "message", "told"),
+    [("set_device", "Found no NVIDIA driver on your system. Please check that you have one", "Found no NVIDIA driver"),
+     ("set_device", BUSY, "busy or unavailable (--device"), ("ones", BUSY, "busy or unavailable (--device"),
+     ("ones", "CUDA error: no kernel image is available for execution on the device\nSearch", "no kernel image")],
+)  # fmt: skip
+@pytest.mark.usefixtures("taken")
+def test_a_gpu_that_cannot_be_used_is_told_in_one_line(function, message, told, monkeypatch, capsys):
+    monkeypatch.setattr(torch if function == "ones" else torch.cuda, function, fails(message))
+    error = refusal(capsys, "--data-root=nowhere")
+    assert error.startswith("trainer.py: error: cuda:0 cannot be used: ")
+    assert told in error
+
+
+@pytest.mark.parametrize("named", ["7", "GPU-01234567", "x"])
+def test_gpus_that_are_named_and_are_not_there_are_refused(named, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert f"CUDA_VISIBLE_DEVICES is {named}, and no such GPU is there" in refusal(capsys, "--data-root=nowhere")
+    assert "CUDA_VISIBLE_DEVICES" not in refusal(capsys, "--data-root=nowhere", "--device=cpu")
+
+
+@pytest.mark.parametrize("named", ["", "-1", "NoDevFiles", None])
+def test_hidden_gpus_are_a_wish_for_the_cpu(named, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert launching.start_processes(EACH_ITS_GPU).device.type in ("cpu", "mps")
