@@ -54,7 +54,7 @@ def main(options: argparse.Namespace) -> dict:
     """
     processes = launching.start_processes(options.device)
     cutter = load(options.checkpoint, str(processes.device), options.image_size)
-    with utils.one_process_first(processes):
+    with launching.one_process_first(processes):
         dataset = COCOPersonDataset(options.data_root, options.split, cutter.image_size, other_splits=options.splits,
                                     choices=options.choices)  # fmt: skip
     folder = results_folder(options)

@@ -210,7 +210,7 @@ def seed_from(*numbers: int) -> int:
 
 def open_data(config: Config, processes: Processes) -> tuple[DataLoader, DataLoader]:
     """The loaders of this process's share of the training and the validation photos."""
-    with utils.one_process_first(processes):
+    with launching.one_process_first(processes):
         if config.sample:
             draw_sample(config)
         choices = Choices(config.category, config.annotations, config.photos, config.val_share)
@@ -300,7 +300,7 @@ def build_model(config: Config, processes: Processes, is_new: bool) -> UNetAutoe
     """The model on its device; a new run's with the weights to start from, which a resume brings along itself."""
     pretrained = from_imagenet(config) and is_new
     weights_file = config.encoder_weights or None if pretrained else None
-    with utils.one_process_first(processes):  # one downloads, all load
+    with launching.one_process_first(processes):  # one downloads, all load
         model = UNetAutoencoder(config.encoder, pretrained, config.use_attention, weights_file)
     if config.start_from and is_new:
         starting.load_weights(model, trained_file(config.start_from))

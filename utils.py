@@ -207,16 +207,6 @@ def pick_device(setting: str, local_rank: int, gpus: int, has_mps: bool) -> tupl
     return name, ""
 
 
-@contextmanager
-def one_process_first(processes: Processes) -> Iterator[None]:
-    """What fills a cache is done by one process of each machine; the others wait and then find it filled."""
-    if dist.is_initialized() and processes.local_rank > 0:
-        dist.barrier()
-    yield
-    if dist.is_initialized() and processes.local_rank == 0:
-        dist.barrier()
-
-
 def sum_over_processes(sums: Tensor) -> None:
     """Adds up a tensor over all processes, in place; nothing to do for a process on its own."""
     if dist.is_initialized():

@@ -580,7 +580,8 @@ def test_as_a_program(tmp_path, small_checkpoint):
     command = [sys.executable, predict.__file__, photo, "--checkpoint", small_checkpoint, "--device", "cpu"]
     done = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, check=False)
     lines = f"model: {small_checkpoint} (resnet18 at 64)\n1 of 1 photo written to cutouts"
-    assert (done.returncode, done.stdout.partition(";")[0].strip(), done.stderr) == (0, lines, "")  # nobody may be found
+    said = done.stdout.partition(";")[0].strip()  # after it, that nobody may be found
+    assert (done.returncode, said, done.stderr) == (0, lines, "")
     assert outputs(tmp_path / "cutouts") == {"a.png"}
 
 

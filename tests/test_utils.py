@@ -20,7 +20,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 import utils
-from training import step
+from training import launching, step
 from training.step import LossMeter
 from utils import LaunchError, LossCalculator, Processes, SegmentationMetrics, near_contour, pick_device
 
@@ -209,7 +209,7 @@ def one_of_two(rank: int, folder: Path) -> None:
     """What each of two processes does; what comes of it goes into files."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/meeting", timedelta(seconds=60), rank=rank, world_size=2)
-    with utils.one_process_first(Processes(CPU, rank=rank, local_rank=rank, world_size=2)):
+    with launching.one_process_first(Processes(CPU, rank=rank, local_rank=rank, world_size=2)):
         time.sleep(0.5 if rank == 0 else 0)  # the other one is quicker, unless it waits
         (folder / f"place{rank}").write_text(str(len(list(folder.glob("place*")))))
     norm, metrics, meter, idle = nn.BatchNorm2d(3), SegmentationMetrics(), LossMeter(TERMS), LossMeter(TERMS)
@@ -226,6 +226,11 @@ def one_of_two(rank: int, folder: Path) -> None:
         idle.update(*spent(3.0), images=1)  # one image for two processes
     idle.synchronize()
     (folder / f"idle{rank}").write_text(str(idle.compute()["loss"]))
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", f"file://{folder}/again", timedelta(seconds=5), rank=rank, world_size=2)
+    with launching.one_process_first(Processes(CPU, rank=rank, local_rank=rank, world_size=2)):
+        time.sleep(7 if rank == 0 else 0)  # longer than at a step
+    (folder / f"patient{rank}").touch()
 
 
 def three_passes(rank: int) -> tuple[Tensor, list[int]]:
@@ -271,7 +276,7 @@ def parts_in(room: int) -> int | str:
 def two(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     for process in torch.multiprocessing.spawn(one_of_two, (folder,), nprocs=2, join=False).processes:
-        process.join(60)
+        process.join(120)
     return folder
 
 
@@ -297,6 +302,10 @@ def test_the_main_process_goes_first_and_the_others_have_its_averages_and_its_wo
         assert buffers["running_mean"].tolist() == [1, 1, 1]
         assert buffers["num_batches_tracked"] == 5
         assert word == 0
+
+
+def test_the_others_wait_for_the_first_one_longer_than_at_a_step(two):
+    assert all((two / f"patient{rank}").exists() for rank in range(2))
 
 
 def test_gradients_of_several_passes_are_shared_once(two):

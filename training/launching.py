@@ -10,7 +10,8 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 from uuid import uuid4
 
@@ -19,6 +20,7 @@ import torch.distributed as dist
 
 from utils import EACH_ITS_GPU, LaunchError, Processes, pick_device
 
+LONGEST_WORK = timedelta(hours=24)  # of one process that the others wait for: a cache at COCO's size takes its time
 LAUNCHER = "SILUETA_LAUNCHER"  # the launcher's name, for processes that are started by way of another one
 
 
@@ -215,3 +217,17 @@ def start_processes(device_setting: str) -> Processes:
 def end_processes() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def one_process_first(processes: Processes) -> Iterator[None]:
+    """What fills a cache is done by one process of each machine; the others wait and then find it filled.
+
+    They wait on the CPU, whatever the device, and longer than for one another at a step.
+    """
+    group = dist.new_group(timeout=LONGEST_WORK, backend="gloo") if dist.is_initialized() else None
+    if group and processes.local_rank > 0:
+        dist.all_reduce(torch.zeros(1), group=group)
+    yield
+    if group and processes.local_rank == 0:
+        dist.all_reduce(torch.zeros(1), group=group)
