@@ -71,7 +71,7 @@ def folders_of(path: Path) -> list[str]:
     found = []
     for folder, names, _ in os.walk(path):
         names[:] = sorted(name for name in names if not name.startswith("."))
-        found.append(os.path.relpath(folder, path))
+        found.append(Path(os.path.relpath(folder, path)).as_posix())
     return ["" if name == "." else name for name in found]
 
 

@@ -28,6 +28,8 @@ NO_MASKS = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")  # Pillow hands them t
 JPEG_KINDS = ("JPEG", "MPO")
 OTHER_PHOTOS = {".heic", ".heif", ".jxl"}  # are looked for as well, to be named as what cannot be read
 
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of a file's oddities: in threads only all can be turned off
+
 Pair = tuple[Photo, str]  # and its mask's name in the folder of masks
 
 
@@ -109,7 +111,7 @@ def _size(photo: Path, mask: Path) -> Size | str:
     if both is None:
         return "photo{s} that cannot be read"
     try:
-        with _opened(mask) as image:
+        with Image.open(mask, formats=mask_kinds()) as image:
             drawn = image.size[::-1] if image.getexif().get(ORIENTATION, 1) > 4 else image.size
     except Exception:  # whatever a damaged header makes one of Pillow's readers raise
         return UNREADABLE
@@ -127,12 +129,6 @@ def have_one_shape(first: Size, second: Size) -> bool:
     return abs(height - width * high / wide) < 1 or abs(width - height * wide / high) < 1
 
 
-def _opened(mask: Path) -> Image.Image:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of many pixels, which are counted here, and of oddities
-        return Image.open(mask, formats=mask_kinds())
-
-
 # --- pixels -----------------------------------------------------------------------------------------------
 
 
@@ -145,13 +141,13 @@ def draw_files(files: Sequence[tuple[Path, Size]], threads: int) -> Iterator[Mas
 def draw_file(path: Path, size: Size) -> Mask | str:
     """One mask file as run lengths of its photo's (width, height), or why there is nobody on it."""
     try:
-        with _opened(path) as image:
-            values, whole = _brightness(ImageOps.exif_transpose(image))
+        with Image.open(path, formats=mask_kinds()) as image:
+            values = _values(ImageOps.exif_transpose(image))
     except Exception:  # whatever a damaged file makes one of Pillow's decoders raise
         return UNREADABLE
     if not values.any():
         return EMPTY
-    grey = np.clip(values * np.float32(255 / whole), 0, 255).round().astype(np.uint8)
+    grey = _in_8_bits(values)
     if grey.shape != size[::-1]:
         shrinks = grey.size > size[0] * size[1]
         grey = cv2.resize(grey, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
@@ -159,17 +155,25 @@ def draw_file(path: Path, size: Size) -> Mask | str:
     return Mask(coco_mask.encode(person)["counts"], int(person.sum())) if person.any() else DARK
 
 
-def _brightness(image: Image.Image) -> tuple[np.ndarray, float]:
-    """How bright each pixel is, (height, width), and what full brightness is. Of colours the brightest channel counts.
+def _values(image: Image.Image) -> np.ndarray:
+    """How bright each pixel is, (height, width); of colours the brightest channel counts.
 
     Where there is an alpha it is the mask, unless nothing is cut out by it: many programs add one to every picture.
-    A mask of zeros and ones has 1 for its full brightness.
     """
     if image.mode[0] in "IF":  # more than 8 bits
-        values = np.nan_to_num(np.asarray(image))
-        return values, 1 if values.max() <= 1 else 65535 if image.mode[0] == "I" else 255
+        return np.nan_to_num(np.asarray(image))
     rgba = image.convert("RGBA")
     alpha = rgba.getchannel("A")
     is_cutout = alpha.getextrema() != (255, 255)
-    values = np.asarray(alpha) if is_cutout else np.asarray(rgba)[..., :3].max(axis=2)
-    return values, 1 if values.max() <= 1 else 255
+    return np.asarray(alpha) if is_cutout else np.asarray(rgba)[..., :3].max(axis=2)
+
+
+def _in_8_bits(values: np.ndarray) -> np.ndarray:
+    """Of a mask of zeros and ones the ones are the person, of integers of more bits those above half of 16."""
+    if values.max() <= 1:
+        whole = 1
+    elif values.dtype == np.uint8:
+        return values
+    else:
+        whole = 65535 if values.dtype.kind in "iu" else 255
+    return np.clip(values * np.float32(255 / whole), 0, 255).round().astype(np.uint8)

@@ -112,6 +112,7 @@ def palette(colours: list[int]) -> Image.Image:
 KINDS = {
     "grey": BLOB, "black and white": Image.fromarray(BLOB).convert("1"), "zeros and ones": BLOB // 255,
     "colours": np.dstack([BLOB, BLOB * 0, BLOB * 0]), "16 bits": BLOB.astype(np.uint16) * 257,
+    "16 bits, ones": (BLOB // 255).astype(np.uint16), "floats": (BLOB / 255).astype(np.float32),
     "palette": palette([0, 0, 0, 192, 128, 128]), "palette of zeros and ones": palette([0, 0, 0, 1, 1, 1]),
     "cutout": np.dstack([WHITE // 3] * 3 + [BLOB]), "grey cutout": np.dstack([WHITE * 0, BLOB]),
     "opaque": np.dstack([BLOB] * 3 + [WHITE]), "soft": cv2.GaussianBlur(BLOB, (5, 5), 0),
@@ -124,7 +125,9 @@ KINDS = {
 def test_every_kind_of_mask_is_read(own, kind):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown a quarter turn clockwise
-    add(own, "a", KINDS[kind], **({"exif": exif} if kind == "turned" else {}))
+    (own / "masks" / "a.png").unlink()
+    suffix = ".tif" if kind == "floats" else ".png"
+    add(own, "a", KINDS[kind], suffix, **({"exif": exif} if kind == "turned" else {}))
     found = alphas(own)["a.jpg"]
     if kind == "soft":
         assert np.array_equal(found > 0, KINDS[kind] > 127)
