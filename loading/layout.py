@@ -92,10 +92,10 @@ def find_layout(root: Path, split: str, splits: Sequence[str] = (), choices: Cho
 def _coco(root: Path, split: str, choices: Choices) -> Layout:
     path, photos = root / "annotations" / f"instances_{split}.json", root / split
     for missing in [place for place in (path, photos) if not place.exists()]:
-        fetch = f"`python tools/download_coco.py --root {root}` fetches COCO 2017 (https://cocodataset.org), "
-        others = f"or {root / 'photos'} beside {root / 'masks'}, or --annotations FILE with its --photos FOLDER; "
+        others = f", or {root / 'photos'} beside {root / 'masks'}, or --annotations FILE and --photos FOLDER: "
+        fetch = f": `python tools/download_coco.py --root {root}` fetches COCO 2017 (https://cocodataset.org), "
         raise DataError(
-            f"no COCO data: {missing} is missing. Expected are {path} and photos in {photos}: "
+            f"no COCO data: {missing} is missing. Expected are {path} and photos in {photos}"
             f"{fetch if root == COCO_HOME else others}--data-root names another folder, "
             "--sample trains on built-in drawings"
         )
