@@ -52,26 +52,25 @@ def main(options: argparse.Namespace) -> dict:
         CheckpointError: it cannot be used, or nothing can be written beside it.
         DataError: the photos cannot be used.
     """
-    processes = launching.start_processes(options.device)
-    cutter = load(options.checkpoint, str(processes.device), options.image_size)
-    with launching.one_process_first(processes):
-        dataset = COCOPersonDataset(options.data_root, options.split, cutter.image_size, other_splits=options.splits,
-                                    choices=options.choices)  # fmt: skip
-    folder = results_folder(options)
-    if processes.is_main:
-        with writing_to(str(folder)):
-            utils.make_writable(folder)  # early: what was measured for an hour must find its place
-    rows, left_out = measure_share(cutter, dataset, processes)
-    facts = {"checkpoint": str(options.checkpoint), "data_root": str(options.data_root), "split": options.split,
-             "image_size": cutter.image_size, "left_out": len(left_out)}  # fmt: skip
-    result = {**facts, **{level: by_size(rows, level) for level in LEVELS}}
-    if processes.is_main:
-        print(table(result), flush=True)
-        if left_out:
-            print(f"{len(left_out)} left out of {len(dataset)}:", *left_out, sep="\n  ", file=sys.stderr)
-        write_files(result, rows, cutter, dataset, folder)
-        print(f"written to {folder}: metrics.json, photos.csv, worst.png", flush=True)
-    launching.end_processes()
+    with launching.joined(options.device) as processes:
+        cutter = load(options.checkpoint, str(processes.device), options.image_size)
+        with launching.one_process_first(processes):
+            dataset = COCOPersonDataset(options.data_root, options.split, cutter.image_size,
+                                        other_splits=options.splits, choices=options.choices)  # fmt: skip
+        folder = results_folder(options)
+        if processes.is_main:
+            with writing_to(str(folder)):
+                utils.make_writable(folder)  # early: what was measured for an hour must find its place
+        rows, left_out = measure_share(cutter, dataset, processes)
+        facts = {"checkpoint": str(options.checkpoint), "data_root": str(options.data_root), "split": options.split,
+                 "image_size": cutter.image_size, "left_out": len(left_out)}  # fmt: skip
+        result = {**facts, **{level: by_size(rows, level) for level in LEVELS}}
+        if processes.is_main:
+            print(table(result), flush=True)
+            if left_out:
+                print(f"{len(left_out)} left out of {len(dataset)}:", *left_out, sep="\n  ", file=sys.stderr)
+            write_files(result, rows, cutter, dataset, folder)
+            print(f"written to {folder}: metrics.json, photos.csv, worst.png", flush=True)
     return result
 
 

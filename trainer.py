@@ -136,9 +136,9 @@ LIMITS = {  # smallest and largest value of each number
 
 
 def main(config: Config) -> None:
-    processes = launching.start_processes(config.device)
-    train_loader, val_loader = open_data(config, processes)
-    with RunFolder(folder_of(config), config.keep_checkpoints) as folder:
+    folder = RunFolder(folder_of(config), config.keep_checkpoints)
+    with launching.joined(config.device) as processes, folder:
+        train_loader, val_loader = open_data(config, processes)
         found = find_start(config, processes, folder, train_loader, val_loader)
         run = start_run(config, processes, found)
         begin(run, config, folder, train_loader, val_loader)
@@ -150,7 +150,6 @@ def main(config: Config) -> None:
                 saved = write_down(run, training, validation, val_loader.dataset, folder)
                 watch.restart_clock(saved)
         finish(run, folder)
-    launching.end_processes()
 
 
 def train_one_epoch(run: Run, loader: DataLoader, epoch: int, config: Config, watch: Watch) -> dict[str, float]:

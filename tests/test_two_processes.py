@@ -7,11 +7,11 @@ import math
 import multiprocessing
 import os
 import signal
-import socket
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import write_split
 from test_resume import break_first
 from test_runs import TIMES, history, same
@@ -19,7 +19,7 @@ from test_trainer import Tiny, small
 
 import trainer
 from training.checkpoints import claim
-from utils import LossCalculator, read_checkpoint
+from utils import LossCalculator, UserError, read_checkpoint
 
 
 def take_part(rank: int, environment: dict[str, str], folder: Path, settings, event: tuple) -> None:
@@ -39,6 +39,8 @@ def take_part(rank: int, environment: dict[str, str], folder: Path, settings, ev
         except BaseException as error:
             print("refused:", error)
             raise
+        finally:
+            assert not dist.is_initialized()
     (run,) = runs
     state = {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()["state"]}
     place = {"epoch": run.epochs_done, "step": run.step, "rates": run.scheduler.get_last_lr()}
@@ -56,6 +58,10 @@ class Eventful(LossCalculator):
         loss, terms = super().forward(raw, target)
         self.batches += 1
         what = self.event[1] if self.event and self.batches == self.event[0] else ""
+        if what == "error":
+            raise UserError("an error of its own")
+        if what == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
         if what == "signal":
             os.kill(os.getpid(), signal.SIGTERM)
         if what == "inf":
@@ -63,12 +69,11 @@ class Eventful(LossCalculator):
         return (loss * math.nan if what == "nan" else loss), terms
 
 
-def train(folder: Path, settings, event: tuple = (), codes: tuple[int, int] = (0, 0)) -> list[dict]:
-    """What each of the two ranks ends with; `codes` are those of the processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def train(folder: Path, settings, event: tuple = (), codes: tuple[int, int] | None = (0, 0)) -> list[dict]:
+    """What each of the two ranks ends with; `codes` are those of the processes, if it is known whose is which."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # the launcher's, as torchrun has it
+    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
+             "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
     start = multiprocessing.get_context("forkserver")  # imports everything once, and computes nothing before it forks
     ranks = [start.Process(target=take_part, args=(rank, {**os.environ, **place}, folder, settings, event))
              for rank in (0, 1)]  # fmt: skip
@@ -77,7 +82,8 @@ def train(folder: Path, settings, event: tuple = (), codes: tuple[int, int] = (0
     for rank in ranks:
         rank.join(120)
         rank.kill()
-    assert tuple(rank.exitcode for rank in ranks) == codes
+    found = tuple(rank.exitcode for rank in ranks)
+    assert found == codes if codes else sorted(found) == [1, 2]
     return [torch.load(path) for path in sorted(folder.glob("rank*.pth"))]
 
 
@@ -121,11 +127,44 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step_and_nothing_is_lost(ro
     assert [row["train_bad_photos"] for row in rows] == ["3", "3"]
 
 
+def said(folder: Path) -> list[str]:
+    """What each rank has said last."""
+    return [(folder / f"rank{rank}.log").read_text().splitlines()[-1:] for rank in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("event", "codes", "told"),
+    [((0, 2, "error"), (1, 2), ["an error of its own", "2"]), ((1, 2, "error"), (2, 1), ["2", "an error of its own"]),
+     ((1, 4, "error"), (2, 1), ["2", "an error of its own"]),  # in the validation
+     ((1, 2, "kill"), (1, -9), ["another process has ended without a word", None]),
+     ((0, 2, "kill"), (-9, 1), [None, "another process has ended without a word"])],
+)  # fmt: skip
+def test_one_ranks_error_ends_both_and_is_said_once(event, codes, told, root, tmp_path):
+    train(tmp_path, small(root, tmp_path / "run", batch_size=2, num_epochs=1), event, codes)
+    for lines, text in zip(said(tmp_path), told, strict=True):
+        assert text is None or lines[0].startswith(f"refused: {text}")
+
+
+def test_data_that_only_the_first_process_looks_at_ends_both_and_is_said_once(tmp_path):
+    train(tmp_path, small(tmp_path / "nowhere", tmp_path / "run", num_epochs=1), codes=(1, 2))
+    (first,), second = said(tmp_path)
+    assert first.startswith("refused: no COCO data")
+    assert second == ["refused: 2"]
+
+
+@pytest.mark.parametrize("device", ["toaster", "cuda:0"])
+def test_a_device_that_all_are_refused_is_said_once(device, root, tmp_path):
+    train(tmp_path, small(root, tmp_path / "run", device=device), codes=None)
+    other, told = sorted((line for (line,) in said(tmp_path)), key=len)
+    assert other == "refused: 2"
+    assert device in told
+
+
 def test_what_the_main_process_is_refused_ends_both_and_is_said_once(root, tmp_path):
     settings = small(root, tmp_path / "run", num_epochs=1)
     train(tmp_path, settings)
     with claim(tmp_path / "run"):
         train(tmp_path, settings, codes=(1, 2))
-    said = [(tmp_path / f"rank{rank}.log").read_text() for rank in (0, 1)]
-    assert "refused: another run is writing" in said[0]
-    assert said[1] == "refused: 2\n"  # its exit code, and nothing to read
+    (first,), second = said(tmp_path)
+    assert first.startswith("refused: another run is writing")
+    assert second == ["refused: 2"]  # its exit code, and nothing to read

@@ -19,8 +19,8 @@ SAME_SIGNAL = 2.0  # seconds: Ctrl-C reaches every process, and torchrun passes 
 MOST_BROKEN = 10  # steps in a row without a finite number: the training does not recover from that
 
 
-class Stopped(Exception):
-    """A signal asked the run to end. `code` is the exit code, 128 and the signal's number."""
+class Stopped(SystemExit):
+    """A signal asked the run to end, all its processes. `code` is the exit code, 128 and the signal's number."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)

@@ -1,7 +1,8 @@
-"""All of torchrun: who starts a run, spreading it over the GPUs, restarts, and where its processes meet."""
+"""All of torchrun: who starts a run, spreading it over the GPUs, restarts, how its processes meet and part."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import re
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from utils import EACH_ITS_GPU, LaunchError, Processes, pick_device
 
 LONGEST_WORK = timedelta(hours=24)  # of one process that the others wait for: a cache at COCO's size takes its time
+PATIENCE = 30.0  # seconds that a process which ends by an error gives the others to notice
 LAUNCHER = "SILUETA_LAUNCHER"  # the launcher's name, for processes that are started by way of another one
 
 
@@ -186,14 +188,37 @@ def first_line(error: Exception) -> str:
 # --- this process and the others --------------------------------------------------------------------------
 
 
-def start_processes(device_setting: str) -> Processes:
-    """Finds this process's device and joins the others, if there are any.
+@contextlib.contextmanager
+def joined(device_setting: str) -> Iterator[Processes]:
+    """This process among the others, for as long as they work together.
+
+    An error ends them all. It is told by the first process that has one, and the others, for which that one has gone,
+    end without a word. None waits for another to come to the same place.
 
     Raises:
-        LaunchError: the device cannot be had, or the others cannot be found.
+        LaunchError: the device cannot be had, the others cannot be found, or one of them was killed.
+        SystemExit: another process tells why.
     """
     place = {key: int(os.environ.get(key.upper(), default)) for key, default in
              {"rank": 0, "local_rank": 0, "world_size": 1, "local_world_size": 1}.items()}  # fmt: skip
+    try:
+        store = meeting_place(place["rank"], place["world_size"]) if place["world_size"] > 1 else None
+    except dist.DistError as error:
+        raise LaunchError(f"the processes do not find one another: {error}") from None
+    try:
+        yield _join(device_setting, place, store)
+    except BaseException as error:
+        ending = _ending(error, store) if store else error
+        _break_off(store, place["world_size"])
+        if ending is error:
+            raise
+        raise ending from None
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _join(device_setting: str, place: dict[str, int], store: dist.Store | None) -> Processes:
+    """Takes this process's device and, where there are others, founds their group."""
     has_mps = torch.backends.mps.is_available()
     name, note = pick_device(
         device_setting, place["local_rank"], visible_gpus(device_setting), has_mps and place["local_world_size"] == 1
@@ -203,20 +228,43 @@ def start_processes(device_setting: str) -> Processes:
         raise LaunchError(f"--device {device_setting} would put {place['local_world_size']} processes on one device")
     if device.type == "cuda":
         take_gpu(device)
-    if place["world_size"] > 1:
+    if store:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        try:
-            store = meeting_place(place["rank"], place["world_size"])
-        except dist.DistError as error:
-            raise LaunchError(f"the processes do not find one another: {error}") from None
         ranks = {"rank": place["rank"], "world_size": place["world_size"]}
         dist.init_process_group(backend, store=store, device_id=device if device.type == "cuda" else None, **ranks)
     return Processes(device, note, **place)
 
 
-def end_processes() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def _ending(error: BaseException, store: dist.Store) -> BaseException:
+    """What this process ends with, instead of an error that another one has told or that only says that it has gone."""
+    if not isinstance(error, Exception):  # an exit, which somebody has given the reason for
+        return error
+    with contextlib.suppress(RuntimeError):  # the store was the main process's, and has gone with it: better told twice
+        if store.add("errors", 1) > 1:
+            return SystemExit(2)
+    if isinstance(error, RuntimeError) and re.search("by peer|Broken pipe|remote process", str(error)):
+        return LaunchError("another process has ended without a word: was it killed, for its memory perhaps?")
+    return error
+
+
+def _break_off(store: dist.Store | None, world_size: int) -> None:
+    """Leaves the group without the others; those who wait for this process notice."""
+    with contextlib.suppress(RuntimeError):  # what has ended this process may have broken that as well
+        if dist.is_initialized():
+            dist.group.WORLD.abort()  # NCCL would otherwise finish what is under way, for which it takes all
+            dist.destroy_process_group()
+        if store:
+            store.add("left", 1)
+            atexit.register(_stay, store, world_size)  # once it has told why
+
+
+def _stay(store: dist.Store, world_size: int) -> None:
+    """Until all have left: torchrun, seeing one process end, signals to the others, and they would set out to save."""
+    end = time.monotonic() + PATIENCE
+    with contextlib.suppress(RuntimeError):  # the store was the main process's, and has gone with it
+        while store.add("left", 0) < world_size and time.monotonic() < end:
+            time.sleep(0.05)
+        time.sleep(0.2)  # it may be this process's, and the others look once more
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -195,9 +196,8 @@ import sys, torch
 from training import launching
 torch.cuda.device_count = lambda: 2
 launching.use_every_gpu(sys.argv, "cuda")
-processes = launching.start_processes("cpu")
-print(f"{processes.rank} of {processes.world_size} {sys.argv[1:]}\\n", end="", flush=True)
-launching.end_processes()
+with launching.joined("cpu") as processes:
+    print(f"{processes.rank} of {processes.world_size} {sys.argv[1:]}\\n", end="", flush=True)
 """
 
 
@@ -230,8 +230,9 @@ def taken(monkeypatch) -> list[int]:
 
 def test_without_a_launcher_the_world_is_one_process(taken):
     alone = Processes(torch.device("cpu"), "", rank=0, local_rank=0, world_size=1, local_world_size=1)
-    assert launching.start_processes("cpu") == alone
-    assert launching.start_processes("cpu").is_main
+    with launching.joined("cpu") as processes:
+        assert processes == alone
+        assert processes.is_main
     assert taken == []
     assert not dist.is_initialized()
 
@@ -239,14 +240,46 @@ def test_without_a_launcher_the_world_is_one_process(taken):
 @pytest.mark.parametrize(("setting", "index"), [(EACH_ITS_GPU, 1), ("cuda:0", 0), ("cuda", 1)])
 def test_the_gpu_is_taken_before_anything_is_loaded(taken, monkeypatch, setting, index):
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert launching.start_processes(setting).local_rank == 1
-    assert taken == [index]
+    with launching.joined(setting) as processes:
+        assert processes.local_rank == 1
+        assert taken == [index]
 
 
 def test_several_processes_are_not_put_on_one_gpu(taken, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(LaunchError, match="cuda:0"):
-        launching.start_processes("cuda:0")
+    with pytest.raises(LaunchError, match="cuda:0"), launching.joined("cuda:0"):
+        pass
+
+
+@pytest.mark.parametrize(("error", "calls"), [(None, ["destroy"]), (ValueError, ["abort", "destroy"]),
+                                              (SystemExit, ["abort", "destroy"])])  # fmt: skip
+@pytest.mark.usefixtures("taken")
+def test_an_error_waits_for_no_other_process_to_end_with_it(error, calls, monkeypatch):
+    made, destroy = [], dist.destroy_process_group
+    monkeypatch.setattr(dist.ProcessGroup, "abort", lambda _: made.append("abort"))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: (made.append("destroy"), destroy()))
+    with pytest.raises(error) if error else nullcontext(), launching.joined("cpu"):
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        if error:
+            raise error
+    assert made == calls
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(("patience", "waits"), [(60, True), (0, False)])
+def test_a_process_that_breaks_off_stays_until_all_have_left_or_its_patience_ends(patience, waits, monkeypatch):
+    monkeypatch.setattr(launching, "PATIENCE", patience)
+    stays, store = [], dist.HashStore()
+    monkeypatch.setattr(atexit, "register", lambda *call: stays.append(call))
+    for _ in range(2):
+        launching._break_off(store, 3)
+    with ThreadPoolExecutor(1) as threads:
+        stay, *arguments = stays[0]
+        staying = threads.submit(stay, *arguments)
+        time.sleep(0.5)
+        assert staying.running() == waits
+        launching._break_off(store, 3)
+        staying.result(timeout=30)
 
 
 # --- a GPU that cannot be used ----------------------------------------------------------------------------
@@ -301,4 +334,5 @@ def test_hidden_gpus_are_a_wish_for_the_cpu(named, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if named is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
-    assert launching.start_processes(EACH_ITS_GPU).device.type in ("cpu", "mps")
+    with launching.joined(EACH_ITS_GPU) as processes:
+        assert processes.device.type in ("cpu", "mps")

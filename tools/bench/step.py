@@ -203,13 +203,12 @@ def images_per_second(encoder: str, count: int) -> float:
 
 def one_of_several(encoder: str) -> None:
     """What each of the processes does."""
-    processes = launching.start_processes("cpu")
-    training = Training(encoder, 256, processes)
-    training.epoch(3)
-    figures = training.epoch(8)
-    if processes.is_main:
-        print(figures["images_per_second"])
-    launching.end_processes()
+    with launching.joined("cpu") as processes:
+        training = Training(encoder, 256, processes)
+        training.epoch(3)
+        figures = training.epoch(8)
+        if processes.is_main:
+            print(figures["images_per_second"])
 
 
 # --- growth: with the image, the workers, the data set ------------------------------------------------------
