@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -70,6 +71,8 @@ def save_figure(draw: Callable[[Figure], None], path: Path) -> None:
 
 def import_matplotlib() -> ModuleType:
     """Only when something is drawn: it takes a second. Without a word, and without a file in the user's home."""
+    if "matplotlib.figure" in sys.modules:
+        return sys.modules["matplotlib"]
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells of the fonts that it looks for
     chosen = os.environ.get("MPLCONFIGDIR")
     with tempfile.TemporaryDirectory() as folder:
