@@ -84,22 +84,27 @@ def find_checkpoint(
 
 
 def refuse_another_run(path: Path, content: dict, settings: dict, photos: int, data: dict[str, str]) -> None:
+    """All settings that differ are named at once; of the data the first difference says enough."""
     before = content["config"]
     one_rate = not before["pretrained"] or before["start_from"]  # of the decoder's nothing was taken
     names = [name for name in SAME_WHEN_RESUMED if not (one_rate and name == "decoder_rate")]
-    set_to = {flag(name): (before[name], settings[name]) for name in names}
-    known = content.get("data") or {}  # an older one knows the number of photos alone
-    found = {"the training photos:": (content["photos"], photos)}
+    refuse_changes(path, {flag(name): (before[name], settings[name]) for name in names})
+    advice = ": restore it, or begin a new run"
+    refuse_changes(path, {"the training photos:": (content["photos"], photos)}, advice)
     single = settings.get("annotations")
     roots = [Path(single).parent] if single else data_roots(settings["data_root"])
-    for name, then in known.items():
+    for name, then in (content.get("data") or {}).items():  # an older one knows the number of photos alone
         files = ", ".join(str(root / name) for root in roots)
-        found[f"{files}:"] = then, data.get(name)
-    for facts, advice in ((set_to, ""), (found, ": restore it, or begin a new run")):
-        if others := {name: pair for name, pair in facts.items() if pair[0] != pair[1]}:
-            then = ", ".join(f"{name} {pair[0]}" for name, pair in others.items())
-            now = ", ".join(str(pair[1]) for pair in others.values())
-            raise ResumeError(f"{path} was trained with {then} and cannot go on with {now}{advice}")
+        refuse_changes(path, {f"{files}:": (then, data.get(name))}, advice)
+
+
+def refuse_changes(path: Path, pairs: dict[str, tuple], advice: str = "") -> None:
+    """Raises a ResumeError where, of what a name stands for, the value of before and today's differ."""
+    others = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    if others:
+        then = ", ".join(f"{name} {pair[0]}" for name, pair in others.items())
+        now = ", ".join(str(pair[1]) for pair in others.values())
+        raise ResumeError(f"{path} was trained with {then} and cannot go on with {now}{advice}")
 
 
 def beginning(found: tuple[Path, dict] | None) -> dict:
