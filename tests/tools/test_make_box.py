@@ -38,6 +38,14 @@ def test_it_holds_no_path_of_the_machine(trained, tmp_path):
     assert b"somebody" not in box.read_bytes()
 
 
+def test_another_square_may_be_better_than_that_of_the_training(trained, tmp_path, capsys):
+    box = tmp_path / "box.pth"
+    make_box.run_command(["make_box.py", str(trained), "--output", str(box), "--image-size", "96"])
+    assert load(box, device="cpu").image_size == 96
+    assert make_box.run_command(["make_box.py", str(trained), "--output", str(box), "--image-size", "9"]) == 2
+    assert "an image size of 9 is out of range" in capsys.readouterr().err
+
+
 def test_a_weight_that_float16_has_not_is_named(trained, tmp_path, capsys):
     content = torch.load(trained, weights_only=True)
     name = next(iter(content["model"]))
