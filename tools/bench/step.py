@@ -327,7 +327,7 @@ def trained(model: type[nn.Module], seed: int, options: argparse.Namespace) -> t
         config = Config(
             data_root=options.data_root, checkpoint_dir=folder, encoder="mobilenet_v2", image_size=ACCURACY_SIZE,
             pretrained=bool(options.encoder_weights), encoder_weights=options.encoder_weights, seed=seed,
-            num_epochs=12, learning_rate=1e-3, batch_size=BATCH, num_workers=2, device="cpu", keep_checkpoints=1,
+            num_epochs=12, batch_size=BATCH, num_workers=2, device="cpu", keep_checkpoints=1,
         )  # fmt: skip
         trainer.main(config)
         rows = list(csv.DictReader(Path(folder, "history.csv").read_text().splitlines()))
