@@ -30,6 +30,15 @@ def run(broken: int = 0) -> SimpleNamespace:
 ROOT = Path(interruptions.__file__).parents[1]
 
 
+@pytest.fixture(autouse=True)
+def default_signals():
+    """Whoever has started the tests: nohup has the hangup ignored."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in interruptions.SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", interruptions.SIGNALS)
 def test_a_signal_is_met_after_the_step_and_what_is_saved_is_not_disturbed(number):
     before = {n: signal.getsignal(n) for n in interruptions.SIGNALS}

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from tools.bench.watched_training import Place, Training, processes_of
-from training.checkpoints import BEST, LAST, newest_usable
+from training.checkpoints import BEST, newest_usable
 from training.report import clock
 from training.settings import OneLineParser, UsageError
 from utils import CheckpointError, read_checkpoint
@@ -177,7 +177,8 @@ def check_files(folder: Path, before: Place | None) -> None:
 
 def same_bits(one: Path, other: Path) -> bool:
     """Whether two runs ended with the same weights, the same best model and the same figures, their times apart."""
-    last, best = ([read_checkpoint(folder / name) for folder in (one, other)] for name in (LAST, BEST))
+    # The newest, which last.pth is not yet where the kill came just after the last epoch's own file.
+    last, best = [newest_usable(it)[1] for it in (one, other)], [read_checkpoint(it / BEST) for it in (one, other)]
     pairs = [(content[0]["model"], content[1]["model"]) for content in (last, best)]
     rows = [[{k: v for k, v in row.items() if k not in TIMES} for row in run["history"]] for run in last]
     return rows[0] == rows[1] and all(torch.equal(a[name], b[name]) for a, b in pairs for name in a)
