@@ -30,6 +30,7 @@ ENCODERS = (*RESNETS, *FEATURE_CUTS)
 DECODER_WIDTHS = (256, 128, 64, 32)  # channels of the decoder at strides 16, 8, 4, 2
 CLASSIFIERS = ("classifier.", "fc.")  # the keys of torchvision's heads
 SMALLEST_INPUT = 32  # pixels: the encoder halves five times
+LARGEST_INPUT = 4096  # of a square, in training and at prediction
 PERSON_SHARE = 0.11  # of the pixels of COCO's photos with persons: alpha's probability before anything is learnt
 OPEN = 3.0  # logit of an attention gate's weights, 0.95, before it has learnt what to hold back
 

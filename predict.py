@@ -5,7 +5,7 @@
     python predict.py holidays --output white --background white      # composed onto a colour, or onto a photo
     python predict.py holidays --output masks --mask --threshold 0.5  # the masks alone, with a hard edge
 
-The model is checkpoints/best_model.pth, or else the one that comes with the program; --checkpoint names another.
+The model is checkpoints/best_model.pth, or else cutting/person.pth if there is one; --checkpoint names another.
 
 From Python: `from predict import load`, then `load()("photo.jpg")`: uint8 RGBA (H, W, 4).
 
@@ -184,7 +184,7 @@ def photos_in(folder: Path, output: Path) -> tuple[list[Path], list[Path]]:
     Raises:
         UserError: the folder cannot be opened.
     """
-    files, closed = files_in(folder, output)
+    files, closed = files_under(folder, output)
     if folder in closed:
         raise UserError(f"{folder} cannot be opened")
     # What cannot be opened goes on the list as well, a folder or a link: reading it fails, and is named and counted.
@@ -193,7 +193,7 @@ def photos_in(folder: Path, output: Path) -> tuple[list[Path], list[Path]]:
     return photos + closed, [file for file in files if what_helps(file)]
 
 
-def files_in(folder: Path, output: Path) -> tuple[list[Path], list[Path]]:
+def files_under(folder: Path, output: Path) -> tuple[list[Path], list[Path]]:
     """The files in a folder, its subfolders and those that are linked there; and the folders that cannot be opened."""
     output, files, closed = os.path.realpath(output), [], []
     for place, folders, names in os.walk(folder, onerror=closed.append, followlinks=True):
@@ -328,7 +328,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = OneLineParser("predict.py", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("photos", nargs="+", metavar="PHOTO_OR_FOLDER", help="folders with all their subfolders")
-    add("--checkpoint", help=f"the trained model ({TRAINED}, or else the one that comes with Silueta, named box)")
+    add("--checkpoint", help=f"the trained model ({TRAINED}, or else cutting/person.pth if there is one, named box)")
     add("--output", default="cutouts", help="folder for the results, or of one photo a file *.png (%(default)s)")
     add("--overwrite", action="store_true", help="make results again that are there already, instead of going on")
     kind = parser.add_mutually_exclusive_group()

@@ -34,7 +34,7 @@ from datasets import COCOPersonDataset, batches, make_loader
 from loading.layout import Choices
 from loading.sources import data_roots
 from loading.unreadable import TolerantDataset, dead_worker, name_bad_photos
-from models import ENCODERS, SMALLEST_INPUT, UNetAutoencoder
+from models import ENCODERS, LARGEST_INPUT, SMALLEST_INPUT, UNetAutoencoder
 from training import curves, launching, pictures, report, resuming, runlog, starting
 from training.board import Board
 from training.checkpoints import BOARD, CURVES, PREVIEW, RUN_JSON, RUN_LOG, RunFolder, tried
@@ -87,7 +87,7 @@ class Config:
     encoder: str = "resnet34"  # one of models.ENCODERS
     pretrained: bool = True  # start the encoder from ImageNet weights, downloaded once
     encoder_weights: str = ""  # file to take those weights from instead, for a machine without network
-    start_from: str = ""  # start from all weights of a trained FILE, or of the model that comes with Silueta: box
+    start_from: str = ""  # start from all weights of a trained FILE, or of cutting/person.pth, if there is one: box
     use_attention: bool = True  # attention gates on the skips
     # --- the training
     num_epochs: int = 100  # passes over the training photos
@@ -122,12 +122,11 @@ SAMPLE = dict(
 )  # fmt: skip
 
 LIMITS = {  # smallest and largest value of each number
-    "image_size": (SMALLEST_INPUT, 4096), "batch_size": (1, 65536), "accumulate": (1, 65536), "num_workers": (0, 1024),
-    "val_share": (0.001, 0.999), "max_bad_photos": (0, 1), "num_epochs": (1, 10**6),
+    "image_size": (SMALLEST_INPUT, LARGEST_INPUT), "batch_size": (1, 65536), "accumulate": (1, 65536),
+    "num_workers": (0, 1024), "val_share": (0.001, 0.999), "max_bad_photos": (0, 1), "num_epochs": (1, 10**6),
     "learning_rate": (1e-12, 10), "decoder_rate": (1, 1000), "weight_decay": (0, 1),
     "restart_period": (0, 10**6), "restart_mult": (1, 100), "grad_clip": (0, 1e6), "average_decay": (0, 1 - 1e-9),
-    "colour_weight": (0, 1e6), "bce_weight": (0, 1e6), "dice_weight": (0, 1e6),
-    "contour_weight": (0, 1e6),
+    "colour_weight": (0, 1e6), "bce_weight": (0, 1e6), "dice_weight": (0, 1e6), "contour_weight": (0, 1e6),
     "seed": (0, 2**32 - 1), "checkpoint_minutes": (0, 1e6), "keep_checkpoints": (0, 10**6), "log_every": (1, 10**6),
 }  # fmt: skip
 

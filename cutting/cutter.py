@@ -15,12 +15,11 @@ import utils
 from cutting.edges import alpha_of, foreground, to_opacity
 from cutting.photos import open_photo
 from loading.letterbox import letterbox, to_rgba
-from models import SMALLEST_INPUT, UNetAutoencoder
+from models import LARGEST_INPUT, SMALLEST_INPUT, UNetAutoencoder
 from utils import CheckpointError, UserError, read_checkpoint, weights_of
 
 TRAINED = "checkpoints/best_model.pth"  # what a training leaves, in the working directory
-BOX = Path(__file__).with_name("person.pth")  # the model that comes with the program
-LARGEST_INPUT = 4096  # pixels: no training has a larger square either
+BOX = Path(__file__).with_name("person.pth")  # the model beside the program, if there is one
 
 
 def load(
@@ -29,8 +28,8 @@ def load(
     """The model of a checkpoint, ready to cut; the checkpoint itself says which model that is.
 
     Args:
-        checkpoint: `best_model.pth`, or any other that a training wrote; "box" is the model that comes with the
-            program, which None takes as well where there is no `checkpoints/best_model.pth`.
+        checkpoint: `best_model.pth`, or any other that a training wrote; "box" is the one beside the
+            program, `cutting/person.pth`, which None takes as well where there is no `checkpoints/best_model.pth`.
         device: e.g. "cpu", "cuda:1", "mps"; by default the first GPU, or the CPU where there is none.
         image_size: pixels, the side of the square that photos are fitted into; by default that of the training.
 

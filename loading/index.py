@@ -39,6 +39,10 @@ INDEX_VERSION = 5  # of the index file's content; another version is built anew
 MANY_PHOTOS, MOST_PROCESSES = 2**12, 4  # from as many on processes share the drawing; more would add nothing to it
 
 
+class OtherVersionError(Exception):
+    """An index of an older program, or of a newer one: nothing is wrong with it, and it is made anew."""
+
+
 class PersonIndex:
     """The photos with persons of one split, memory-mapped: every process shares the pages.
 
@@ -51,6 +55,8 @@ class PersonIndex:
     def __init__(self, path: Path):
         self.path = path
         content = torch.load(path, mmap=True, weights_only=True)
+        if content["fingerprint"]["version"] != INDEX_VERSION:
+            raise OtherVersionError
         self.fingerprint: dict = content["fingerprint"]
         self.left_out: dict[str, int] = content["left_out"]
         self.is_shown: bool | None = content["is_shown"]
@@ -159,10 +165,10 @@ def _open_if_current(path: Path, layout: Layout) -> PersonIndex | None:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:  # torch.load itself takes flipped bits for data
                 raise zipfile.BadZipFile
-        if torch.load(path, mmap=True, weights_only=True)["fingerprint"]["version"] != INDEX_VERSION:
-            return None  # an older program's, or a newer one's: nothing is wrong with it
         index = PersonIndex(path)
         current = _fingerprint(_state(layout), layout.photos, list(index.fingerprint["folders"]))
+    except OtherVersionError:
+        return None
     except Exception as error:  # whatever a damaged file raises: it holds nothing that cannot be made again
         print(f"{path} cannot be read ({type(error).__name__}) and is built again", flush=True)
         return None

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 
 from training.checkpoints import HISTORY, RUN_JSON
 from training.curves import COLOURS, best_row, column, label, marker, save_figure
-from training.settings import OneLineParser
+from training.settings import OneLineParser, answer
 from training.streams import steady_streams
 from utils import UserError, writing_to
 
@@ -151,12 +151,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def run_command(argv: list[str]) -> int:
     """The whole program. Returns its exit code: 0, or 2 for a user's mistake."""
     steady_streams()
-    try:
-        main(parse(argv[1:]))
-    except UserError as error:
-        print(f"compare.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return answer("compare.py", lambda: main(parse(argv[1:])))
 
 
 if __name__ == "__main__":

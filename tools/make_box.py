@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 
 from cutting.cutter import BOX, check_size
 from training.checkpoints import save
-from training.settings import OneLineParser
+from training.settings import OneLineParser, answer
 from training.starting import OF_THE_MODEL
 from utils import UserError, read_checkpoint, weights_of
 
@@ -63,12 +63,7 @@ def run_command(argv: list[str]) -> int:
     parser.add_argument("checkpoint", type=Path, help="the trained model")
     parser.add_argument("--image-size", "--image_size", type=int, help="pixels of the square (that of the training)")
     parser.add_argument("--output", type=Path, default=BOX, help="the file to make (%(default)s)")
-    try:
-        main(parser.parse_args(argv[1:]))
-    except UserError as error:
-        print(f"make_box.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return answer("make_box.py", lambda: main(parser.parse_args(argv[1:])))
 
 
 if __name__ == "__main__":

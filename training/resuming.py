@@ -18,12 +18,8 @@ SAME_WHEN_RESUMED = (
     *("encoder", "use_attention", "image_size", "train_split", "val_split", "category", "val_share", "seed"),
     *("learning_rate", "decoder_rate", "weight_decay", "restart_period", "restart_mult", "accumulate"),
 )
-
-
 # What a checkpoint that is older than a setting was trained with, where that is not the default.
 BEFORE = {"decoder_rate": 1.0, "average_decay": 0.0, "contour_weight": 0.0}
-
-
 OF_THE_BEGINNING = ("pretrained", "encoder_weights", "start_from")  # nothing to be changed later
 
 
@@ -62,16 +58,8 @@ def find_checkpoint(
         CheckpointError: the given file cannot be used.
         ResumeError: a setting or the data differs from the checkpoint's that must not.
     """
-    # torchrun --max-restarts has started this run anew after a process of it died: not a given file for a second time.
-    again = "TORCHELASTIC_RUN_ID" in os.environ and is_ours(folder)
-    if not (settings["resume"] or again):
-        return None
-    named = settings["resume"] not in ("", NEWEST)
-    found = newest_usable(folder) if again or not named else None
-    if found is None and named:
-        found = Path(settings["resume"]), read_checkpoint(settings["resume"])
+    found = asked_for(folder, settings["resume"])
     if found is None:
-        print(f"nothing to resume in {folder}: starting from the beginning", flush=True)
         return None
     path, content = found
     if not content.keys() >= REQUIRED:
@@ -80,6 +68,21 @@ def find_checkpoint(
     refuse_another_run(path, content, settings, photos, data)
     place = f"after epoch {content['epoch']}" + (f", step {content['step']}" if content["step"] else "")
     print(f"going on from {path}, {place}{differences(content, settings, processes)}", flush=True)
+    return found
+
+
+def asked_for(folder: Path, resume: str) -> tuple[Path, dict] | None:
+    """The checkpoint that the setting means, or the newest of a run that torchrun has started anew."""
+    # torchrun --max-restarts has started this run anew after a process of it died: not a given file for a second time.
+    again = "TORCHELASTIC_RUN_ID" in os.environ and is_ours(folder)
+    if not (resume or again):
+        return None
+    named = resume not in ("", NEWEST)
+    found = newest_usable(folder) if again or not named else None
+    if found is None and named:
+        found = Path(resume), read_checkpoint(resume)
+    if found is None:
+        print(f"nothing to resume in {folder}: starting from the beginning", flush=True)
     return found
 
 

@@ -19,12 +19,9 @@ from training.step import FiniteGuard, Tally
 from training.weights import WeightAverage, keep_statistics
 from utils import CheckpointError, LossCalculator, Processes, from_all
 
-STATEFUL = ("model", "optimizer", "scheduler", "scaler", "average")
+STATEFUL = ("model", "optimizer", "scheduler", "scaler")
 NUMBERS = ("learning_rate", "best_iou", "history", "broken_in_a_row", "keeps_statistics")
-REQUIRED = {
-    *("model", "optimizer", "scheduler", "scaler", "config", "epoch", "step", "tallies", "photos"),
-    *("learning_rate", "best_iou", "history"),
-}
+REQUIRED = {*STATEFUL, "config", "epoch", "step", "tallies", "photos", "learning_rate", "best_iou", "history"}
 
 
 @dataclass
@@ -120,7 +117,7 @@ class Run:
     def _parts(self) -> dict[str, Any]:
         """What has a state of its own."""
         parts = {name: getattr(self, name) for name in STATEFUL}
-        return {name: part for name, part in parts.items() if part is not None}
+        return parts if self.average is None else parts | {"average": self.average}
 
     def checkpoint(self, tallies: list[dict] | None = None) -> dict:
         """Everything that a run goes on from; `tallies` are the `unfinished` of all processes."""

@@ -10,6 +10,7 @@ import difflib
 import inspect
 import io
 import os
+import sys
 import textwrap
 import tokenize
 from collections.abc import Callable
@@ -44,6 +45,16 @@ class OneLineParser(argparse.ArgumentParser):
             hint = f"did you mean {meant}?" if meant else "--help lists them all"
             raise UsageError(f"unknown argument {unknown[0]}: {hint}")
         return known
+
+
+def answer(program: str, work: Callable[[], object]) -> int:
+    """Does a command's work. Returns its exit code: 0, or 2 for a user's mistake, which gets one line."""
+    try:
+        work()
+    except UserError as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def resembling(name: str, flags: list[str]) -> str:

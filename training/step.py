@@ -163,11 +163,11 @@ class Tally:
         losses = {name if name == "loss" else f"{name}_loss": value for name, value in terms.items()}
         return losses | whole.metrics.compute()
 
-    def state(self) -> dict[str, Tensor]:
-        """This process's sums, for a checkpoint."""
+    def state(self) -> dict[str, Tensor | list[str]]:
+        """This process's sums and the names of its losses, for a checkpoint."""
         return {"losses": self.losses.sums.cpu(), "names": [*self.losses.names], "metrics": self.metrics.sums.cpu()}
 
-    def add(self, state: dict[str, Tensor]) -> None:
+    def add(self, state: dict[str, Tensor | list[str]]) -> None:
         """Adds what a checkpoint holds."""
         *sums, images = state["losses"].to(self.losses.sums.device)
         found = dict(zip(state.get("names", OLDER_TERMS), sums, strict=True))  # a weight of 0 may come or go

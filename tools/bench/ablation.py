@@ -36,9 +36,9 @@ from datasets import COCOPersonDataset
 from tools.bench import variants
 from tools.bench.measuring import machine
 from training.report import git_revision
-from training.settings import OneLineParser, UsageError
+from training.settings import OneLineParser, UsageError, answer
 from training.step import Tally
-from utils import UserError, atomic_write, usable_cores
+from utils import atomic_write, usable_cores
 
 METRICS = ("iou", "boundary_iou")  # at the photos' own size
 PROJECT = Path(__file__).resolve().parents[2]
@@ -245,12 +245,7 @@ def main(options: argparse.Namespace) -> None:
 
 def run_command(argv: list[str]) -> int:
     """The whole program. Returns its exit code: 0, or 2 for a user's mistake."""
-    try:
-        main(parse(argv[1:]))
-    except UserError as error:
-        print(f"ablation.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return answer("ablation.py", lambda: main(parse(argv[1:])))
 
 
 if __name__ == "__main__":

@@ -15,8 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script,
 
 from models import read_weights
 from tools.bench import data, edges, measuring, predict, start, step
-from training.settings import OneLineParser, UsageError
-from utils import UserError
+from training.settings import OneLineParser, UsageError, answer
 
 # Each takes the options, measures, and returns its tables as Markdown.
 SECTIONS = {
@@ -60,12 +59,7 @@ def main(options: argparse.Namespace) -> None:
 
 def run_command(argv: list[str]) -> int:
     """The whole program. Returns its exit code: 0, or 2 for a user's mistake."""
-    try:
-        main(parse(argv[1:]))
-    except UserError as error:
-        print(f"benchmark.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return answer("benchmark.py", lambda: main(parse(argv[1:])))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from training.settings import OneLineParser, UsageError
+from training.settings import OneLineParser, UsageError, answer
 from utils import UserError, make_writable
 
 # What COCO's instances_train2017.json holds.
@@ -151,12 +151,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def run_command(argv: list[str]) -> int:
     """The whole program. Returns its exit code: 0, or 2 for a user's mistake."""
-    try:
-        print(f"made {make_split(**vars(parse(argv[1:])))}")
-    except UserError as error:
-        print(f"full_size.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return answer("full_size.py", lambda: print(f"made {make_split(**vars(parse(argv[1:])))}"))
 
 
 if __name__ == "__main__":

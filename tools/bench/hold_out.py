@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, it is in tools/bench/ that Python looks
 
-from training.settings import OneLineParser
+from training.settings import OneLineParser, answer
 from utils import UserError, atomic_write
 
 
@@ -56,12 +56,7 @@ def run_command(argv: list[str]) -> int:
     parser.add_argument("split", help="its photo folder")
     parser.add_argument("number", type=int, help="photos to hold out")
     parser.add_argument("output", type=Path, help="the folder to make")
-    try:
-        main(parser.parse_args(argv[1:]))
-    except UserError as error:
-        print(f"hold_out.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return answer("hold_out.py", lambda: main(parser.parse_args(argv[1:])))
 
 
 if __name__ == "__main__":

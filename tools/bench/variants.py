@@ -27,6 +27,7 @@ from utils import LossCalculator
 
 Patched = AbstractContextManager
 
+
 def model_with(change: Callable[[UNetAutoencoder], object]) -> Patched:
     """The model is changed when it is made; by hooks, which go along when it is copied for the average."""
     before = trainer.UNetAutoencoder  # that of another variant, maybe
@@ -107,32 +108,31 @@ def fixed_batchnorm(_config: Config) -> Patched:
 # --- the loss ---------------------------------------------------------------------------------------------
 
 
-class WithExtra(LossCalculator):
-    """The loss and one more term, which is not told apart in the figures."""
+def loss_with(extra: Callable[[Tensor, Tensor], Tensor]) -> Patched:
+    """The loss and one more term of logits and masks (N, H, W), which is not told apart in the figures."""
 
-    def extra(self, raw: Tensor, mask: Tensor) -> Tensor:
-        raise NotImplementedError
+    class WithExtra(LossCalculator):
+        def forward(self, raw: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            loss, terms = super().forward(raw, target)
+            return loss + extra(raw[:, 3].float(), target[:, 3]), terms
 
-    def forward(self, raw: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, terms = super().forward(raw, target)
-        return loss + self.extra(raw[:, 3].float(), target[:, 3]), terms
+    return loss_of(WithExtra)
 
 
 def lovasz(config: Config) -> Patched:
-    class Lovasz(WithExtra):
-        """The Lovasz hinge, an image at a time (Berman et al. 2018, algorithm 1)."""
-
-        seen = 0
-
-        def extra(self, raw: Tensor, mask: Tensor) -> Tensor:
-            self.seen += len(raw)
-            return raw.sum() * 0 if self.seen < photos * 2 / 3 else lovasz_hinge(raw, mask)
-
     photos = config.num_epochs * len(trainer.COCOPersonDataset(config.data_root, config.train_split))
-    return loss_of(Lovasz)
+    seen = 0
+
+    def in_the_last_third(raw: Tensor, mask: Tensor) -> Tensor:
+        nonlocal seen
+        seen += len(raw)
+        return raw.sum() * 0 if seen < photos * 2 / 3 else lovasz_hinge(raw, mask)
+
+    return loss_with(in_the_last_third)
 
 
 def lovasz_hinge(raw: Tensor, mask: Tensor) -> Tensor:
+    """An image at a time (Berman et al. 2018, algorithm 1), of logits and masks (N, H, W)."""
     raw, mask = raw.flatten(1), mask.flatten(1)
     errors, order = (1 - raw * (2 * mask - 1)).sort(dim=1, descending=True)
     truth = mask.gather(1, order)
@@ -163,13 +163,12 @@ def deep_supervision(_config: Config) -> Iterator[None]:
         for block, head in zip(model.decoder.blocks, model.side_heads, strict=False):
             block.register_forward_hook(lambda _block, _input, output, head=head: sides.append(head(output)))
 
-    class Supervised(WithExtra):
-        def extra(self, _raw: Tensor, mask: Tensor) -> Tensor:
-            small = [F.adaptive_avg_pool2d(mask[:, None], side.shape[-2:]) for side in sides]
-            pairs = zip(sides, small, strict=True)
-            return 0.3 * sum(F.binary_cross_entropy_with_logits(side.float(), truth) for side, truth in pairs)
+    def of_sides(_raw: Tensor, mask: Tensor) -> Tensor:
+        small = [F.adaptive_avg_pool2d(mask[:, None], side.shape[-2:]) for side in sides]
+        pairs = zip(sides, small, strict=True)
+        return 0.3 * sum(F.binary_cross_entropy_with_logits(side.float(), truth) for side, truth in pairs)
 
-    with model_with(change), loss_of(Supervised):
+    with model_with(change), loss_with(of_sides):
         yield
 
 

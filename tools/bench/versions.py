@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script,
 
 from datasets import COCOPersonDataset
 from tools.bench.measuring import Way, alternate, machine, table
-from training.settings import OneLineParser, UsageError
+from training.settings import OneLineParser, UsageError, answer
 from utils import UserError
 
 HERE = Path(__file__).resolve().parents[2]
@@ -163,12 +163,7 @@ def main(options: argparse.Namespace) -> None:
 
 def run_command(argv: list[str]) -> int:
     """The whole program. Returns its exit code: 0, or 2 for a user's mistake."""
-    try:
-        main(parse(argv[1:]))
-    except UserError as error:
-        print(f"versions.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return answer("versions.py", lambda: main(parse(argv[1:])))
 
 
 if __name__ == "__main__":
