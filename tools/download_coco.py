@@ -1,42 +1,49 @@
-"""Fetches COCO 2017 and unpacks it where the trainer looks for it. Stopped halfway, it goes on when rerun.
+"""Fetches of COCO 2017 what the trainer needs, to where it looks for it. Stopped halfway, it goes on when rerun.
 
-    python tools/download_coco.py                                into data/coco
+    python tools/download_coco.py                                the photos that show persons, into data/coco
+    python tools/download_coco.py --limit 500                    a first look: 500 to train on, 100 to validate on
+    python tools/download_coco.py --category cat,dog             the photos that show something else
     python tools/download_coco.py --root /disk/coco              elsewhere: trainer.py --data-root /disk/coco
     python tools/download_coco.py --url https://a.mirror/coco    from a mirror with the same folders
+    python tools/download_coco.py --zips                         all 123,287 photos, in COCO's two zips
 
-About 20 GB come down and unpack to about the same; each zip is deleted once it is unpacked. A zip of your own
-is used where it lies in the root (train2017.zip beside annotations/) and kept. What is there stays as it is.
+Of persons there are 66,808 photos, about 11 GB, beside 0.7 GB of annotations and their zip. A photo that is there and
+whole stays as it is. With --zips about 20 GB come down and unpack to about the same; each zip is deleted once it is
+unpacked. A zip of your own is used where it lies in the root (train2017.zip beside annotations/) and kept.
 """
 
 from __future__ import annotations
 
 import argparse
 import http.client
+import os
 import re
 import shutil
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 import zipfile
 import zlib
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, TextIO
-
-from tqdm import tqdm
+from urllib.parse import quote
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it is in tools/ that Python looks
 
+from loading.annotations import read_persons, safe_name
+from loading.layout import AS_COCO, COCO_HOME, SPLITS
+from tools.fetching import DROPPED, RETRY_DELAYS, DownloadError, Failure, Wanted, bar, described, fetch_all, open_at
 from training.streams import steady_streams
+from utils import UserError, counted
 
 URL = "http://images.cocodataset.org"
 WORK = ".download_coco"  # in the root, for what is not complete yet; nothing outside of it is ever deleted
-RETRY_DELAYS = (1, 3, 10, 30)  # seconds; they begin anew when an attempt brought something
-TIMEOUT = 30  # seconds without a byte after which a connection counts as dropped
+ONE_BY_ONE = "one_by_one"  # in there, where the photo folders are not what the zips hold
 CHUNK = 2**20  # bytes
-DROPPED = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
+PHOTO_BYTES = 170_000  # of one of COCO's as a rule, with what it loses to the blocks of a disk
+LISTED = 50  # photos that did not come: of more the number is told
 DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError)  # as zipfile puts it
 
 
@@ -56,10 +63,6 @@ ARCHIVES = (  # the small ones first: what goes wrong shows before the long down
 )
 
 
-class DownloadError(Exception):
-    """It cannot go on; the message is one line for the user."""
-
-
 def download(url: str, path: Path) -> None:
     """Fetch url to path, going on with what an earlier attempt left in path.part."""
     part = path.with_name(path.name + ".part")
@@ -71,7 +74,7 @@ def download(url: str, path: Path) -> None:
         except DROPPED as error:
             if size_of(part) > furthest:
                 furthest, failures = size_of(part), 0
-            reason = f"{url}: {getattr(error, 'reason', error)}"
+            reason = f"{url}: {described(error)}"
             if failures == len(RETRY_DELAYS):
                 raise DownloadError(f"{reason}; run this again to go on") from None
             print(f"{reason}; trying again in {RETRY_DELAYS[failures]} s", flush=True)
@@ -95,21 +98,6 @@ def fetch(url: str, part: Path) -> None:
                 progress.update(len(chunk))
     if total is not None and size_of(part) != total:
         raise ConnectionError(f"the connection ended after {size_of(part):,} of {total:,} bytes")
-
-
-def open_at(url: str, offset: int) -> http.client.HTTPResponse:
-    """The answer to a request for the bytes from offset on; some servers answer with all of them."""
-    try:
-        headers = {"Range": f"bytes={offset}-"} if offset else {}
-        return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
-    except urllib.error.HTTPError as error:
-        if error.code == 416 and offset:  # nothing after offset: the length of the whole tells if that is all
-            return open_at(url, 0)
-        if error.code >= 500 or error.code in (408, 429):  # busy
-            raise
-        raise DownloadError(f"{url}: HTTP {error.code} {error.reason}") from None
-    except (ValueError, http.client.InvalidURL) as error:
-        raise DownloadError(f"{url}: {error}") from None
 
 
 def extent(response: http.client.HTTPResponse) -> tuple[int, int | None]:
@@ -157,13 +145,6 @@ def size_of(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def bar(name: str, total: int | None, unit: str, start: int = 0) -> tqdm:
-    """A progress bar; in a log file it shows up twice a minute only."""
-    pause = 0.1 if sys.stderr.isatty() else 30  # seconds
-    return tqdm(desc=name, total=total, initial=start, unit=unit, unit_scale=True,
-                mininterval=pause, maxinterval=30)
-
-
 def check_space(archives: Sequence[Archive], root: Path) -> None:
     """Say how much is needed, and refuse now what would fill the disk hours later."""
     to_come = unpacked = peak = 0
@@ -192,11 +173,14 @@ def claim(lock: TextIO) -> None:
 
 
 def complete(root: Path, url: str, archives: Sequence[Archive]) -> None:
-    """Download and unpack the archives, one after the other."""
+    """Download and unpack those of the archives that root lacks, one after the other."""
+    lacking = [a for a in archives if any(is_missing(root / target) for target in a.targets)]
+    if not lacking:
+        return
     for left_by_a_killed_run in (root / WORK).glob("unpacking-*"):
         shutil.rmtree(left_by_a_killed_run)
-    check_space(archives, root)
-    for archive in archives:
+    check_space(lacking, root)
+    for archive in lacking:
         own, ours = root / archive.name, root / WORK / archive.name
         if not own.exists():
             download(f"{url}/{archive.folder}/{archive.name}", ours)
@@ -204,28 +188,102 @@ def complete(root: Path, url: str, archives: Sequence[Archive]) -> None:
         ours.unlink(missing_ok=True)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Download COCO 2017 for trainer.py; run it again to go on.")
-    parser.add_argument("--root", type=Path, default=Path("data/coco"), help="the folder (%(default)s)")
-    parser.add_argument("--url", default=URL, help="the server or a mirror of it (%(default)s)")
-    steady_streams()
+def fetch_zips(root: Path, url: str) -> int:
+    """All of COCO's photos. Returns the exit code."""
+    filled = [root / split for split in SPLITS if not is_missing(root / split)]
+    if filled and (root / WORK / ONE_BY_ONE).exists():
+        raise DownloadError(f"{filled[0]} holds photos that were fetched one by one: go on without --zips, or delete "
+                            f"{' and '.join(map(str, filled))}")  # fmt: skip
+    complete(root, url, ARCHIVES)
+    shutil.rmtree(root / WORK, ignore_errors=True)
+    print(f"COCO 2017 is complete in {root}")
+    return 0
+
+
+# --- the photos one by one --------------------------------------------------------------------------------
+
+
+def fetch_photos(root: Path, url: str, category: str, limit: int | None) -> int:
+    """The annotations and the photos that show the category, those to validate on first. Returns the exit code."""
+    complete(root, url, ARCHIVES[:1])
+    limits = dict(zip(SPLITS, (limit, limit and -(-limit // 5)), strict=True))
+    photos = {split: find_photos(root, url, split, category)[: limits[split]] for split in SPLITS[::-1]}
+    check_space_for([photo for wanted in photos.values() for photo in wanted], root)
+    failures = [failure for split, wanted in photos.items() for failure in fetch_all(wanted, split)]
+    if not failures:
+        numbers = " and ".join(f"{len(wanted):,} in {root / split}" for split, wanted in photos.items())
+        print(f"all photos that show {category} are there: {numbers}" if not limit else f"photos: {numbers}")
+    return tell(failures)
+
+
+def find_photos(root: Path, url: str, split: str, category: str) -> list[Wanted]:
+    """The photos that the trainer takes of a split, by name: a small number of them is a part of a larger one."""
+    annotations = root / "annotations" / f"instances_{split}.json"
+    persons = read_persons(annotations, defaultdict(list), category)
+    photos = {safe_name(photo, annotations): photo for photo, _ in persons}
+    return [Wanted(f"{url}/{split}/{quote(name)}", root / split / name, (photo.width, photo.height))
+            for name, photo in sorted(photos.items())]  # fmt: skip
+
+
+def check_space_for(photos: list[Wanted], root: Path) -> None:
+    """Say how much is to come, refuse what would fill the disk, and note that the folders are no longer the zips'."""
+    there = {name for split in SPLITS if (root / split).is_dir() for name in os.listdir(root / split)}
+    missing = sum(photo.path.name not in there for photo in photos)
+    need, free = missing * PHOTO_BYTES, shutil.disk_usage(root).free
+    sizes = f"about {need / 1e9:.1f} GB in {root}, {free / 1e9:.1f} GB are free"
+    if free < need:
+        raise DownloadError(f"the disk is too small: {missing:,} photos need {sizes}")
+    print(f"{missing:,} of {len(photos):,} photos to fetch: {sizes}", flush=True)
+    if missing:
+        (root / WORK / ONE_BY_ONE).touch()
+
+
+def tell(failures: list[Failure]) -> int:
+    """Lists the photos that did not come. Returns the exit code."""
+    if not failures:
+        return 0
+    more = [f"and {len(failures) - LISTED:,} more"] * (len(failures) > LISTED)
+    print(f"{counted(len(failures), 'photo')} did not come; the same command goes on:",
+          *[failure.reason for failure in failures[:LISTED]], *more, sep="\n  ", file=sys.stderr)  # fmt: skip
+    return 1
+
+
+# --- the command line -------------------------------------------------------------------------------------
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Fetch of COCO 2017 what trainer.py needs; the same command again goes on."
+    )
+    add = parser.add_argument
+    add("--root", type=Path, default=COCO_HOME, help="the folder (%(default)s)")
+    add("--url", default=URL, help="the server or a mirror of it (%(default)s)")
+    add("--category", default=AS_COCO.category, help="fetch the photos that show it; several: a,b (%(default)s)")
+    add("--limit", type=int, metavar="N", help="for a first look N photos to train on, and a fifth as many to validate")
+    add("--zips", action="store_true", help="fetch all photos in COCO's zips instead, whatever they show")
     args = parser.parse_args(argv)
+    if args.limit is not None and args.limit < 1:
+        parser.error(f"--limit {args.limit}: at least 1 photo")
+    if args.zips and (args.limit or args.category != AS_COCO.category):
+        parser.error("--zips takes all photos: --category and --limit choose among them")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    steady_streams()
+    args = parse(argv)
+    root, url = args.root, args.url.rstrip("/")
     try:
-        lacking = [a for a in ARCHIVES if any(is_missing(args.root / target) for target in a.targets)]
-        if lacking:
-            (args.root / WORK).mkdir(parents=True, exist_ok=True)
-            with (args.root / WORK / "lock").open("w") as lock:
-                claim(lock)
-                complete(args.root, args.url.rstrip("/"), lacking)
-        shutil.rmtree(args.root / WORK, ignore_errors=True)
+        (root / WORK).mkdir(parents=True, exist_ok=True)
+        with (root / WORK / "lock").open("w") as lock:
+            claim(lock)
+            return fetch_zips(root, url) if args.zips else fetch_photos(root, url, args.category, args.limit)
     except KeyboardInterrupt:
         print("\nstopped; run this again to go on from here", file=sys.stderr)
         return 130
-    except (DownloadError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"COCO 2017 is complete in {args.root}")
-    return 0
 
 
 if __name__ == "__main__":
