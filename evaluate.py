@@ -84,7 +84,7 @@ def results_folder(options: argparse.Namespace) -> Path:
 
 def measure_share(cutter: Cutter, dataset: COCOPersonDataset, processes: Processes) -> tuple[list[dict], list[str]]:
     """Of all processes the rows, a photo each, and why the others could not be read."""
-    cores = max(1, usable_cores() // processes.local_world_size)
+    cores = max(1, usable_cores() // launching.sharing_cores(processes))
     share = range(processes.rank, len(dataset), processes.world_size)
     found = utils.from_all(measure(cutter, dataset, share, cores))
     left_out = sorted(reason for reason in found if isinstance(reason, str))

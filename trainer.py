@@ -5,6 +5,7 @@
     python trainer.py --sample                   # on built-in drawings, minutes on a CPU, no network
     CUDA_VISIBLE_DEVICES=0 python trainer.py     # on one GPU of a box that others use as well
     torchrun trainer.py                          # on every visible GPU
+    srun python trainer.py                       # as one of the tasks of a SLURM job, each on a GPU
     python trainer.py --resume                   # goes on from the newest usable checkpoint
 """
 
@@ -221,7 +222,7 @@ def open_data(config: Config, processes: Processes) -> tuple[DataLoader, DataLoa
             )
             for split, training in ((config.train_split, True), (config.val_split, False))
         )  # fmt: skip
-    workers = workers_per_process(config.num_workers, usable_cores(), processes.local_world_size)
+    workers = workers_per_process(config.num_workers, usable_cores(), launching.sharing_cores(processes))
     pin_memory = config.pin_memory and processes.device.type == "cuda"
     place = {"rank": processes.rank, "world_size": processes.world_size, "pin_memory": pin_memory}
     train_loader = make_loader(train, config.batch_size, workers, training=True, **place)

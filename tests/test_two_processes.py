@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import signal
+import socket
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from test_runs import TIMES, history, same
 from test_trainer import Tiny, small
 
 import trainer
+from training import slurm
 from training.checkpoints import claim
 from utils import LossCalculator, UserError, read_checkpoint
 
@@ -25,7 +27,7 @@ from utils import LossCalculator, UserError, read_checkpoint
 def take_part(rank: int, environment: dict[str, str], folder: Path, settings, event: tuple) -> None:
     """A rank of the training; leaves what it ends with. `event` is (rank, batch, what happens there)."""
     torch.set_num_threads(1)
-    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+    os.environ.update({name: value.replace("{rank}", str(rank)) for name, value in environment.items()})
     runs, start_run = [], trainer.start_run
     trainer.UNetAutoencoder = Tiny
     trainer.LossCalculator = lambda *weights: Eventful(event[1:] if event and event[0] == rank else None, *weights)
@@ -62,18 +64,21 @@ class Eventful(LossCalculator):
             raise UserError("an error of its own")
         if what == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        if what == "signal":
-            os.kill(os.getpid(), signal.SIGTERM)
+        if what in signal.Signals.__members__:
+            os.kill(os.getpid(), signal.Signals[what])
         if what == "inf":
             loss = loss + math.inf  # its gradient is finite
         return (loss * math.nan if what == "nan" else loss), terms
 
 
-def train(folder: Path, settings, event: tuple = (), codes: tuple[int, int] | None = (0, 0)) -> list[dict]:
+def train(
+    folder: Path, settings, event: tuple = (), codes: tuple[int, int] | None = (0, 0), place: dict | None = None
+) -> list[dict]:
     """What each of the two ranks ends with; `codes` are those of the processes, if it is known whose is which."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # the launcher's, as torchrun has it
-    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
-             "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
+    place = place or {
+        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "{rank}", "LOCAL_RANK": "{rank}",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
     start = multiprocessing.get_context("forkserver")  # imports everything once, and computes nothing before it forks
     ranks = [start.Process(target=take_part, args=(rank, {**os.environ, **place}, folder, settings, event))
              for rank in (0, 1)]  # fmt: skip
@@ -115,7 +120,7 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step_and_nothing_is_lost(ro
     break_first(root, (0, 1, 7))  # each of the first two is the first photo of a process
     settings = {"batch_size": 2, "num_epochs": 2, "restart_period": 2, "max_bad_photos": 0.5, "resume": "newest"}
     straight = train(tmp_path, small(root, tmp_path / "straight", **settings))
-    stopped = train(tmp_path, small(root, tmp_path / "run", **settings), (1, 2, "signal"))
+    stopped = train(tmp_path, small(root, tmp_path / "run", **settings), (1, 2, "SIGTERM"))
     assert [(rank["code"], rank["epoch"], rank["step"]) for rank in stopped] == [(143, 0, 2)] * 2
     last = read_checkpoint(tmp_path / "run" / "last.pth")
     assert (last["epoch"], last["step"]) == (0, 2)
@@ -168,3 +173,26 @@ def test_what_the_main_process_is_refused_ends_both_and_is_said_once(root, tmp_p
     (first,), second = said(tmp_path)
     assert first.startswith("refused: another run is writing")
     assert second == ["refused: 2"]  # its exit code, and nothing to read
+
+
+def free_job() -> int:
+    """The number of a SLURM job whose port is free."""
+    for job in range(70_000, 71_000):
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", slurm.PORTS[job % len(slurm.PORTS)]))
+            return job
+    raise AssertionError
+
+
+def test_the_tasks_of_srun_train_together_and_one_is_enough_to_stop_them(root, tmp_path):
+    srun = {"SLURM_JOB_ID": str(free_job()), "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "localhost",
+            "SLURM_NODEID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2",
+            "SLURM_PROCID": "{rank}", "SLURM_LOCALID": "{rank}"}  # fmt: skip
+    settings = small(root, tmp_path / "run", batch_size=2, num_epochs=1, resume="newest")
+    stopped = train(tmp_path, settings, (1, 2, "SIGUSR1"), place=srun)  # as by #SBATCH --signal=USR1@120
+    assert [(rank["code"], rank["step"]) for rank in stopped] == [(128 + signal.SIGUSR1, 2)] * 2
+    ranks = train(tmp_path, settings, place=srun)
+    assert same(*ranks)
+    assert {int(state["step"]) for state in ranks[0]["optimizer"].values()} == {3}
+    assert "2 processes" in (tmp_path / "rank0.log").read_text()
+    assert len(history(tmp_path / "run")) == 1

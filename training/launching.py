@@ -19,7 +19,8 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 
-from utils import EACH_ITS_GPU, LaunchError, Processes, pick_device
+from training import slurm
+from utils import EACH_ITS_GPU, LaunchError, Processes, counted, pick_device, usable_cores
 
 LONGEST_WORK = timedelta(hours=24)  # of one process that the others wait for: a cache at COCO's size takes its time
 PATIENCE = 30.0  # seconds that a process which ends by an error gives the others to notice
@@ -199,6 +200,7 @@ def joined(device_setting: str) -> Iterator[Processes]:
         LaunchError: the device cannot be had, the others cannot be found, or one of them was killed.
         SystemExit: another process tells why.
     """
+    os.environ.update(slurm.place(os.environ))
     place = {key: int(os.environ.get(key.upper(), default)) for key, default in
              {"rank": 0, "local_rank": 0, "world_size": 1, "local_world_size": 1}.items()}  # fmt: skip
     try:
@@ -220,19 +222,31 @@ def joined(device_setting: str) -> Iterator[Processes]:
 def _join(device_setting: str, place: dict[str, int], store: dist.Store | None) -> Processes:
     """Takes this process's device and, where there are others, founds their group."""
     has_mps = torch.backends.mps.is_available()
-    name, note = pick_device(
-        device_setting, place["local_rank"], visible_gpus(device_setting), has_mps and place["local_world_size"] == 1
-    )
+    gpus = visible_gpus(device_setting)
+    number = 0 if slurm.sees_its_own_gpus(os.environ, gpus, place["local_world_size"]) else place["local_rank"]
+    name, note = pick_device(device_setting, number, gpus, has_mps and place["local_world_size"] == 1)
     device = torch.device(name)
     if place["local_world_size"] > 1 and device.type != "cpu" and device_setting not in (EACH_ITS_GPU, "cuda"):
         raise LaunchError(f"--device {device_setting} would put {place['local_world_size']} processes on one device")
     if device.type == "cuda":
         take_gpu(device)
+        if store and slurm.is_launcher(os.environ):
+            _check_that_none_is_shared(device, place, store)
     if store:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         ranks = {"rank": place["rank"], "world_size": place["world_size"]}
         dist.init_process_group(backend, store=store, device_id=device if device.type == "cuda" else None, **ranks)
     return Processes(device, note, **place)
+
+
+def _check_that_none_is_shared(device: torch.device, place: dict[str, int], store: dist.Store) -> None:
+    """Each task may see one GPU, and call it cuda:0, whether that is its own or the only one of them all."""
+    machine, number = socket.gethostname(), place["local_world_size"]
+    store.set(f"gpu/{machine}/{place['local_rank']}", str(torch.cuda.get_device_properties(device).uuid))
+    gpus = {store.get(f"gpu/{machine}/{rank}") for rank in range(number)}  # waits for them
+    if len(gpus) < number:
+        raise LaunchError(f"{number} processes share {counted(len(gpus), 'GPU')} of {machine}: start at most one a GPU "
+                          "(srun --gpus-per-task=1)")  # fmt: skip
 
 
 def _ending(error: BaseException, store: dist.Store) -> BaseException:
@@ -279,3 +293,9 @@ def one_process_first(processes: Processes) -> Iterator[None]:
     yield
     if group and processes.local_rank == 0:
         dist.all_reduce(torch.zeros(1), group=group)
+
+
+def sharing_cores(processes: Processes) -> int:
+    """How many processes have the cores that this one may use: its machine's all, unless srun gave each its own."""
+    together = processes.local_world_size * slurm.cores_of_task(os.environ)
+    return 1 if usable_cores() < together else processes.local_world_size
