@@ -31,7 +31,16 @@ from loading.sources import data_roots
 from training import launching, pictures
 from training.settings import OneLineParser
 from training.streams import steady_streams
-from utils import Processes, UserError, atomic_write, read_checkpoint, usable_cores, write_csv, writing_to
+from utils import (
+    Processes,
+    UserError,
+    atomic_write,
+    one_line,
+    read_checkpoint,
+    usable_cores,
+    write_csv,
+    writing_to,
+)
 
 BOUNDARY_SHARE = 0.02  # of the image's diagonal: how far from the contour its boundary reaches (Cheng et al. 2021)
 WORST = 12  # photos of the contact sheet
@@ -270,8 +279,10 @@ def run_command(argv: list[str]) -> int:
         options = parse(argv[1:])
         launching.use_every_gpu(argv, options.device)
         main(options)
-    except (UserError, torch.OutOfMemoryError) as error:
-        print(f"evaluate.py: error: {str(error).splitlines()[0]}", file=sys.stderr)
+    except (UserError, RuntimeError) as error:
+        if not (message := one_line(error, "free some and start evaluate.py again, or --device cpu does without")):
+            raise
+        print(f"evaluate.py: error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped: nothing was written", file=sys.stderr)

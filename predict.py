@@ -82,7 +82,7 @@ with our_modules():
     from loading.letterbox import letterbox
     from training.settings import OneLineParser
     from training.streams import steady_streams
-    from utils import UserError, atomic_write, counted, make_writable, usable_cores
+    from utils import UserError, atomic_write, counted, make_writable, one_line, usable_cores
 
 PIXELS_AT_WORK = 2**27  # of all photos that are read, cut or written at one moment
 BATCH_PIXELS = 2**25  # of the photos of one batch
@@ -424,8 +424,11 @@ def run_command(argv: list[str]) -> int:
     warnings.filterwarnings("ignore", module="PIL")  # of odd metadata in photos that can be read all the same
     try:
         return 1 if main(parse(argv[1:])) else 0
-    except (UserError, torch.OutOfMemoryError) as error:
-        print(f"predict.py: error: {str(error).splitlines()[0]}", file=sys.stderr)
+    except (UserError, RuntimeError) as error:
+        advice = "a smaller --batch-size needs less, --device cpu none; the same predict.py goes on where it stopped"
+        if not (message := one_line(error, advice)):
+            raise
+        print(f"predict.py: error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on where it stopped", file=sys.stderr)

@@ -454,8 +454,8 @@ def run_command(argv: list[str]) -> int:
 
 def for_the_user(error: Exception) -> str:
     """An error as one line; "" for one that is no user's."""
-    if isinstance(error, torch.OutOfMemoryError):  # after the trial at the start: another has taken what was free then
-        return "the GPU's memory is used up: free some, and --resume goes on"
+    if utils.lacks_memory(error):  # after the trial at the start: another has taken what was free then
+        return "the GPU's memory is used up: free some, and trainer.py --resume goes on"
     if isinstance(error, UserError):  # one from a loader worker comes wrapped in the worker's traceback
         return re.sub(r"^[\w.]*Error: ", "", str(error).strip().splitlines()[-1])
     return dead_worker(error)

@@ -319,6 +319,22 @@ def cpu_has_bfloat16() -> bool:
         return False
 
 
+# The words of PyTorch, CUDA's driver and NCCL; those of cuBLAS and cuDNN.
+USED_UP = re.compile("out of memory|STATUS_ALLOC_FAILED|ALLOCATION_FAILED")
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error says that a GPU's memory is used up, whichever of the libraries on it has noticed."""
+    return isinstance(error, RuntimeError) and USED_UP.search(str(error)) is not None
+
+
+def one_line(error: Exception, memory_advice: str) -> str:
+    """An error as one line for the user; "" for one that is no user's."""
+    if lacks_memory(error):
+        return f"the GPU's memory is used up: {memory_advice}"
+    return str(error).splitlines()[0] if isinstance(error, UserError) else ""
+
+
 def memory_format(device: torch.device) -> torch.memory_format:
     """How a model's weights are laid out: channels last, but for Apple's MPS, where they stay as they are."""
     return torch.preserve_format if device.type == "mps" else torch.channels_last

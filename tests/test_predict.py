@@ -11,6 +11,7 @@ import sys
 import threading
 import zlib
 from pathlib import Path
+from unittest.mock import Mock
 
 import cv2
 import numpy as np
@@ -19,7 +20,9 @@ import torch
 from conftest import PICTURE, fresh_python, save_picture, save_random_model, sharpen
 from PIL import Image, ImageCms
 
+import evaluate
 import predict
+import trainer
 from cutting import cutter, photos
 from cutting.cutter import load
 from predict import run_command
@@ -573,6 +576,30 @@ def test_mistakes_get_one_line(tmp_path, run, stub, monkeypatch, arguments, word
     assert (code, lines, len(errors)) == (2, [], 1)
     assert errors[0].startswith("predict.py: error: ")
     assert words in errors[0]
+
+
+FULL = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", FULL)
+@pytest.mark.parametrize(("command", "advice"), [
+    (predict, "a smaller --batch-size"), (evaluate, "evaluate.py again"), (trainer, "trainer.py --resume goes on"),
+])  # fmt: skip
+def test_a_full_gpu_is_one_line_and_an_advice_that_the_command_can_take(
+    command, advice, error, small_checkpoint, monkeypatch, capsys
+):
+    name = Path(command.__file__).name
+    arguments = {predict: ["a.png"], evaluate: [str(small_checkpoint)], trainer: []}[command]
+    monkeypatch.setattr(command, "main", Mock(side_effect=error))
+    assert command.run_command([name, *arguments, "--device", "cpu"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"{name}: error: the GPU's memory is used up: ")
+    assert advice in said
+    assert said.count("\n") == 1
+    monkeypatch.setattr(command, "main", Mock(side_effect=RuntimeError("a mistake of this program")))
+    with pytest.raises(RuntimeError, match="a mistake of this program"):
+        command.run_command([name, *arguments, "--device", "cpu"])
 
 
 def test_as_a_program(tmp_path, small_checkpoint):

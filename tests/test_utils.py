@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import math
 import os
 import stat
 import time
+import weakref
 from datetime import timedelta
 from pathlib import Path
+from unittest.mock import Mock
 
 import cv2
 import numpy as np
@@ -248,12 +251,15 @@ def three_passes(rank: int) -> tuple[Tensor, list[int]]:
     return model.module.weight.grad.clone(), shared
 
 
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory.")
+
+
 class Cramped(nn.Conv2d):
     """A device whose memory holds so many photos, in the backward pass: the forward one has already left its traces."""
 
-    def __init__(self, room: int):
+    def __init__(self, room: int, error: Exception = OUT_OF_MEMORY):
         super().__init__(3, 4, 1)
-        self.norm, self.room = nn.BatchNorm2d(3), room
+        self.norm, self.room, self.error, self.passes = nn.BatchNorm2d(3), room, error, 0
 
     def forward(self, images: Tensor) -> Tensor:
         raw = super().forward(self.norm(images + 1))
@@ -261,8 +267,9 @@ class Cramped(nn.Conv2d):
         return raw
 
     def fill(self, photos: int) -> None:
+        self.passes += 1
         if photos > self.room:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+            raise self.error
 
 
 def parts_in(room: int) -> int | str:
@@ -339,6 +346,78 @@ def test_where_not_one_photo_fits_the_user_is_told():
     assert "single photo of 32 pixels" in parts_in(0)
     with pytest.raises(RuntimeError, match="channels"):  # another mistake is none of memory
         step.find_parts(nn.Conv2d(5, 4, 1), 4, 32, CPU, None)
+
+
+# What PyTorch makes of the answers of CUDA, cuBLAS, cuDNN and NCCL: those that name the memory, those that may mean it.
+NO_MEMORY = [
+    OUT_OF_MEMORY, torch.AcceleratorError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in"),
+    RuntimeError("CUDA driver error: out of memory"), RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    dist.DistBackendError("NCCL error in: NCCLUtils.cpp:94\nLast error:\nCuda failure 2 'out of memory'"),
+]  # fmt: skip
+PERHAPS_NO_MEMORY = [
+    RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"),
+    RuntimeError("GET was unable to find an engine to execute this computation"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+]
+NOT_OF_MEMORY = [
+    torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+    torch.AcceleratorError("CUDA error: device-side assert triggered"),
+    torch.AcceleratorError("CUDA error: unspecified launch failure"),
+]
+
+
+@pytest.mark.parametrize("error", [*NO_MEMORY, *PERHAPS_NO_MEMORY], ids=str)
+def test_a_full_gpu_is_known_by_the_words_of_every_library(error):
+    model = Cramped(2, error)
+    assert step.find_parts(model, 8, 32, CPU, None) == 4
+    assert model.passes == 3
+
+
+@pytest.mark.parametrize("error", [*NO_MEMORY, *PERHAPS_NO_MEMORY], ids=str)
+def test_where_a_single_photo_fails_only_what_names_the_memory_is_taken_for_it(error):
+    with pytest.raises(LaunchError if error in NO_MEMORY else RuntimeError) as caught:
+        step.find_parts(Cramped(0, error), 4, 64, CPU, None)
+    assert caught.value is error or error in NO_MEMORY
+
+
+@pytest.mark.parametrize("error", NOT_OF_MEMORY, ids=str)
+def test_an_error_that_a_gpu_does_not_recover_from_is_not_tried_again(error):
+    model = Cramped(2, error)
+    with pytest.raises(torch.AcceleratorError) as caught:
+        step.find_parts(model, 8, 32, CPU, None)
+    assert caught.value is error
+    assert model.passes == 1
+
+
+def test_nor_is_one_that_a_library_tells_in_words_of_its_own(monkeypatch):
+    model = Cramped(2, RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"))
+    monkeypatch.setattr(torch.cuda, "synchronize", Mock(side_effect=NOT_OF_MEMORY[0]))
+    monkeypatch.setattr(step, "to_device", lambda batch, _, real=step.to_device: real(batch, CPU))
+    monkeypatch.setattr(step, "autocast", lambda *_: contextlib.nullcontext())
+    with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
+        step.find_parts(model, 8, 32, torch.device("cuda:0"), None)
+    assert model.passes == 1
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_beside_other_processes_room_is_left_for_nccl(several, monkeypatch):
+    kept, alive, empty = [], [], torch.empty
+
+    def remembered(*size: int, **kind: object) -> Tensor:
+        made = empty(*size, **kind)
+        kept.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(torch, "empty", remembered)
+    monkeypatch.setattr(dist, "is_initialized", lambda: several)
+    model = Cramped(4)
+    monkeypatch.setattr(model, "fill", lambda _: alive.append(sum(it().nbytes for it in kept if it() is not None)))
+    assert step.fits(model, 4, 32, CPU, None)
+    assert alive == [step.NCCL_ROOM * several]
+    assert not any(it() is not None for it in kept)
 
 
 @pytest.mark.parametrize(("photos", "parts", "sizes"), [(8, 1, [8]), (8, 4, [2, 2, 2, 2]), (8, 3, [3, 3, 2]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
@@ -18,12 +19,17 @@ from utils import (
     Processes,
     SegmentationMetrics,
     empty_sums,
+    lacks_memory,
     largest_of_each,
     largest_over_processes,
     sum_over_processes,
 )
 
 SMALL_BATCH = 16  # photos; of fewer BatchNorm's statistics say too little
+NCCL_ROOM = 512 * 2**20  # bytes: what it takes for itself once the processes have begun to share gradients
+# Of these cuBLAS and cuDNN say little else where the GPU is nearly full and their handles, kernels or workspaces do
+# not fit; they may mean something else as well.
+HALF_SAID = re.compile("CUBLAS_STATUS|CUDNN_STATUS|cuDNN Frontend error|unable to find an engine|valid cuDNN algorithm")
 
 # --- batches and their parts ------------------------------------------------------------------------------
 
@@ -63,7 +69,7 @@ def find_parts(
     before = [buffer.clone() for buffer in model.buffers()]
     parts, most = 1, batch_size + 1  # the most stands for none that fits
     while parts < most and not fits(model, -(-batch_size // parts), image_size, device, dtype):
-        torch.cuda.empty_cache()  # only now, when the failed pass has let go of its tensors
+        recover(device)
         parts = most if parts == batch_size else min(2 * parts, batch_size)
     for buffer, value in zip(model.buffers(), before, strict=True):
         buffer.copy_(value)
@@ -76,19 +82,39 @@ def find_parts(
 
 
 def fits(model: nn.Module, photos: int, image_size: int, device: torch.device, dtype: torch.dtype | None) -> bool:
-    """Whether a forward and a backward pass with so many photos have room beside the rest of a training."""
+    """Whether a forward and a backward pass with so many photos have room beside the rest of a training.
+
+    Raises:
+        RuntimeError: not of the memory, or with a single photo perhaps not of it: by fewer nothing can be learnt.
+    """
     try:
         # Adam's two moments, the average, and the gradients of the parts before.
-        rest = [torch.empty_like(weights) for weights in model.parameters() for _ in range(4)]  # noqa: F841
+        rest = [torch.empty_like(weights) for weights in model.parameters() for _ in range(4)]
+        if dist.is_initialized():
+            rest.append(torch.empty(NCCL_ROOM, dtype=torch.uint8, device=device))
         images, target = to_device(torch.zeros(photos, 4, image_size, image_size, dtype=torch.uint8), device)
         with autocast(device, dtype):
             raw = model(images)
         LossCalculator(contour_weight=1.0)(raw, target)[0].backward()  # with all terms that there may be
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not (lacks_memory(error) or (photos > 1 and HALF_SAID.search(str(error)))):
+            raise
         return False
     finally:
         model.zero_grad(set_to_none=True)
     return True
+
+
+def recover(device: torch.device) -> None:
+    """Frees what a failed pass has let go of by now.
+
+    Raises:
+        RuntimeError: a GPU does not recover from what has happened (an access to a wrong address, say): every call
+            fails from then on, and this one says what it was.
+    """
+    torch.cuda.empty_cache()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 # --- several processes ------------------------------------------------------------------------------------
