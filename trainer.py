@@ -274,7 +274,7 @@ def start_run(config: Config, processes: Processes, found: tuple[Path, dict] | N
     parts = 1
     if processes.device.type == "cuda":
         parts = find_parts(model, config.batch_size, config.image_size, processes.device, amp_dtype)
-    if needs_sync_batchnorm(processes, config.batch_size // parts):
+    if needs_sync_batchnorm(processes, config.batch_size // parts, config.image_size):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     optimizer = build_optimizer(model, config)
     scheduler = CosineAnnealingWarmRestarts(optimizer, first_cycle(config), config.restart_mult)

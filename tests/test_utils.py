@@ -23,6 +23,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 import utils
+from models import UNetAutoencoder
 from training import launching, step
 from training.step import LossMeter
 from utils import LaunchError, LossCalculator, Processes, SegmentationMetrics, near_contour, pick_device
@@ -481,8 +482,30 @@ def test_a_cpu_says_whether_it_has_bfloat16(monkeypatch, flags, has_it):
 @pytest.mark.parametrize(("device", "world_size", "needed"), [("cuda", 2, True), ("cuda", 1, False), ("cpu", 2, False)])
 def test_batchnorm_is_shared_where_a_gpus_batch_is_small(device, world_size, needed):
     processes = Processes(torch.device(device), world_size=world_size)
-    assert step.needs_sync_batchnorm(processes, batch_size=8) is needed
-    assert not step.needs_sync_batchnorm(processes, batch_size=32)
+    assert step.needs_sync_batchnorm(processes, 4, 384) is needed
+    assert not step.needs_sync_batchnorm(processes, 32, 384)
+
+
+@pytest.mark.parametrize(
+    ("photos", "size", "values"),
+    [(8, 384, 8 * 144), (5, 384, 5 * 144), (16, 224, 16 * 49), (15, 224, 15 * 49), (32, 128, 512), (1, 4096, 16384)],
+)
+def test_what_counts_for_batchnorm_are_the_values_of_the_deepest_features(photos, size, values):
+    processes = Processes(torch.device("cuda"), world_size=2)
+    assert step.needs_sync_batchnorm(processes, photos, size) is (values < 784)
+
+
+@pytest.mark.parametrize("encoder", ["resnet18", "mobilenet_v2"])
+def test_the_deepest_features_are_those_of_a_32nd_of_the_side(encoder, monkeypatch):
+    model, values = UNetAutoencoder(encoder, pretrained=False), []
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.register_forward_pre_hook(lambda _, inputs: values.append(inputs[0].numel() // inputs[0].shape[1]))
+    model(torch.zeros(2, 3, 70, 70))
+    processes = Processes(torch.device("cuda"), world_size=2)
+    for few, needed in ((min(values), False), (min(values) + 1, True)):
+        monkeypatch.setattr(step, "FEW_VALUES", few)
+        assert step.needs_sync_batchnorm(processes, 2, 70) is needed
 
 
 # --- the cores of a container -----------------------------------------------------------------------------

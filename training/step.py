@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Adam
 
+from models import SMALLEST_INPUT
 from utils import (
     LaunchError,
     LossCalculator,
@@ -25,7 +27,10 @@ from utils import (
     sum_over_processes,
 )
 
-SMALL_BATCH = 16  # photos; of fewer BatchNorm's statistics say too little
+SMALL_BATCH = 16  # photos; of fewer BatchNorm's statistics say too little for a trained encoder to give up its own
+# A channel, of 16 photos at 224: from there on BatchNorm learns as well as with more (Wu and He 2018, "Group
+# Normalization", figure 1).
+FEW_VALUES = 16 * 7 * 7
 NCCL_ROOM = 512 * 2**20  # bytes: what it takes for itself once the processes have begun to share gradients
 # Of these cuBLAS and cuDNN say little else where the GPU is nearly full and their handles, kernels or workspaces do
 # not fit; they may mean something else as well.
@@ -132,9 +137,14 @@ def share_buffers(*models: nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
-def needs_sync_batchnorm(processes: Processes, batch_size: int) -> bool:
-    """Whether a process's own batch is too small for BatchNorm's statistics; PyTorch can share them on GPUs only."""
-    return processes.device.type == "cuda" and processes.world_size > 1 and batch_size < SMALL_BATCH
+def needs_sync_batchnorm(processes: Processes, photos: int, image_size: int) -> bool:
+    """Whether so many photos at once in a process give BatchNorm too few values for the statistics of a channel.
+
+    The deepest features have the fewest. PyTorch can share the statistics on GPUs only, and waits for the GPU three
+    times a layer to do it.
+    """
+    values = photos * math.ceil(image_size / SMALLEST_INPUT) ** 2
+    return processes.device.type == "cuda" and processes.world_size > 1 and values < FEW_VALUES
 
 
 # --- an epoch's figures -----------------------------------------------------------------------------------
