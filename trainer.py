@@ -50,6 +50,7 @@ from training.step import (
     gradients_shared,
     groups,
     needs_sync_batchnorm,
+    seed_dice,
     share_buffers,
     split,
     to_device,
@@ -159,7 +160,7 @@ def train_one_epoch(run: Run, loader: DataLoader, epoch: int, config: Config, wa
     progress = report.Progress(loader, f"epoch {epoch + 1}/{config.num_epochs}", run.processes.is_main,
                                config.log_every * config.accumulate, done)  # fmt: skip
     for group in groups(progress.over(batches(loader, epoch, done)), config.accumulate):
-        torch.manual_seed(seed_from(config.seed, epoch, run.step, run.processes.rank))  # dropout after a resume
+        seed_dice(seed_from(config.seed, epoch, run.step, run.processes.rank), run.device)  # dropout after a resume
         run.guard.begin_step()
         run.optimizer.zero_grad(set_to_none=True)
         parts, photos = split(group, run.parts, config.batch_size), sum(map(len, group))
@@ -179,6 +180,7 @@ def train_one_epoch(run: Run, loader: DataLoader, epoch: int, config: Config, wa
         progress.show(loss, terms, run.learning_rate)
         run.board.after_step(epoch * steps + run.step, loss, terms, run.learning_rate)
         watch.between_steps()
+    watch.after_steps()
     return run.end_training() | progress.speed(run.processes.world_size)
 
 
@@ -196,6 +198,7 @@ def validate(run: Run, loader: DataLoader, watch: Watch) -> dict[str, float]:
             tally.update(*run.criterion(raw, target), raw, target)
         if number < common:
             watch.between_steps()
+    watch.after_steps()
     return tally.compute()
 
 

@@ -219,13 +219,25 @@ def largest_over_processes(number: Tensor) -> None:
         dist.all_reduce(number, dist.ReduceOp.MAX)
 
 
-def largest_of_each(numbers: list[int]) -> list[int]:
-    """Of each number the largest over all processes, without a GPU's having to finish its work first."""
-    if not dist.is_initialized():
-        return numbers
+def ask_largest(numbers: list[int]) -> Callable[[], list[int]]:
+    """Asks all processes for the largest of each number, and waits for none; the answer is what the result returns.
+
+    A GPU need not finish its work first.
+    """
     largest = torch.tensor(numbers)
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return largest.tolist()
+    work = dist.all_reduce(largest, dist.ReduceOp.MAX, async_op=True) if dist.is_initialized() else None
+
+    def answer() -> list[int]:
+        if work is not None:
+            work.wait()
+        return largest.tolist()
+
+    return answer
+
+
+def largest_of_each(numbers: list[int]) -> list[int]:
+    """Of each number the largest over all processes, which wait for one another."""
+    return ask_largest(numbers)()
 
 
 def on_main(work: Callable[[], Any], processes: Processes) -> Any:

@@ -492,6 +492,12 @@ def test_a_step_takes_the_mean_over_its_photos_however_they_are_cut(accumulate, 
         assert torch.allclose(weights, expected, rtol=0, atol=1e-7)
 
 
+def test_a_step_seeds_no_gpu_but_its_own(coco_root, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", Mock())
+    train_once(nn.Conv2d(3, 4, 1), coco_root, 5)
+    torch.cuda.manual_seed_all.assert_not_called()
+
+
 def test_gradients_are_shared_with_the_last_part_only(coco_root):
     model = nn.Conv2d(3, 4, 1)
     model.no_sync = Mock(side_effect=contextlib.nullcontext)

@@ -120,7 +120,7 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step_and_nothing_is_lost(ro
     break_first(root, (0, 1, 7))  # each of the first two is the first photo of a process
     settings = {"batch_size": 2, "num_epochs": 2, "restart_period": 2, "max_bad_photos": 0.5, "resume": "newest"}
     straight = train(tmp_path, small(root, tmp_path / "straight", **settings))
-    stopped = train(tmp_path, small(root, tmp_path / "run", **settings), (1, 2, "SIGTERM"))
+    stopped = train(tmp_path, small(root, tmp_path / "run", **settings), (1, 1, "SIGTERM"))  # told to both a step later
     assert [(rank["code"], rank["epoch"], rank["step"]) for rank in stopped] == [(143, 0, 2)] * 2
     last = read_checkpoint(tmp_path / "run" / "last.pth")
     assert (last["epoch"], last["step"]) == (0, 2)
@@ -130,6 +130,15 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step_and_nothing_is_lost(ro
                       for name in ("run", "straight"))  # fmt: skip
     assert rows == expected
     assert [row["train_bad_photos"] for row in rows] == ["3", "3"]
+
+
+@pytest.mark.parametrize("batch", [3, 4])  # of the epoch's last step, and of the last that both have in the validation
+def test_a_signal_at_the_last_step_is_met_before_the_work_goes_on(batch, root, tmp_path):
+    settings = small(root, tmp_path / "run", batch_size=2, num_epochs=1)
+    stopped = train(tmp_path, settings, (1, batch, "signal"))
+    assert [(rank["code"], rank["epoch"], rank["step"]) for rank in stopped] == [(143, 0, 3)] * 2
+    assert read_checkpoint(tmp_path / "run" / "last.pth")["step"] == 3
+    assert not (tmp_path / "run" / "history.csv").exists()
 
 
 def said(folder: Path) -> list[str]:

@@ -226,6 +226,11 @@ def one_of_two(rank: int, folder: Path) -> None:
     meter.synchronize()
     torch.save([norm.state_dict(), metrics.compute(), meter.compute(), utils.from_main(rank)], folder / f"{rank}.pt")
     torch.save([three_passes(rank), parts_in([4, 1][rank]), parts_in([0, 4][rank])], folder / f"steps{rank}.pt")
+    start = time.monotonic()
+    time.sleep(2 if rank == 0 else 0)
+    answer = utils.ask_largest([rank, 5 - rank])
+    asking = time.monotonic() - start
+    torch.save([asking, answer(), time.monotonic() - start], folder / f"asked{rank}.pt")
     if rank == 0:
         idle.update(*spent(3.0), images=1)  # one image for two processes
     idle.synchronize()
@@ -314,6 +319,12 @@ def test_the_main_process_goes_first_and_the_others_have_its_averages_and_its_wo
 
 def test_the_others_wait_for_the_first_one_longer_than_at_a_step(two):
     assert all((two / f"patient{rank}").exists() for rank in range(2))
+
+
+def test_who_asks_for_the_largest_waits_for_the_answer_only_when_it_is_wanted(two):
+    (_, *first), (asking, *second) = (torch.load(two / f"asked{rank}.pt") for rank in range(2))
+    assert first[0] == second[0] == [1, 5]
+    assert asking < 1 < second[1]
 
 
 def test_gradients_of_several_passes_are_shared_once(two):

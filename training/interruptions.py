@@ -11,7 +11,7 @@ from types import FrameType
 from training.checkpoints import LAST, RETRY_SECONDS, RunFolder
 from training.run import Run
 from training.runlog import say_at_once
-from utils import UserError, largest_of_each
+from utils import UserError, ask_largest, largest_of_each
 
 # SIGHUP: the terminal or the ssh session has ended. Windows has neither it nor SIGUSR1.
 SIGNALS = tuple(getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, n))
@@ -45,6 +45,7 @@ class Watch:
     def __init__(self, run: Run, folder: RunFolder, checkpoint_minutes: float):
         self._run, self._folder, self._pause = run, folder, 60 * checkpoint_minutes or float("inf")
         self._signal, self._noticed, self._handlers = 0, 0.0, {}
+        self._answer = None  # to what was asked after the last step
         self.restart_clock()
 
     def __enter__(self) -> Watch:
@@ -63,17 +64,33 @@ class Watch:
         elif not self._signal:
             self._signal, self._noticed = number, time.monotonic()
             if self._run.processes.is_main:
-                say_at_once(f"\n{signal.Signals(number).name}: saving after this step (once more: ends now)\n")
+                step = "this step" if self._run.processes.world_size == 1 else "the next step"
+                say_at_once(f"\n{signal.Signals(number).name}: saving after {step} (once more: ends now)\n")
 
     def between_steps(self) -> None:
         """To be called by all processes together, after each step.
+
+        Of several none waits for the others: all act a step later on what one of them knows now.
 
         Raises:
             Stopped: a signal reached one of them; the run is saved.
             BrokenNumbersError: on one of them too many steps in a row had no finite number.
         """
+        self.after_steps()
         due = self._run.processes.is_main and time.monotonic() >= self._next_save
-        number, due, broken = largest_of_each([self._signal, due, self._run.broken()])
+        self._answer = ask_largest([self._signal, due, self._run.broken()])
+        if self._run.processes.world_size == 1:
+            self.after_steps()
+
+    def after_steps(self) -> None:
+        """To be called after the last of the steps, by all processes together: acts on what is still unanswered.
+
+        Raises:
+            Stopped, BrokenNumbersError: as `between_steps`.
+        """
+        if self._answer is None:
+            return
+        (number, due, broken), self._answer = self._answer(), None
         if number:
             self._stop(number)
         if broken >= MOST_BROKEN:

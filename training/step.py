@@ -49,6 +49,13 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
+def seed_dice(seed: int, device: torch.device) -> None:
+    """Seeds what this process draws from. torch.manual_seed does so too, after all that other devices draw from."""
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
+
+
 def groups(batches: Iterator[Tensor], size: int) -> Iterator[list[Tensor]]:
     """So many batches at a time; the last group may be smaller."""
     return iter(lambda: list(islice(batches, size)), [])
@@ -234,13 +241,15 @@ class FiniteGuard:
         self._counts, self._losses = torch.tensor([skipped, in_a_row, in_a_row], device=device), []
         self.skipped, self.in_a_row, self.most_in_a_row = skipped, in_a_row, in_a_row
         self._averages = [b for name, b in model.named_buffers() if name.rpartition(".")[2].startswith("running_")]
-        self._before = [average.clone() for average in self._averages]
+        # One behind the other: a GPU is started once for all of them, and not for each.
+        self._before, self._after = (torch.cat(self._averages) if self._averages else None for _ in range(2))
+        self._lengths = [len(average) for average in self._averages]
 
     def begin_step(self) -> None:
         """Before the forward pass."""
         self._losses = []
         if self._averages:
-            torch._foreach_copy_(self._before, self._averages)
+            torch.cat(self._averages, out=self._before)
 
     def add_loss(self, loss: Tensor) -> None:
         """Of each batch and part that the step is made of."""
@@ -256,8 +265,9 @@ class FiniteGuard:
             scaler.step(optimizer)
         scaler.update()
         broken = found.bool()
-        for average, before in zip(self._averages, self._before, strict=True):
-            torch.where(broken, before, average, out=average)
+        if self._averages:
+            torch.where(broken, self._before, torch.cat(self._averages), out=self._after)
+            torch._foreach_copy_(self._averages, self._after.split(self._lengths))
         self._counts[:2] += broken
         self._counts[1] *= broken
         self._counts[2] = self._counts[1:].max()

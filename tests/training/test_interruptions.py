@@ -62,7 +62,8 @@ def test_a_second_signal_ends_the_process_at_once():
     code = (
         "import os, signal; from types import SimpleNamespace; from training import interruptions\n"
         "interruptions.SAME_SIGNAL = -1.0\n"
-        "with interruptions.Watch(SimpleNamespace(processes=SimpleNamespace(is_main=True)), None, 0):\n"
+        "alone = SimpleNamespace(is_main=True, world_size=1)\n"
+        "with interruptions.Watch(SimpleNamespace(processes=alone), None, 0):\n"
         "    os.kill(os.getpid(), signal.SIGTERM); print('first', flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGTERM); print('second', flush=True)\n"
     )
@@ -76,7 +77,8 @@ def after_hangup(ignored: bool) -> subprocess.CompletedProcess:
     """A run that is sent SIGHUP, as its session's end does it, and nohup or not before."""
     code = (
         "import os, signal, sys; from types import SimpleNamespace; from training import interruptions\n"
-        "run = SimpleNamespace(processes=SimpleNamespace(is_main=True), broken=lambda: 0, unfinished=list)\n"
+        "alone = SimpleNamespace(is_main=True, world_size=1)\n"
+        "run = SimpleNamespace(processes=alone, broken=lambda: 0, unfinished=list)\n"
         "run.epochs_done = run.step = 1; folder = SimpleNamespace(save_unfinished=lambda *_: print('saved') or True)\n"
         f"signal.signal(signal.SIGHUP, signal.{'SIG_IGN' if ignored else 'SIG_DFL'})\n"
         "try:\n"
@@ -110,7 +112,7 @@ def test_in_a_thread_there_are_no_signals_and_another_processs_still_stops_it(mo
         try:
             with Watch(run(), FOLDER, 0) as watch:
                 watch.between_steps()
-                monkeypatch.setattr(interruptions, "largest_of_each", lambda numbers: [signal.SIGTERM, 0, 0])
+                monkeypatch.setattr(interruptions, "ask_largest", lambda _: lambda: [signal.SIGTERM, 0, 0])
                 watch.between_steps()
         except Stopped as stop:
             return stop.code
@@ -135,3 +137,24 @@ def test_ten_broken_steps_in_a_row_are_too_many():
     Watch(run(broken=9), FOLDER, 0).between_steps()
     with pytest.raises(BrokenNumbersError, match=r"10 steps in a row.*no checkpoint yet"):
         Watch(run(broken=10), FOLDER, 0).between_steps()
+
+
+def test_of_several_processes_none_waits_for_an_answer_before_its_next_step(monkeypatch):
+    several, talk = run(), []
+    several.processes = Processes(torch.device("cpu"), world_size=2)
+    answers = iter([[0, 0, 0], [signal.SIGTERM, 0, 0]])
+
+    def ask(numbers: list[int]):
+        talk.append("asked")
+        return lambda: talk.append("answered") or next(answers)
+
+    monkeypatch.setattr(interruptions, "ask_largest", ask)
+    with pytest.raises(Stopped), Watch(several, FOLDER, 0) as watch:  # noqa: PT012
+        watch.between_steps()
+        assert talk == ["asked"]
+        watch.between_steps()
+        assert talk == ["asked", "answered", "asked"]
+        watch.after_steps()  # an epoch's last: it is answered before the next thing begins
+    assert talk == ["asked", "answered", "asked", "answered"]
+    watch.after_steps()  # and once
+    assert talk[-2:] == ["asked", "answered"]

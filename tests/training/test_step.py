@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch.optim import Adam
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from training.step import FiniteGuard, Tally
+from training.step import FiniteGuard, Tally, seed_dice
 from utils import LossCalculator, largest_of_each
 
 
@@ -23,7 +25,7 @@ def model() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
 
 
-BROKEN = {1: "loss", 3: "gradient", 4: "loss"}
+BROKEN = {1: "loss", 3: "gradient", 4: "input"}
 
 
 def train(one: nn.Module, step) -> Adam:
@@ -42,6 +44,7 @@ def test_broken_steps_leave_no_trace():
     def guarded(number, optimizer, inputs):
         finite.begin_step()
         optimizer.zero_grad()
+        inputs = inputs * math.nan if BROKEN.get(number) == "input" else inputs  # BatchNorm's averages become NaN
         loss = one(inputs).square().mean() * (float("nan") if BROKEN.get(number) == "loss" else 1)
         loss.backward()
         if BROKEN.get(number) == "gradient":
@@ -132,6 +135,43 @@ def test_an_overflow_is_broken_once_the_scale_is_at_one(scale, counted):
 def test_the_longest_row_of_broken_steps_is_known_whatever_follows_it():
     guard = scaled_steps(torch.amp.GradScaler("cpu", enabled=False), [math.nan] * 3 + [1.0] + [math.nan] * 2 + [1.0])
     assert (guard.skipped, guard.in_a_row, guard.most_in_a_row) == (5, 0, 3)
+
+
+class Counted(TorchDispatchMode):
+    """Counts the operations: on a GPU each would be started by itself."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def operations(layers: int) -> int:
+    """Of a guarded step of a model with so much BatchNorm."""
+    one = nn.Sequential(nn.Linear(3, 4), *(nn.BatchNorm1d(4) for _ in range(layers)))
+    guard, optimizer = FiniteGuard(one, torch.device("cpu")), Adam(one.parameters(), 0.1, fused=True)
+    with Counted() as counted:
+        guard.begin_step()
+        guard.add_loss(torch.tensor(1.0))
+        guard.step(optimizer, torch.amp.GradScaler("cpu", enabled=False), torch.tensor(1.0))
+    return counted.count
+
+
+def test_however_much_batchnorm_there_is_its_averages_take_as_many_operations():
+    assert operations(2) == operations(20)
+
+
+def test_the_dice_are_those_of_torch_and_no_other_devices_are_touched(monkeypatch):
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    touched, module = [], SimpleNamespace(manual_seed=lambda seed: touched.append(seed))
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("every GPU is seeded"))
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module if device.type == "cuda" else None)
+    for device, seeded in (("cpu", []), ("cuda:1", [7])):
+        seed_dice(7, torch.device(device))
+        assert torch.equal(torch.rand(3), expected)
+        assert touched == seeded
 
 
 def tally(seed: int) -> Tally:
