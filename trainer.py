@@ -276,6 +276,9 @@ def start_run(config: Config, processes: Processes, found: tuple[Path, dict] | N
     amp_dtype = utils.autocast_dtype(processes.device, config.amp, config.bfloat16_on_cpu)
     parts = 1
     if processes.device.type == "cuda":
+        # The fastest convolutions for the few shapes that batches have are found by trying them, once for each; the
+        # sample is over before that pays. The memory that they want is in the trial.
+        torch.backends.cudnn.benchmark = not config.sample
         parts = find_parts(model, config.batch_size, config.image_size, processes.device, amp_dtype)
     if needs_sync_batchnorm(processes, config.batch_size // parts, config.image_size):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)

@@ -544,6 +544,18 @@ def test_a_run_in_parts_says_so_and_trains_and_validates(coco_root, tmp_path, mo
     assert run.epochs_done == 1
 
 
+@pytest.mark.parametrize(("device", "sample", "tried"), [("cuda:0", False, True), ("cuda:0", True, False),
+                                                         ("cpu", False, None)])  # fmt: skip
+def test_on_a_gpu_convolutions_are_tuned_before_the_memory_is_tried(device, sample, tried, monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(trainer, "find_parts", lambda *_: seen.append(torch.backends.cudnn.benchmark) or 1)
+    monkeypatch.setattr(trainer, "build_model", lambda *_, **__: Tiny())
+    trainer.start_run(Config(sample=sample, pretrained=False, amp=False), Processes(torch.device(device)))
+    assert seen == ([] if tried is None else [tried])
+    assert torch.backends.cudnn.benchmark is bool(tried)
+
+
 @pytest.mark.usefixtures("tiny")
 def test_the_schedule_counts_steps_not_batches(coco_root, tmp_path):
     rates = []

@@ -57,7 +57,7 @@ def describe(run: Run, changed: dict, folder: Path, train_loader: DataLoader, va
         "samples": f"letterboxed once, in {caches}" if caches else "from the photos every time",
         "left out": "; ".join(f"{source.name}: {describe_left_out(source.index.left_out)}"
                               for source in [*train.sources, *val.sources] if source.index.left_out),
-        "device": f"{processes.device}, {precision(run.amp_dtype)}, {processes.world_size} process"
+        "device": f"{processes.device}, {computed_in(run)}, {processes.world_size} process"
                   f"{'es' if processes.world_size > 1 else ''}, {counted(train_loader.num_workers, 'worker')} each",
         "note": "; ".join(filter(None, [
             processes.note, unfinished_cycle(run.scheduler, epochs), seen_twice(train, val)])),
@@ -118,6 +118,14 @@ def what_is_kept(keep: int) -> str:
 
 def precision(dtype: torch.dtype | None) -> str:
     return str(dtype or torch.float32).removeprefix("torch.")
+
+
+def computed_in(run: Run) -> str:
+    """The precision; of a CUDA GPU's float32 whether it is all of it, which a run's settings do not say."""
+    if run.device.type != "cuda" or run.amp_dtype is not None:
+        return precision(run.amp_dtype)
+    tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32" and torch.cuda.get_device_capability(run.device) >= (8, 0)
+    return f"{precision(run.amp_dtype)} ({'convolutions in TF32' if tf32 else 'no TF32'})"
 
 
 def cycles(scheduler: CosineAnnealingWarmRestarts, num_epochs: int) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -106,6 +107,23 @@ def test_a_line_stands_under_its_head(line, num_epochs):
 @pytest.mark.parametrize("loss", [99999.0, float("inf"), float("nan"), 3e38])
 def test_a_line_fits_the_screen(loss):
     assert len(table_line(row(9999, loss, 1.0, 9.99e-10, 359999), 10000, True)) <= 100
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "convolutions", "capability", "told"),
+    [("cpu", None, "tf32", (8, 0), "float32"), ("mps", None, "tf32", (8, 0), "float32"),
+     ("cuda:0", torch.bfloat16, "tf32", (8, 0), "bfloat16"),
+     ("cuda:0", None, "tf32", (9, 0), "float32 (convolutions in TF32)"),
+     ("cuda:0", None, "tf32", (7, 5), "float32 (no TF32)"), ("cuda:0", None, "ieee", (9, 0), "float32 (no TF32)")],
+)  # fmt: skip
+def test_the_banner_says_what_a_cuda_gpu_makes_of_float32(device, dtype, convolutions, capability, told, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.backends.cudnn, "conv", SimpleNamespace(fp32_precision=convolutions))
+    assert report.computed_in(SimpleNamespace(device=torch.device(device), amp_dtype=dtype)) == told
+
+
+def test_by_itself_pytorch_computes_convolutions_in_tf32():
+    assert torch.backends.cudnn.conv.fp32_precision == "tf32"  # where the GPU has it
 
 
 # --- progress ---------------------------------------------------------------------------------------------
