@@ -158,7 +158,7 @@ def train_one_epoch(run: Run, loader: DataLoader, epoch: int, config: Config, wa
     run.begin_epoch()
     done, steps = run.step * config.accumulate, math.ceil(len(loader) / config.accumulate)
     progress = report.Progress(loader, f"epoch {epoch + 1}/{config.num_epochs}", run.processes.is_main,
-                               config.log_every * config.accumulate, done)  # fmt: skip
+                               config.log_every * config.accumulate, done, run.device)  # fmt: skip
     for group in groups(progress.over(batches(loader, epoch, done)), config.accumulate):
         seed_dice(seed_from(config.seed, epoch, run.step, run.processes.rank), run.device)  # dropout after a resume
         run.guard.begin_step()

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections import deque
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -187,6 +188,40 @@ def git_revision(project: Path) -> str | None:
 # --- during an epoch --------------------------------------------------------------------------------------
 
 
+class Waiting:
+    """How long a device has waited for data: on a CUDA GPU the time without work, which the CPU's waiting is not.
+
+    The CPU runs ahead of a GPU, and what it waits for costs nothing while that has work. So a GPU notes itself when it
+    comes to the end of the step before and when it comes to the batch; it is asked for the times, never waited for.
+    """
+
+    def __init__(self, device: torch.device):
+        self._has_events = device.type == "cuda"
+        self._seconds, self._unread = 0.0, deque()
+
+    def _now(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        """The block waits for a batch; no work is given to the device in it."""
+        start = self._now() if self._has_events else time.perf_counter()
+        yield
+        if self._has_events:
+            self._unread.append((start, self._now()))
+        else:
+            self._seconds += time.perf_counter() - start
+
+    def seconds(self) -> float:
+        """So far; of a GPU as far as it has come."""
+        while self._unread and self._unread[0][1].query():
+            start, end = self._unread.popleft()
+            self._seconds += start.elapsed_time(end) / 1000
+        return self._seconds
+
+
 class Progress:
     """Hands out a loader's batches and shows, on the main process, how fast they go.
 
@@ -196,11 +231,15 @@ class Progress:
         visible: whether to show anything: on the main process.
         log_every: batches between two updates of the figures; each waits for the device once.
         first: batches that were done before.
+        device: that works on the batches.
     """
 
     SILENT_SECONDS = 60  # between two lines where the output is a file, which a bar would fill
 
-    def __init__(self, loader: DataLoader, label: str, visible: bool, log_every: int = 1, first: int = 0):
+    def __init__(
+        self, loader: DataLoader, label: str, visible: bool, log_every: int = 1, first: int = 0,
+        device: torch.device | str = "cpu",
+    ):  # fmt: skip
         is_terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=len(loader), initial=first, desc=label, disable=not (visible and is_terminal), leave=False,
@@ -210,14 +249,13 @@ class Progress:
         self._label, self._log_every, self._batches = label, log_every, len(loader)
         self._visible, self._prints_lines = visible, not is_terminal
         self._start = self._last_line = time.perf_counter()
-        self._waited, self._images, self._batch = 0.0, 0, first
+        self._waiting, self._images, self._batch = Waiting(torch.device(device)), 0, first
 
     def over(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
         """The batches, with the time counted for which the training waits for each."""
         while True:
-            asked = time.perf_counter()
-            batch = next(batches, None)
-            self._waited += time.perf_counter() - asked
+            with self._waiting.counted():
+                batch = next(batches, None)
             if batch is None:
                 self._bar.close()
                 return
@@ -243,7 +281,7 @@ class Progress:
         """Seconds until now, images a second of so many processes, the share of the time spent waiting for data."""
         seconds = max(time.perf_counter() - self._start, 1e-9)
         rate = self._images / seconds * processes
-        return {"seconds": seconds, "images_per_second": rate, "data_wait": self._waited / seconds}
+        return {"seconds": seconds, "images_per_second": rate, "data_wait": self._waiting.seconds() / seconds}
 
 
 # --- after an epoch ---------------------------------------------------------------------------------------

@@ -162,6 +162,52 @@ def test_speed_and_waiting_are_told_by_the_clock(time):
     assert progress.speed(processes=3)["images_per_second"] == 6
 
 
+class Gpu:
+    """A GPU that works off what it is given, in turn, beside the CPU; its events stand for torch.cuda.Event."""
+
+    def __init__(self, clock: Clock):
+        self.clock, self.free_at = clock, 0.0
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing: bool = False):
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = max(gpu.clock.now, gpu.free_at)
+
+            def query(self) -> bool:
+                return gpu.clock.now >= self.at
+
+            def elapsed_time(self, later: Event) -> float:
+                assert later.query()  # PyTorch refuses it before
+                return 1000 * (later.at - self.at)
+
+        self.Event = Event
+
+    def work(self, seconds: float) -> None:
+        self.free_at = max(self.clock.now, self.free_at) + seconds
+
+
+@pytest.mark.parametrize(
+    ("loading", "working", "seconds", "waited"),
+    # Five batches, a second of the CPU for each step. Loaded in 2 s, worked on in 4: the GPU waits for the first alone.
+    # The CPU waits for 10 of the 22 s. Loaded in 5 and worked on in 4: for the first 5 s, and then for 2 after each.
+    [(2.0, 4.0, 2 + 5 * 4, 2.0), (5.0, 4.0, 5 * 6 - 1 + 4, 5.0 + 4 * 2)],
+)
+def test_what_a_gpu_waits_for_is_not_what_the_cpu_waits_for(loading, working, seconds, waited, time, monkeypatch):
+    gpu = Gpu(time)
+    monkeypatch.setattr(torch.cuda, "Event", gpu.Event)
+    progress = Progress([None] * 5, "epoch", False, device="cuda:0")
+    for _ in progress.over(slow_batches(time, 5, loading)):
+        gpu.work(working)
+        time.now += 1.0
+        assert 0 <= progress.speed()["data_wait"] <= 1  # asked for in between it counts nothing twice
+    time.now = max(time.now, gpu.free_at)  # as the epoch's figures are fetched
+    assert progress.speed()["seconds"] == seconds
+    assert progress.speed()["data_wait"] == pytest.approx(waited / seconds)
+
+
 TERMS = {"colour": torch.tensor(0.25), "bce": torch.tensor(0.125)}
 LOSS = torch.tensor(0.5)
 
