@@ -1,7 +1,7 @@
 """Cuts the persons out of photos with a trained model: any photo in, an RGBA PNG of the photo's own size out.
 
     python predict.py photo.jpg                          # cutouts/photo.png; --output result.png names the file
-    python predict.py holidays --output cut              # a folder with its subfolders; run again, it goes on
+    python predict.py holidays --output cut              # a folder with its subfolders; run again, it does what is left
     python predict.py holidays --output white --background white      # composed onto a colour, or onto a photo
     python predict.py holidays --output masks --mask --threshold 0.5  # the masks alone, with a hard edge
 
@@ -17,15 +17,16 @@ from __future__ import annotations
 
 import argparse
 import errno
+import hashlib
 import importlib.util
 import os
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,19 +67,11 @@ def is_from_here(name: str) -> bool:
 
 with our_modules():
     import utils
-    from cutting.cutter import TRAINED, Cutter, check_size, load
+    from cutting.cutter import TRAINED, Cutter, check_size, identity, load
     from cutting.edges import alpha_of, foreground, to_opacity
-    from cutting.photos import (
-        Photo,
-        PhotoError,
-        compose,
-        encode_png,
-        open_photo,
-        photo_formats,
-        readable_extensions,
-        reason,
-        what_helps,
-    )
+    from cutting.jobs import BESIDE, THERE, Job, names_a_file, origin_of, plan, remaining
+    from cutting.photos import Photo, PhotoError, compose, open_photo, photo_formats, reason, what_helps
+    from cutting.png import encode_png
     from loading.letterbox import letterbox
     from training.settings import OneLineParser
     from training.streams import steady_streams
@@ -86,8 +79,7 @@ with our_modules():
 
 PIXELS_AT_WORK = 2**27  # of all photos that are read, cut or written at one moment
 BATCH_PIXELS = 2**25  # of the photos of one batch
-Job = tuple[Path, Path]  # a photo and what is made of it
-NAMED = 3  # photos in which nobody was found; the others are counted
+NAMED = 3  # photos in which nobody was found, or outputs that stay; the others are counted
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)  # after which no other file can be written either
 
 
@@ -107,135 +99,42 @@ class Style:
     background: tuple[int, ...] | np.ndarray | None = None  # a colour, or a photo uint8 (H, W, 3), to compose onto
     threshold: float | None = None  # a hard edge, one pixel soft, at this probability
     keep_background_colours: bool = False  # in a cutout, under an alpha of 0
+    model: str = ""  # what tells it from others
 
-    def draw(self, probabilities: np.ndarray, photo: Photo, square: np.ndarray, metadata: dict) -> tuple[list, bool]:
-        """The pieces of a PNG file: mode L for a mask, RGB on a background, RGBA for a cutout. It uses up `photo`.
+    @cached_property
+    def how(self) -> str:
+        """What tells its outputs from those of another style, background or model."""
+        kind = "mask" if self.mask else "cutout, background colours kept" if self.keep_background_colours else "cutout"
+        if isinstance(self.background, tuple):
+            kind = "on #{:02x}{:02x}{:02x}".format(*self.background)
+        elif self.background is not None:
+            kind = f"on photo {hashlib.blake2b(self.background, digest_size=6).hexdigest()}"
+        return kind + ("" if self.threshold is None else f", threshold {self.threshold}") + f", by {self.model}"
+
+    def draw(
+        self, probabilities: np.ndarray, photo: Photo, square: np.ndarray, metadata: dict
+    ) -> tuple[np.ndarray, bytes | None, bool]:
+        """What the file will hold: uint8 (H, W) of a mask, BGR on a background, BGRA of a cutout. It uses up `photo`.
 
         `probabilities` are the network's, `square` and `metadata` what `letterbox` returned for the photo. Returned as
-        well is whether anybody was found: whether any pixel is more opaque than not.
+        well are the colour profile, and whether anybody was found: whether any pixel is more opaque than not.
         """
         alpha = alpha_of(probabilities, square, metadata, photo.rgb)
         opacity = to_opacity(alpha, photo.alpha, self.threshold, metadata["scale"])
         del alpha  # its memory
-        return self._encoded(photo, opacity, square, metadata), bool((opacity > 127).any())
-
-    def _encoded(self, photo: Photo, opacity: np.ndarray, square: np.ndarray, metadata: dict) -> list:
+        somebody = bool((opacity > 127).any())
         if self.mask:
-            return encode_png(opacity)
+            return opacity, None, somebody
+        return self._coloured(photo, opacity, square, metadata), photo.icc, somebody
+
+    def _coloured(self, photo: Photo, opacity: np.ndarray, square: np.ndarray, metadata: dict) -> np.ndarray:
         hide = self.background is None and not self.keep_background_colours
         photo.rgb = foreground(photo.rgb, opacity, square, metadata, photo.alpha, hide)  # frees the old colours
         if self.background is not None:
-            return encode_png(compose(photo.rgb, opacity, self.background), photo.icc)
+            return compose(photo.rgb, opacity, self.background)
         bgra = cv2.cvtColor(photo.rgb, cv2.COLOR_RGB2BGRA)
         bgra[..., 3] = opacity
-        return encode_png(bgra, photo.icc)
-
-
-def plan(arguments: list[str], output: Path) -> tuple[list[Job], list[Path]]:
-    """What is to be done, decided by the photos' names alone, so that a second run decides alike; and what cannot be.
-
-    Raises:
-        UserError: no such path, no photo in a folder, two outputs of one name, an output among the photos, a file as
-            output of several.
-    """
-    names: dict[Path, Path] = {}  # in the output folder, by photo
-    unknown = {}
-    for argument in map(Path, arguments):
-        if os.path.isdir(argument):
-            photos, others = photos_in(argument, output)
-            if not photos and not others:
-                raise UserError(f"there is no photo in {argument}")
-            names |= {photo: photo.relative_to(argument) for photo in photos}
-            unknown |= dict.fromkeys(others)
-        elif os.path.isfile(argument):
-            names[argument] = Path(argument.name)
-        else:
-            raise UserError(f"there is no photo or folder {argument}")
-    jobs = [(photo, output / name) for photo, name in with_png(names).items()]
-    if names_a_file(output):
-        if len(jobs) != 1 or any(map(os.path.isdir, arguments)):
-            raise UserError(f"--output {output} is the name of one file: give one photo, or name a folder")
-        jobs = [(photo, output) for photo in names]
-    refuse_collisions(jobs)
-    for folder in filter(os.path.isdir, arguments):
-        refuse_mixing(folder, jobs, output)
-    return jobs, list(unknown)
-
-
-def names_a_file(output: Path) -> bool:
-    """Whether it is a PNG that is to be written, not a folder for them.
-
-    Raises:
-        UserError: it is a file of another kind.
-    """
-    extension = output.suffix.lower()
-    if os.path.isdir(output) or extension not in readable_extensions():
-        return False
-    if extension != ".png":
-        raise UserError(f"--output {output}: what is written is a PNG, so name it *.png, or name a folder")
-    return True
-
-
-def photos_in(folder: Path, output: Path) -> tuple[list[Path], list[Path]]:
-    """The photos in a folder and its subfolders, and those of kinds that cannot be read here.
-
-    Without hidden ones and those in the output folder.
-
-    Raises:
-        UserError: the folder cannot be opened.
-    """
-    files, closed = files_under(folder, output)
-    if folder in closed:
-        raise UserError(f"{folder} cannot be opened")
-    # What cannot be opened goes on the list as well, a folder or a link: reading it fails, and is named and counted.
-    readable = readable_extensions()
-    photos = [file for file in files if file.suffix.lower() in readable or not os.path.exists(file)]
-    return photos + closed, [file for file in files if what_helps(file)]
-
-
-def files_under(folder: Path, output: Path) -> tuple[list[Path], list[Path]]:
-    """The files in a folder, its subfolders and those that are linked there; and the folders that cannot be opened."""
-    output, files, closed = os.path.realpath(output), [], []
-    for place, folders, names in os.walk(folder, onerror=closed.append, followlinks=True):
-        shown = [Path(place, name) for name in sorted(folders) if name[0] != "."]
-        folders[:] = [path.name for path in shown if os.path.realpath(path) != output and not leads_back(path, folder)]
-        files += [Path(place, name) for name in sorted(names) if name[0] != "."]
-    return files, [Path(error.filename) for error in closed]
-
-
-def leads_back(path: Path, folder: Path) -> bool:
-    """Whether a linked folder holds one that it was reached through, and so itself again and again."""
-    if not path.is_symlink():
-        return False
-    passed = [Path(os.path.realpath(place)) for place in path.parents if place == folder or folder in place.parents]
-    target = Path(os.path.realpath(path))
-    return any(target == place or target in place.parents for place in passed)
-
-
-def with_png(names: dict[Path, Path]) -> dict[Path, Path]:
-    """a.jpg becomes a.png; beside another a it becomes a.jpg.png. No difference by capitals: some disks know none."""
-    short = {photo: name.with_suffix(".png") for photo, name in names.items()}
-    count = Counter(str(name).casefold() for name in short.values())
-    full = {photo: name.with_name(name.name + ".png") for photo, name in names.items()}
-    return {photo: short[photo] if count[str(short[photo]).casefold()] == 1 else full[photo] for photo in names}
-
-
-def refuse_collisions(jobs: list[Job]) -> None:
-    """Two photos must not become one file, and none be overwritten, over links or on disks without capitals neither."""
-    first: dict[Path, Path] = {}
-    photos = {os.path.realpath(photo).casefold() for photo, _ in jobs}
-    for photo, output in jobs:
-        if first.setdefault(output, photo) != photo:
-            raise UserError(f"{first[output]} and {photo} would both become {output}: do them apart")
-        if os.path.realpath(output).casefold() in photos:
-            raise UserError(f"{output} would overwrite the photo of that name: choose another --output")
-
-
-def refuse_mixing(folder: str, jobs: list[Job], output: Path) -> None:
-    """Outputs that lie among the photos of a folder would be taken for photos by the next run."""
-    inside, output = Path(os.path.realpath(folder)), Path(os.path.realpath(output))
-    if inside not in output.parents and any(inside in Path(os.path.realpath(made)).parents for _, made in jobs):
-        raise UserError(f"--output {output} would mix the results with the photos of {folder}: choose another")
+        return bgra
 
 
 # --- the run ----------------------------------------------------------------------------------------------
@@ -302,23 +201,27 @@ def cut_batch(cutter: Cutter, jobs: list[Job], style: Style) -> Outcome:
     failures, empty, ready = [], [], []
     for path, output in jobs:
         try:
+            note = origin_of(path, style.how).note()  # before it is read: should it change now, the next run will see
             photo = open_photo(path)
-            ready.append((path, output, photo, *letterbox(photo.rgb, cutter.image_size)))
+            ready.append((path, output, note, photo, *letterbox(photo.rgb, cutter.image_size)))
         except PhotoError as error:
             failures.append(str(error))
     for probabilities in cutter.probabilities([square for *_, square, _ in ready]) if ready else ():
-        path, output, *letterboxed = ready.pop(0)  # off the list, so that its memory is free as soon as it is written
+        path, output, note, *letterboxed = ready.pop(0)  # off the list: its memory is free as soon as it is written
         try:
-            pieces, somebody = style.draw(probabilities, *letterboxed)
-            output.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(output) as file:
-                file.writelines(pieces)
-            empty += [] if somebody else [path]
+            empty += [] if write(output, note, *style.draw(probabilities, *letterboxed)) else [path]
         except (OSError, ValueError, MemoryError, cv2.error) as error:
             if getattr(error, "errno", None) in DISK_ERRORS:
                 raise UserError(f"{output} cannot be written: {error.strerror}") from None
             failures.append(f"{output} cannot be written: {reason(error)}")
     return Outcome(len(jobs), failures, empty)
+
+
+def write(output: Path, note: str, picture: np.ndarray, icc: bytes | None, somebody: bool) -> bool:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(output) as file:
+        file.writelines(encode_png(picture, icc, note))
+    return somebody
 
 
 # --- the command line -------------------------------------------------------------------------------------
@@ -330,7 +233,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("photos", nargs="+", metavar="PHOTO_OR_FOLDER", help="folders with all their subfolders")
     add("--checkpoint", help=f"the trained model ({TRAINED}, or else cutting/person.pth if there is one, named box)")
     add("--output", default="cutouts", help="folder for the results, or of one photo a file *.png (%(default)s)")
-    add("--overwrite", action="store_true", help="make results again that are there already, instead of going on")
+    add("--overwrite", action="store_true", help="make again what is there already, and replace other files")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--mask", action="store_true", help="write the mask alone, in grey")
     kind.add_argument("--background", metavar="COLOUR_OR_PHOTO", help="compose onto e.g. white, #3366cc or beach.jpg")
@@ -349,6 +252,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
+def style_of(options: argparse.Namespace) -> Style:
+    size = f" at {options.image_size}" if options.image_size else ""
+    return Style(options.mask, read_background(options.background), options.threshold, options.keep_background_colours,
+                 identity(options.checkpoint) + size)  # fmt: skip
+
+
 def read_background(text: str | None) -> tuple[int, ...] | np.ndarray | None:
     """The photo of that name, or else a colour (red, green, blue)."""
     if text is None or os.path.isfile(text):
@@ -363,9 +272,8 @@ def main(options: argparse.Namespace) -> int:
     """Returns how many photos could not be done."""
     output, outcomes = Path(options.output), []
     jobs, unknown = plan(options.photos, output)
-    todo = [(photo, made) for photo, made in jobs if options.overwrite or not os.path.exists(made)]
-    background = read_background(options.background)
-    style = Style(options.mask, background, options.threshold, options.keep_background_colours)
+    style = style_of(options)
+    todo, kept = remaining(jobs, style.how, options.overwrite, names_a_file(output))
     if todo:
         cutter = load(options.checkpoint, options.device, options.image_size)
         try:
@@ -373,30 +281,40 @@ def main(options: argparse.Namespace) -> int:
         except OSError as error:
             raise UserError(f"--output {output} cannot be written: {error.strerror}") from None
         tell_model(cutter, [photo for photo, _ in jobs])
+        if not options.overwrite and (again := sum(os.path.exists(made) for _, made in todo)):
+            outputs = counted(again, "output")
+            print(f"{outputs} of another model or style, or of a photo that has changed: made again", flush=True)
         outcomes = cut_all(cutter, todo, style, options.batch_size)
     for advice, paths in by_advice(unknown).items():
         kinds = ", ".join(sorted({path.suffix.lower() for path in paths}))
         print(f"{counted(len(paths), 'photo')} ({kinds}) cannot be read here: {advice}", file=sys.stderr)
     failed = len(unknown) + sum(len(outcome.failures) for outcome in outcomes)
     empty = {photo for outcome in outcomes for photo in outcome.empty}
-    kept, photos = len(jobs) - len(todo), len(jobs) + len(unknown)
-    print(f"{photos - kept - failed} of {counted(photos, 'photo')} written to {output}"
+    photos = len(jobs) + len(unknown)
+    print(f"{len(todo) + len(unknown) - failed} of {counted(photos, 'photo')} written to {output}"
           + notes(kept, failed, [photo for photo, _ in todo if photo in empty]), flush=True)  # fmt: skip
     return failed
 
 
-def notes(kept: int, failed: int, empty: list[Path]) -> str:
-    """The rest of the last line: how many were left as they are, could not be done, and show nobody; of these a few."""
+def notes(kept: dict[str, list[Path]], failed: int, empty: list[Path]) -> str:
+    """The rest of the last line: how many stay and why, could not be done, and show nobody; of these a few."""
     text = ""
-    if kept:
-        was, them = ("was", "it") if kept == 1 else ("were", "them")
-        text += f", {kept} {was} there already (--overwrite makes {them} again)"
+    for reason, made in kept.items():
+        was, them = ("was", "it") if len(made) == 1 else ("were", "them")
+        if reason == THERE:
+            text += f", {len(made)} {was} there already (--overwrite makes {them} again)"
+        else:
+            flags = "--output FILE --overwrite" if reason == BESIDE else "--overwrite"
+            text += f", {len(made)} kept, {reason}: {a_few(made)} ({flags} replaces {them})"
     if failed:
         text += f", {failed} could not be done"
     if empty:
-        names = [str(photo) for photo in empty[:NAMED]] + ["..."] * (len(empty) > NAMED)
-        text += f"; nobody was found in {counted(len(empty), 'photo')}: {', '.join(names)}"
+        text += f"; nobody was found in {counted(len(empty), 'photo')}: {a_few(empty)}"
     return text
+
+
+def a_few(paths: list[Path]) -> str:
+    return ", ".join([str(path) for path in paths[:NAMED]] + ["..."] * (len(paths) > NAMED))
 
 
 def tell_model(cutter: Cutter, photos: list[Path]) -> None:

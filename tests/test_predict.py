@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import PICTURE, fresh_python, save_picture, save_random_model, sharpen
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, PngImagePlugin
 
 import evaluate
 import predict
 import trainer
-from cutting import cutter, photos
+from cutting import cutter, jobs, photos
 from cutting.cutter import load
 from predict import run_command
 
@@ -132,7 +132,8 @@ def test_existing_outputs_are_kept_unless_told_otherwise(tmp_path, run, stub):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "a.png").write_text("mine")
     code, lines, _ = run(tmp_path / "in", "--output", tmp_path / "out")
-    assert (code, lines[0].split(" written")[0]) == (0, "1 of 2 photos")
+    kept = f"1 kept, not made by predict.py or changed since: {tmp_path / 'out' / 'a.png'} (--overwrite replaces it)"
+    assert (code, lines) == (0, [f"1 of 2 photos written to {tmp_path / 'out'}, {kept}"])
     assert (tmp_path / "out" / "a.png").read_text() == "mine"
     assert run(tmp_path / "in", "--output", tmp_path / "out", "--overwrite")[0] == 0
     assert Image.open(tmp_path / "out" / "a.png").mode == "RGBA"
@@ -173,14 +174,14 @@ def test_interrupted_run_leaves_whole_files_and_goes_on(tmp_path, run, stub, mon
         save_picture(tmp_path / "in" / f"{n}.jpg")
     real, lock, count = predict.encode_png, threading.Lock(), [0]
 
-    def interrupted(picture, icc):
+    def interrupted(*arguments):
         with lock:
             count[0] += 1
             if count[0] != 4:
-                return real(picture, icc)
+                return real(*arguments)
         if moment == "before":
             raise KeyboardInterrupt
-        return cut_off(real(picture, icc))
+        return cut_off(real(*arguments))
 
     def cut_off(pieces):
         yield pieces[0][:50]
@@ -268,7 +269,7 @@ def without_extras(monkeypatch):
     """As where neither of Pillow's plug-ins is installed."""
     known = frozenset(e for e in photos.readable_extensions() if e not in photos.OTHER_KINDS or e == ".avif")
     monkeypatch.setattr(photos, "readable_extensions", lambda: known)
-    monkeypatch.setattr(predict, "readable_extensions", lambda: known)
+    monkeypatch.setattr(jobs, "readable_extensions", lambda: known)
 
 
 @pytest.mark.usefixtures("without_extras")
@@ -376,7 +377,7 @@ def test_one_photo_goes_to_the_file_that_is_named(tmp_path, run, stub):
     assert outputs(tmp_path) == {"a.jpg", "b.jpg", "new/Result.PNG"}
     assert read_rgba(made).shape == (50, 70, 4)
     made.write_text("mine")
-    said = f"0 of 1 photo written to {made}, 1 was there already (--overwrite makes it again)"
+    said = f"0 of 1 photo written to {made}, 1 kept, {jobs.FOREIGN}: {made} (--overwrite replaces it)"
     assert run(photo, "--output", made)[:2] == (0, [said])
     assert made.read_text() == "mine"
     assert run(photo, "--output", made, "--overwrite")[0] == 0
@@ -410,6 +411,133 @@ def test_photos_without_anybody_are_counted_and_a_few_named(options, tmp_path, r
     assert (code, lines) == (0, [said])
     _, lines, _ = run(tmp_path / "in" / "0.png", "--output", tmp_path / "one", *options)
     assert lines[0].endswith(f"; nobody was found in 1 photo: {tmp_path / 'in' / '0.png'}")
+
+
+# --- what made an output -----------------------------------------------------------------------------------
+
+SIZE, OTHER = ["--image-size", "96"], ["--checkpoint", "other.pth"]
+# Each differs little from the one before it.
+STYLES = ([], SIZE, SIZE + OTHER, ["--mask"], ["--mask", "--threshold", "0.5"], ["--mask", "--threshold", "0.501"],
+          ["--background", "red"], ["--background", "ground.png"], ["--background", "other.png"],
+          ["--keep-background-colours"], ["--keep-background-colours", "--threshold", "0.5"],
+          ["--threshold", "0.5"])  # fmt: skip
+THERE = ", 2 were there already (--overwrite makes them again)"
+AGAIN = "of another model or style, or of a photo that has changed: made again"
+
+
+@pytest.fixture
+def folder(tmp_path, run, monkeypatch):
+    """The working directory: two photos, two backgrounds, two models."""
+    monkeypatch.chdir(tmp_path)
+    save_model(Path("other.pth"), 7)
+    for name in ("in/a.png", "in/sub/b.png", "ground.png"):
+        save_picture(Path(name))
+    save_picture(Path("other.png"), PICTURE[::-1].copy())
+    return tmp_path
+
+
+def test_outputs_of_another_style_or_model_are_made_again_and_others_stay(folder, run):
+    fresh = []
+    for n, style in enumerate(STYLES):
+        assert run("in", "--output", f"fresh{n}", *style)[0] == 0
+        fresh.append(Path(f"fresh{n}/sub/b.png").read_bytes())
+    for n, style in enumerate(STYLES):
+        code, lines, errors = run("in", "--output", "out", *style)
+        again = [f"2 outputs {AGAIN}"] if n else []
+        assert (code, lines[:-1], errors) == (0, again, [])
+        assert lines[-1].startswith("2 of 2 photos written to out")
+        assert Path("out/sub/b.png").read_bytes() == fresh[n], style
+        assert run("in", "--output", "out", *style)[1] == [f"0 of 2 photos written to out{THERE}"]
+    assert len(set(fresh)) == len(STYLES)
+
+
+def test_equal_ways_are_told_by_what_they_mean(folder, run):
+    run("in", "--output", "out", "--background", "white")
+    assert run("in", "--output", "out", "--background", "#ffffff")[1][-1].endswith(THERE)
+    run("in", "--output", "out", "--checkpoint", "other.pth", "--overwrite")
+    shutil.copy("other.pth", "moved.pth")
+    assert run("in", "--output", "out", "--checkpoint", "moved.pth")[1][-1].endswith(THERE)
+    save_model(Path("moved.pth"), 8)
+    assert run("in", "--output", "out", "--checkpoint", "moved.pth")[1][0] == f"2 outputs {AGAIN}"
+    os.rename("in", "elsewhere")
+    assert run("elsewhere", "--output", "out", "--checkpoint", "moved.pth")[1][-1].endswith(THERE)
+
+
+def test_half_a_run_in_another_style_goes_on_with_what_is_left(folder, run):
+    run("in", "--output", "out")
+    run("in/a.png", "--output", "out", "--mask")
+    lines = run("in", "--output", "out", "--mask")[1]
+    said = "1 of 2 photos written to out, 1 was there already (--overwrite makes it again)"
+    assert (lines[0], lines[1].partition(";")[0]) == (f"1 output {AGAIN}", said)
+
+
+def test_a_photo_that_has_changed_is_cut_again(folder, run):
+    run("in", "--output", "out", "--mask")
+    save_picture(Path("in/a.png"), PICTURE[:, ::-1].copy())
+    os.utime("in/a.png", ns=(1, 1))
+    code, lines, _ = run("in", "--output", "out", "--mask")
+    assert (code, lines[0]) == (0, f"1 output {AGAIN}")
+    assert lines[1].startswith("1 of 2 photos written to out, 1 was there already")
+    run("in/a.png", "--output", "fresh", "--mask")
+    assert Path("out/a.png").read_bytes() == Path("fresh/a.png").read_bytes()
+
+
+def test_the_output_of_another_photo_stays_and_is_named(folder, run):
+    run("in/a.png", "--output", "out")
+    before = Path("out/a.png").read_bytes()
+    save_picture(Path("two/a.png"), PICTURE[:20])
+    for options in ([], ["--mask"]):
+        said = "0 of 1 photo written to out, 1 kept, made of another photo: out/a.png (--overwrite replaces it)"
+        assert run("two/a.png", "--output", "out", *options)[:2] == (0, [said])
+    assert Path("out/a.png").read_bytes() == before
+    run("two/a.png", "--output", "out", "--overwrite")
+    assert read_rgba(Path("out/a.png")).shape == (20, 70, 4)
+
+
+def test_what_was_changed_since_is_the_users(folder, run):
+    run("in", "--output", "out")
+    image = Image.open("out/a.png")
+    image.save("out/a.png", pnginfo=noted(image))
+    edited = Path("out/a.png").read_bytes()
+    assert b"tEXtSilueta" in edited[:100]  # as of programs that keep what they do not know
+    Path("out/sub/b.png").write_bytes(Path("out/sub/b.png").read_bytes()[:-20])
+    (Path("out") / "folder").mkdir()
+    code, lines, _ = run("in", "--output", "out", "--mask")
+    kept = f"2 kept, {jobs.FOREIGN}: out/a.png, out/sub/b.png (--overwrite replaces them)"
+    assert (code, lines) == (0, [f"0 of 2 photos written to out, {kept}"])
+    assert Path("out/a.png").read_bytes() == edited
+
+
+def noted(image: Image.Image) -> PngImagePlugin.PngInfo:
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Silueta", image.text["Silueta"])
+    return info
+
+
+def test_a_file_of_the_users_beside_a_photo_is_replaced_only_if_it_is_named(folder, run):
+    save_picture(Path("in/a.jpg"))
+    mine = Path("in/a.png").read_bytes()
+    for options in ([], ["--overwrite"]):
+        code, lines, _ = run("in/a.jpg", "--output", "in", *options)
+        kept = f"1 kept, beside the photos and {jobs.FOREIGN}: in/a.png (--output FILE --overwrite replaces it)"
+        assert (code, lines) == (0, [f"0 of 1 photo written to in, {kept}"])
+    assert run("in/a.jpg", "--output", "in/a.png")[1][0].endswith("in/a.png (--overwrite replaces it)")
+    assert Path("in/a.png").read_bytes() == mine
+    assert run("in/a.jpg", "--output", "in/a.png", "--overwrite")[0] == 0
+    assert Path("in/a.png").read_bytes() != mine
+    assert run("in/a.jpg", "--output", "in", "--mask")[1][0] == f"1 output {AGAIN}"  # it is predict.py's now
+
+
+def test_any_reader_finds_the_note(folder, run, small_checkpoint):
+    run("in/a.png", "--output", "out", "--threshold", "0.5")
+    image = Image.open("out/a.png")
+    how, photo, place, length = image.text["Silueta"].split("; ")
+    assert how == f"cutout, threshold 0.5, by {cutter.identity(small_checkpoint)}"
+    assert (photo, place) == jobs.origin_of(Path("in/a.png"), how)[1:]
+    whole = Path("out/a.png").read_bytes()
+    assert length == f"{len(whole) - 12 - len('Silueta') - 1 - len(image.text['Silueta'])} bytes"
+    assert whole.index(b"tEXt") == 37  # read by a look at the file's beginning
+    assert whole.index(b"tEXt") < whole.index(b"IDAT")
 
 
 # --- mask, background, threshold --------------------------------------------------------------------------

@@ -35,11 +35,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before onnxruntime's import: it would note events and send them
 
 from cutting.cutter import Cutter, load
+from cutting.jobs import photos_in
 from cutting.photos import open_photo
 from datasets import COCOPersonDataset
 from loading.letterbox import letterbox, resize
 from models import UNetAutoencoder
-from predict import photos_in
 from training.settings import OneLineParser
 from training.streams import steady_streams
 from utils import SegmentationMetrics, UserError, atomic_write, counted, read_checkpoint

@@ -307,6 +307,19 @@ def test_a_cutout_that_is_scaled_has_no_dark_seam(size, how, ground):
     assert errors[0] < 0.25 * errors[1]
 
 
+@pytest.mark.parametrize("factor", [2, 4])
+def test_a_cutout_scaled_down_has_the_persons_colours_at_its_edge(factor):
+    """Straight alpha as most programs scale it: the colours by themselves, whatever alpha says of them."""
+    found, _, opacity, person = cut_out((320, 400), hard=True)
+    size = 400 // factor, 320 // factor
+    alpha, truth = scaled(opacity, size, cv2.INTER_AREA), scaled(person, size, cv2.INTER_AREA)
+    edge = (alpha > 5) & (alpha < 250)
+    seen, black = (scaled(colours, size, cv2.INTER_AREA) for colours in (found, found * (opacity[..., None] > 0)))
+    assert distance(seen[edge], truth[edge]) < 8
+    assert (truth[edge] - seen[edge]).mean() < 2  # darker
+    assert (truth[edge] - black[edge]).mean() > 10  # without the band of their colours
+
+
 def test_nobody_leaves_nothing_and_a_person_everywhere_leaves_all():
     photo = RNG.integers(1, 256, (90, 120, 3), dtype=np.uint8)
     square, metadata = letterbox(photo, 64)
