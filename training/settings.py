@@ -58,12 +58,13 @@ def answer(program: str, work: Callable[[], object]) -> int:
 
 
 def resembling(name: str, flags: list[str]) -> str:
-    """The flag of these initials (--lr), with this word in it (--epochs), or misspelt so; "" where none is."""
+    """The flag of these initials (--lr), with this word in it (--epochs), or misspelt so (it or a word); "" if none."""
     words = {flag: flag.strip("-").split("-") for flag in flags}
     by_initials = [flag for flag in flags if "".join(word[:1] for word in words[flag]) == name.strip("-")]
     by_word = [flag for flag in flags if name.strip("-") in words[flag]]
     misspelt = difflib.get_close_matches(name, flags, n=1, cutoff=0.75)
-    return next((found[0] for found in (by_initials, by_word, misspelt) if len(found) == 1), "")
+    by_part = [flag for flag in flags if difflib.get_close_matches(name.strip("-"), words[flag], cutoff=0.75)]
+    return next((found[0] for found in (by_initials, by_word, misspelt, by_part) if len(found) == 1), "")
 
 
 def read_settings(

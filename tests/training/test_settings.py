@@ -80,6 +80,7 @@ def test_what_cannot_be_gets_one_line(tmp_path, line, words):
         ("--lr", "--learning-rate"), ("--bs", "--batch-size"), ("--epochs", "--num-epochs"),
         ("--rate", "--learning-rate"),
         ("--learning-rat", "--learning-rate"), ("--batchsize", "--batch-size"), ("--no-amq", "--no-amp"),
+        ("--epoch", "--num-epochs"), ("--learn", "--learning-rate"), ("--batches", "--batch-size"),
         ("--size", None), ("--name", None), ("--gpus", None), ("--wandb", None),
     ],
 )  # fmt: skip
