@@ -24,7 +24,6 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam
-from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P, or PYTHONSAFEPATH, does not look here by itself
@@ -42,6 +41,7 @@ from training.checkpoints import BOARD, CURVES, PREVIEW, RUN_JSON, RUN_LOG, RunF
 from training.interruptions import Stopped, Watch
 from training.limits import LIMITS, check  # noqa: F401 - the limits are asked for here
 from training.run import Run
+from training.schedule import Schedule, first_cycle
 from training.settings import UsageError, read_settings
 from training.step import (
     SMALL_BATCH,
@@ -275,7 +275,8 @@ def start_run(config: Config, processes: Processes, found: tuple[Path, dict] | N
     if needs_sync_batchnorm(processes, config.batch_size // parts, config.image_size):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     optimizer = build_optimizer(model, config)
-    scheduler = CosineAnnealingWarmRestarts(optimizer, first_cycle(config), config.restart_mult)
+    first = first_cycle(config.num_epochs, config.restart_period, config.restart_mult)
+    scheduler = Schedule(optimizer, first, config.restart_mult)
     scaler = torch.amp.GradScaler(processes.device.type, enabled=amp_dtype == torch.float16)
     criterion = LossCalculator(config.colour_weight, config.bce_weight, config.dice_weight, config.contour_weight)
     average = WeightAverage(model, config.average_decay) if config.average_decay else None
@@ -309,12 +310,6 @@ def build_optimizer(model: UNetAutoencoder, config: Config) -> Adam:
     groups = weight_groups(model, config.learning_rate, decoder_rate)
     # Fused, it skips float16's overflows on the GPU itself, where others would wait for the answer at every step.
     return Adam(groups, weight_decay=config.weight_decay, fused=True)
-
-
-def first_cycle(config: Config) -> int:
-    """T_0: by default such that a second cycle ends with the run, or one cycle does where its epochs allow no two."""
-    whole, rest = divmod(config.num_epochs, 1 + config.restart_mult)
-    return config.restart_period or (config.num_epochs if rest else whole)
 
 
 def from_imagenet(config: Config) -> bool:

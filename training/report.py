@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -28,6 +27,7 @@ from loading.sources import shared_folders
 from loading.unreadable import SKIPPED
 from training.checkpoints import BEST, disk_needed
 from training.run import Run
+from training.schedule import Schedule, cycles
 from utils import atomic_write, counted
 
 TABLE_HEAD = "  epoch | train loss   IoU  Dice | val loss   IoU  Dice |      lr    time wait"  # and a star
@@ -61,11 +61,12 @@ def describe(run: Run, changed: dict, folder: Path, train_loader: DataLoader, va
         "device": f"{processes.device}, {computed_in(run)}, {processes.world_size} process"
                   f"{'es' if processes.world_size > 1 else ''}, {counted(train_loader.num_workers, 'worker')} each",
         "note": "; ".join(filter(None, [
-            processes.note, unfinished_cycle(run.scheduler, epochs), seen_twice(train, val)])),
+            processes.note, unfinished_cycle(run.scheduler, epochs) * (run.scheduler.end != epochs),
+            seen_twice(train, val)])),
         "batch": f"{counted(batch_size * accumulate * processes.world_size, 'photo')} a step, "
                  f"{counted(math.ceil(len(train_loader) / accumulate), 'step')} an epoch",
-        "rates": f"{described_rates(run.scheduler)}, in cosine cycles of {described_cycles(run.scheduler, epochs)} "
-                 f"epochs{', weights averaged' if run.average is not None else ''}",
+        "rates": f"{described_rates(run.scheduler)}, in {described_cycles(run.scheduler, epochs)}"
+                 f"{', weights averaged' if run.average is not None else ''}",
         "memory": f"{batch_size} photos at once do not fit in the free memory of {processes.device}: "
                   f"each batch is computed in {run.parts} parts" if run.parts > 1 else "",
         "model": f"{settings['encoder']}, {parameters / 1e6:.1f} million parameters"
@@ -81,7 +82,7 @@ def keeps_batchnorm(run: Run) -> bool:
     return run.keeps_statistics and any("running_mean" in name for name, _ in run.model.encoder.named_buffers())
 
 
-def described_rates(scheduler: CosineAnnealingWarmRestarts) -> str:
+def described_rates(scheduler: Schedule) -> str:
     """1e-04 for the encoder, 1e-03 for the decoder."""
     encoder, *decoder = (f"{rate:.2g}" for rate in scheduler.base_lrs)
     return f"{encoder} for the encoder, {decoder[0]} for the decoder" if decoder else encoder
@@ -129,23 +130,18 @@ def computed_in(run: Run) -> str:
     return f"{precision(run.amp_dtype)} ({'convolutions in TF32' if tf32 else 'no TF32'})"
 
 
-def cycles(scheduler: CosineAnnealingWarmRestarts, num_epochs: int) -> list[int]:
-    """The lengths in epochs of the cosine cycles, up to the one that the run ends in."""
-    lengths = [scheduler.T_0]
-    while sum(lengths) < num_epochs:
-        lengths.append(lengths[-1] * scheduler.T_mult)
-    return lengths
-
-
-def described_cycles(scheduler: CosineAnnealingWarmRestarts, num_epochs: int) -> str:
-    """25 and 75; 1, 2, 4 ... 64."""
+def described_cycles(scheduler: Schedule, num_epochs: int) -> str:
+    """In cosine cycles of 25 and 75 epochs; of 1, 2, 4 ... 64 epochs; or one that was made to end with the run."""
+    if scheduler.end == num_epochs:
+        begins = f", which begins with {scheduler.share:.2g} of that" if scheduler.share != 1 else ""
+        return f"a last cosine cycle of the epochs {scheduler.begin + 1} to {num_epochs}{begins}"
     *first, last = (str(length) for length in cycles(scheduler, num_epochs))
     if len(first) > 3:
-        return f"{', '.join(first[:3])} ... {last}"
-    return f"{', '.join(first)} and {last}" if first else last
+        return f"cosine cycles of {', '.join(first[:3])} ... {last} epochs"
+    return f"cosine cycles of {', '.join(first)} and {last} epochs" if first else f"cosine cycles of {last} epochs"
 
 
-def unfinished_cycle(scheduler: CosineAnnealingWarmRestarts, num_epochs: int) -> str:
+def unfinished_cycle(scheduler: Schedule, num_epochs: int) -> str:
     """A warning where the run ends in the middle of a cosine cycle, with a learning rate that is still high."""
     lengths = cycles(scheduler, num_epochs)
     end = sum(lengths)

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.amp import GradScaler
 from torch.optim import Adam
-from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
 from loading.unreadable import TolerantDataset
 from training.board import Board
+from training.schedule import Schedule
 from training.step import FiniteGuard, Tally
 from training.weights import WeightAverage, keep_statistics
 from utils import CheckpointError, LossCalculator, Processes, from_all
@@ -34,7 +34,7 @@ class Run:
     parallel_model: nn.Module  # the same, wrapped where several processes share the work
     criterion: LossCalculator
     optimizer: Adam
-    scheduler: CosineAnnealingWarmRestarts
+    scheduler: Schedule
     scaler: GradScaler
     amp_dtype: torch.dtype | None
     parts: int = 1  # that a batch is computed in, one after another, where the GPU's memory does not hold all of it
@@ -156,8 +156,10 @@ class Run:
             raise CheckpointError(f"the checkpoint does not fit this program's model: {reason}") from None
 
     def _restore(self, content: dict) -> None:
-        for group in content["optimizer"]["param_groups"]:
+        rates, decays = self.scheduler.base_lrs, [group["weight_decay"] for group in self.optimizer.param_groups]
+        for group, decay in zip(content["optimizer"]["param_groups"], decays, strict=True):
             group["fused"] = self.optimizer.defaults["fused"]  # how the step is computed is this program's business
+            group["weight_decay"] = decay  # and this is a setting, as the rates are
         for name, part in self._parts().items():
             if content.get(name):  # a scaler or an average that there was not has no state, and starts anew
                 part.load_state_dict(content[name])
@@ -171,6 +173,17 @@ class Run:
         self.step = photos_done // (self.processes.world_size * photos_a_step(self.settings))
         if tallies:
             self._restore_figures(tallies)
+        self._follow_settings(rates, content["config"])
+
+    def _follow_settings(self, rates: list[float], before: dict) -> None:
+        """Other learning rates than those of before, and another number of epochs, are gone on with."""
+        others = rates != self.scheduler.base_lrs
+        if others:
+            self.scheduler.take_rates(rates)
+        planned, epochs = before.get("num_epochs"), self.settings.get("num_epochs")
+        if epochs != planned and epochs > self.epochs_done and not self.settings["restart_period"]:
+            share = {"share": 1.0} if others else {}  # a rate that is said for what is added is meant as it is
+            self.scheduler.end_with(epochs, planned, self.epochs_done, **share)
 
     def _lay_out_moments(self) -> None:
         """Like their weights: they come in the layout of the run that saved them; a fused Adam expects one for all."""
