@@ -16,6 +16,7 @@ import math
 import re
 import signal
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,10 +40,10 @@ from training import curves, launching, pictures, report, resuming, runlog, star
 from training.board import Board
 from training.checkpoints import BOARD, CURVES, PREVIEW, RUN_JSON, RUN_LOG, RunFolder, tried
 from training.interruptions import Stopped, Watch
-from training.limits import LIMITS, check  # noqa: F401 - the limits are asked for here
+from training.limits import LIMITS, check, check_batch  # noqa: F401 - the limits are asked for here
 from training.run import Run
 from training.schedule import Schedule, first_cycle
-from training.settings import UsageError, read_settings
+from training.settings import UsageError, read_settings, typed_in
 from training.step import (
     SMALL_BATCH,
     Tally,
@@ -118,6 +119,8 @@ class Config:
     sample: bool = False  # train on built-in drawings with the small settings below
 
 
+FIELDS = tuple(field.name for field in dataclasses.fields(Config))
+
 # What --sample sets instead; a flag still overrides it.
 SAMPLE = dict(
     data_root="data/sample", checkpoint_dir="checkpoints/sample", encoder="resnet18", pretrained=False,
@@ -128,11 +131,13 @@ SAMPLE = dict(
 # --- the run ----------------------------------------------------------------------------------------------
 
 
-def main(config: Config) -> None:
+def main(config: Config, typed: Collection[str] = FIELDS) -> None:
+    """Trains; `typed` are the settings that a run which goes on takes from `config`, and not from its checkpoint."""
     folder = RunFolder(folder_of(config), config.keep_checkpoints)
     with launching.joined(config.device) as processes, folder:
-        train_loader, val_loader = open_data(config, processes)
-        found = find_start(config, processes, folder, train_loader, val_loader)
+        config, found = find_start(config, typed, processes, folder)
+        folder.keep = config.keep_checkpoints
+        train_loader, val_loader = open_data(config, processes, found)
         run = start_run(config, processes, found)
         begin(run, config, folder, train_loader, val_loader)
         with Watch(run, folder, config.checkpoint_minutes) as watch:
@@ -202,8 +207,39 @@ def seed_from(*numbers: int) -> int:
 # --- before the epochs ------------------------------------------------------------------------------------
 
 
-def open_data(config: Config, processes: Processes) -> tuple[DataLoader, DataLoader]:
-    """The loaders of this process's share of the training and the validation photos."""
+def find_start(
+    config: Config, typed: Collection[str], processes: Processes, folder: RunFolder
+) -> tuple[Config, tuple[Path, dict] | None]:
+    """The checkpoint to go on from, if any, and the settings, which are then its own but for what was typed.
+
+    The main process's disk decides: others may have none, or another one.
+    """
+
+    def find() -> tuple[dict, tuple[Path, dict] | None]:
+        folder.claim()
+        wanted = dataclasses.asdict(config)
+        found = resuming.find_checkpoint(folder.path, config.resume, dataclasses.asdict(Config()))
+        if found is None:
+            return wanted, None
+        settings = resuming.settings_to_go_on_with(found, wanted, typed)
+        check_batch(Config(**settings))
+        print(resuming.described(found, settings, wanted, processes.world_size), flush=True)
+        return settings, found
+
+    settings, found = utils.on_main(find, processes)
+    own = {name: getattr(config, name) for name in resuming.OF_THIS_START}
+    return Config(**settings | own), found
+
+
+def open_data(
+    config: Config, processes: Processes, found: tuple[Path, dict] | None = None
+) -> tuple[DataLoader, DataLoader]:
+    """The loaders of this process's share of the training and the validation photos: those of the checkpoint, if any.
+
+    Raises:
+        DataError: they cannot be used.
+        ResumeError: they are not those that the checkpoint to go on from was trained beside.
+    """
     with launching.one_process_first(processes):
         if config.sample:
             draw_sample(config)
@@ -217,6 +253,9 @@ def open_data(config: Config, processes: Processes) -> tuple[DataLoader, DataLoa
             )
             for split, training in ((config.train_split, True), (config.val_split, False))
         )  # fmt: skip
+    if found:
+        settings = dataclasses.asdict(config)
+        utils.on_main(lambda: resuming.refuse_other_data(found, settings, train.dataset, val.dataset), processes)
     workers = workers_per_process(config.num_workers, usable_cores(), launching.sharing_cores(processes))
     pin_memory = config.pin_memory and processes.device.type == "cuda"
     place = {"rank": processes.rank, "world_size": processes.world_size, "pin_memory": pin_memory}
@@ -245,25 +284,9 @@ def draw_sample(config: Config) -> None:
         raise UsageError(f"the sample cannot be drawn: {error}") from None
 
 
-def find_start(
-    config: Config, processes: Processes, folder: RunFolder, train_loader: DataLoader, val_loader: DataLoader
-) -> tuple[Path, dict] | None:
-    """The checkpoint to go on from, if any. The main process's disk decides: others may have none, or another one."""
-
-    def find() -> tuple[Path, dict] | None:
-        folder.claim()
-        train, val = train_loader.dataset.dataset, val_loader.dataset.dataset
-        settings, defaults = dataclasses.asdict(config), dataclasses.asdict(Config())
-        data = resuming.contents(train, val)
-        return resuming.find_checkpoint(folder.path, settings, defaults, processes.world_size, len(train), data)
-
-    return utils.on_main(find, processes)
-
-
 def start_run(config: Config, processes: Processes, found: tuple[Path, dict] | None = None) -> Run:
     """The model and what trains it, from the first weights or from the checkpoint that was found."""
     torch.manual_seed(config.seed)
-    config = dataclasses.replace(config, **resuming.beginning(found))
     model = build_model(config, processes, is_new=found is None)
     amp_dtype = utils.autocast_dtype(processes.device, config.amp, config.bfloat16_on_cpu)
     parts = 1
@@ -377,6 +400,9 @@ def finish(run: Run, folder: RunFolder) -> None:
 # --- the command line -------------------------------------------------------------------------------------
 
 
+SPECIAL = {"resume": {"nargs": "?", "const": resuming.NEWEST, "metavar": "FILE"}}  # argparse's options of a flag
+
+
 def parse(argv: list[str]) -> Config:
     """The settings: the defaults, those of --sample over them, the flags over both.
 
@@ -385,9 +411,8 @@ def parse(argv: list[str]) -> Config:
     """
     if any(argument.split("=")[0] == "--evaluate" for argument in argv):
         raise UsageError("--evaluate is a command of its own: python evaluate.py checkpoints/best_model.pth")
-    special = {"resume": {"nargs": "?", "const": resuming.NEWEST, "metavar": "FILE"}}
     presets = {"sample": lambda _: SAMPLE, "start_from": lambda name: starting.settings_of(trained_file(name))}
-    config = read_settings(argv, Config, __doc__, presets, special)
+    config = read_settings(argv, Config, __doc__, presets, SPECIAL)
     check(config)
     return config
 
@@ -404,7 +429,7 @@ def run_command(argv: list[str]) -> int:
         try:
             config = parse(argv[1:])
             launching.use_every_gpu(argv, config.device)
-            main(config)
+            main(config, typed_in(argv[1:], Config, SPECIAL))
         except Stopped as stop:
             return stop.code
         except KeyboardInterrupt:

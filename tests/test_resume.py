@@ -416,6 +416,139 @@ def test_what_changed_and_does_no_harm_is_said(coco_root, tmp_path, capsys):
     assert "batch_size 4 is now 5" in capsys.readouterr().out
 
 
+def goes_on(run_folder: Path, *typed: str) -> None:
+    """With nothing typed but where the run is, on which device, and this."""
+    command = ["trainer.py", "--resume", f"--checkpoint-dir={run_folder}", "--device=cpu", *typed]
+    assert trainer.run_command(command) == 0
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_resume_needs_no_flag_of_the_run_again(moved, straight, coco_root, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        after_batch(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert run(small(coco_root, tmp_path / "run", keep_checkpoints=0, **TWO), Stopped)
+    if moved:
+        coco_root.rename(tmp_path / "moved")
+    goes_on(tmp_path / "run", *([f"--data-root={tmp_path / 'moved'}"] if moved else []))
+    assert_the_same(tmp_path / "run", straight)
+    assert (tmp_path / "run" / "epoch_0001.pth").exists()
+    settings = [read_checkpoint(folder / "last.pth")["config"] for folder in (tmp_path / "run", straight)]
+    changed = {name for name in settings[0] if settings[0][name] != settings[1][name]}
+    assert changed == {"checkpoint_dir", "resume"} | ({"data_root"} if moved else set())
+    assert "image_size 32 (384)" in capsys.readouterr().out  # the file has another one, and does not count
+
+
+def test_with_nothing_to_resume_the_flags_and_the_file_count(coco_root, tmp_path):
+    typed = flags(small(coco_root, tmp_path / "run", num_epochs=1, resume="newest"))
+    assert trainer.run_command(["trainer.py", *typed]) == 0
+    assert read_checkpoint(tmp_path / "run" / "last.pth")["config"]["image_size"] == 32
+
+
+def test_data_that_are_not_there_any_more_are_named_with_the_flag_that_says_where_they_are(coco_root, tmp_path, capsys):
+    trainer.main(small(coco_root, tmp_path / "run", num_epochs=1))
+    coco_root.rename(tmp_path / "moved")
+    error = refusal(capsys, "--resume", f"--checkpoint-dir={tmp_path / 'run'}", "--device=cpu")
+    assert str(coco_root) in error
+    assert "--data-root names another folder" in error
+
+
+def test_another_process_has_the_settings_of_the_main_ones_checkpoint(coco_root, tmp_path, monkeypatch):
+    trainer.main(small(coco_root, tmp_path / "run", num_epochs=1))
+    main, other = (trainer.Config(checkpoint_dir=str(tmp_path / name), resume="newest") for name in ("run", "none"))
+    on_main, told = utils.on_main, []
+    monkeypatch.setattr(utils, "on_main", lambda *args: told.append(on_main(*args)) or told[0])
+    with trainer.RunFolder(tmp_path / "run", 0) as folder:
+        config, found = trainer.find_start(main, [], trainer.Processes(torch.device("cpu")), folder)
+    monkeypatch.setattr(utils, "on_main", lambda *_: told[0])
+    elsewhere, same_found = trainer.find_start(other, [], None, None)
+    assert (config.image_size, found[1]["epoch"]) == (32, 1)
+    assert dataclasses.replace(elsewhere, checkpoint_dir=config.checkpoint_dir) == config
+    assert elsewhere.checkpoint_dir == other.checkpoint_dir
+    assert same_found is found
+
+
+def rates_of(monkeypatch, *command: str) -> list[float]:
+    """Of each step that is done."""
+    rates, end_step = [], trainer.Run.end_step
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Run, "end_step", lambda run, *args: (
+            rates.append(run.optimizer.param_groups[0]["lr"]), end_step(run, *args)))  # fmt: skip
+        goes_on(*command)
+    return rates
+
+
+def wave(rate: float, epochs: int) -> list[float]:
+    """A cosine cycle over so many epochs of three steps."""
+    return [rate * (1 + math.cos(math.pi * step / STEPS / epochs)) / 2 for step in range(STEPS * epochs)]
+
+
+@pytest.mark.parametrize(
+    ("typed", "rate", "told"),
+    [
+        ([], 1e-4 / 3, "0.0001, in a last cosine cycle of the epochs 2 to 3, which begins with 0.33 of that"),
+        (["--learning-rate=0.002"], 2e-3, "0.002, in a last cosine cycle of the epochs 2 to 3,"),
+    ],
+)
+def test_epochs_that_are_added_to_a_run_that_was_through_are_a_cycle_of_their_own(
+    typed, rate, told, coco_root, tmp_path, monkeypatch, capsys
+):
+    folder = tmp_path / "run"
+    trainer.main(small(coco_root, folder, num_epochs=1))
+    shutil.copytree(folder, tmp_path / "other")
+    capsys.readouterr()
+    rates = rates_of(monkeypatch, folder, "--num-epochs=3", *typed)
+    assert rates == pytest.approx(wave(rate, 2))
+    assert told in " ".join(capsys.readouterr().out.split())
+    with monkeypatch.context() as patch:  # stopped in it, it goes on as if nothing had been, whether typed again or not
+        after_batch(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        command = ["trainer.py", "--resume", f"--checkpoint-dir={tmp_path / 'other'}", "--device=cpu", *typed]
+        assert trainer.run_command([*command, "--num-epochs=3"]) == 128 + signal.SIGTERM
+    assert rates_of(monkeypatch, tmp_path / "other", *typed) == rates[2:]
+    assert_the_same(tmp_path / "other", folder)
+
+
+def test_another_rate_and_penalty_are_followed_by_all_of_the_optimiser(coco_root, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        after_batch(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert run(small(coco_root, tmp_path / "run", pretrained=True, **TWO), Stopped)
+    typed = ("--learning-rate=0.002", "--decoder-rate=5", "--weight-decay=0.25")
+    assert rates_of(monkeypatch, tmp_path / "run", *typed) == pytest.approx(wave(2e-3, 2)[2:])
+    assert "learning_rate 0.0001 is now 0.002, decoder_rate 10.0 is now 5.0, weight_decay" in capsys.readouterr().out
+    last = read_checkpoint(tmp_path / "run" / "last.pth")
+    groups = last["optimizer"]["param_groups"]
+    assert [(group["initial_lr"], group["weight_decay"]) for group in groups] == [(0.002, 0.25), (0.01, 0.25)]
+    assert last["scheduler"]["base_lrs"] == [0.002, 0.01]
+    assert last["history"][-1]["decoder_learning_rate"] == pytest.approx(5 * last["history"][-1]["learning_rate"])
+
+
+def test_a_run_on_its_way_that_is_given_more_epochs_ends_its_last_cycle_with_them(coco_root, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        after_batch(patch, BATCHES + 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert run(small(coco_root, tmp_path / "run", num_epochs=2), Stopped)
+    rates = rates_of(monkeypatch, tmp_path / "run", "--num-epochs=3")
+    assert rates == pytest.approx(wave(1e-4, 3)[STEPS + 1 :])
+
+
+def test_cycles_that_were_asked_for_go_on_as_they_were(coco_root, tmp_path, monkeypatch):
+    trainer.main(small(coco_root, tmp_path / "run", num_epochs=1, restart_period=1, restart_mult=1))
+    assert rates_of(monkeypatch, tmp_path / "run", "--num-epochs=2") == pytest.approx(wave(1e-4, 1))
+
+
+def test_a_checkpoint_that_is_older_than_a_setting_goes_on_as_it_was_trained(coco_root, tmp_path):
+    trainer.main(small(coco_root, tmp_path / "run", num_epochs=1, pretrained=True, decoder_rate=1.0, average_decay=0.0,
+                       contour_weight=0.0))  # fmt: skip
+    content = read_checkpoint(tmp_path / "run" / "last.pth")
+    for name in ("decoder_rate", "average_decay", "contour_weight", "annotations", "sample"):
+        del content["config"][name]
+    content["config"]["of_another_program"] = 1
+    checkpoints.save(content, tmp_path / "run" / "last.pth")
+    goes_on(tmp_path / "run", "--num-epochs=2")
+    after = read_checkpoint(tmp_path / "run" / "last.pth")
+    assert (after["config"]["decoder_rate"], after["config"]["contour_weight"]) == (1.0, 0.0)
+    assert "average" not in after
+    assert after["epoch"] == 2
+
+
 def test_a_restart_by_torchrun_goes_on_without_being_asked(straight, coco_root, tmp_path, monkeypatch):
     settings = small(coco_root, tmp_path / "run", **OFTEN, **TWO)
     with monkeypatch.context() as patch:

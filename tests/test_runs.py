@@ -264,7 +264,7 @@ def test_resume_from_what_cannot_be_used_is_refused(coco_root, tmp_path, capsys)
     assert "last.pth" in best
     changes = {
         "encoder": "resnet50", "use_attention": False, "image_size": 64, "seed": 7, "val_split": "train2017",
-        "learning_rate": 1e-3, "weight_decay": 0.0, "restart_period": 5, "restart_mult": 2,
+        "restart_period": 5, "restart_mult": 2, "accumulate": 2,
     }  # fmt: skip
     for name, value in changes.items():
         error = refusal(capsys, *flags(dataclasses.replace(settings, resume="newest", **{name: value})))

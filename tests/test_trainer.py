@@ -651,14 +651,15 @@ def test_a_checkpoint_of_an_unfused_adam_goes_on_fused(coco_root, tmp_path):
     for missing in ("accumulate", "compile", "bfloat16_on_cpu"):
         del content["config"][missing]
     save(content, tmp_path / "old.pth")
-    settings = dataclasses.asdict(small(coco_root, tmp_path, resume=str(tmp_path / "old.pth")))
-    found = resuming.find_checkpoint(tmp_path, settings, dataclasses.asdict(Config()), 1, 0, {})
-    resumed = trainer.start_run(small(coco_root, tmp_path), ALONE, found=found)
+    settings, defaults = small(coco_root, tmp_path), dataclasses.asdict(Config())
+    found = resuming.find_checkpoint(tmp_path, str(tmp_path / "old.pth"), defaults)
+    resumed = trainer.start_run(settings, ALONE, found=found)
     assert resumed.optimizer.param_groups[0]["fused"]
     moments = [state["exp_avg"] for state in resumed.optimizer.state.values()]
     assert all(map(torch.equal, moments, [state["exp_avg"] for state in run.optimizer.state.values()]))
+    now = dataclasses.asdict(settings) | {"accumulate": 2}
     with pytest.raises(ResumeError, match="--accumulate 1 and cannot go on with 2"):  # what it does not know is as ever
-        resuming.find_checkpoint(tmp_path, settings | {"accumulate": 2}, dataclasses.asdict(Config()), 1, 0, {})
+        resuming.settings_to_go_on_with(found, now, ["accumulate"])
 
 
 # --- compiled ---------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path, keep: int):
-        self.path, self._keep = Path(path), keep
+        self.path, self.keep = Path(path), keep
         self._claim: BinaryIO | None = None
         self._best: dict | None = None  # the best model, until it is on the disk
         self._saved = True  # whether the last epoch is
@@ -99,7 +99,7 @@ class RunFolder:
         self._saved = (
             self._save_best()
             and tried(lambda: write_csv(run.history, self.path / HISTORY))
-            and tried(lambda: write_epoch(self.path, run.checkpoint(), self._keep))
+            and tried(lambda: write_epoch(self.path, run.checkpoint(), self.keep))
         )
         return self._saved
 

@@ -40,6 +40,10 @@ def check(config: Any) -> None:
                          "aside: give it a --run-name")  # fmt: skip
     if {*config.run_name} & {*"/\\"} or config.run_name in (".", ".."):
         raise UsageError(f"--run-name {config.run_name} is not the name of a folder: --checkpoint-dir takes a path")
+    check_batch(config)
+
+
+def check_batch(config: Any) -> None:
     if config.batch_size == 1 and config.image_size == SMALLEST_INPUT:
         raise UsageError(f"--batch-size 1 at --image-size {SMALLEST_INPUT} leaves BatchNorm a single value: "
                          "make one of them larger")  # fmt: skip

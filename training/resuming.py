@@ -1,8 +1,9 @@
-"""Where a run goes on: which checkpoint, and whether it is one of this run."""
+"""Where a run goes on: which checkpoint, with which settings, and whether on the same data."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 from datasets import COCOPersonDataset
@@ -13,11 +14,15 @@ from training.settings import flag
 from utils import CheckpointError, UserError, read_checkpoint
 
 NEWEST = "newest"  # what a bare --resume means
+# What no checkpoint says: what this start goes on from, where it writes, and on which of this machine's devices, which
+# has to be known before the processes meet and can ask the main one for its checkpoint.
+OF_THIS_START = ("resume", "checkpoint_dir", "run_name", "device")
 # Settings that a continued run must share with the one before it, or it would be another run.
 SAME_WHEN_RESUMED = (
-    *("encoder", "use_attention", "image_size", "train_split", "val_split", "category", "val_share", "seed"),
-    *("learning_rate", "decoder_rate", "weight_decay", "restart_period", "restart_mult", "accumulate"),
+    *("encoder", "use_attention", "image_size", "train_split", "val_split", "category", "val_share", "sample", "seed"),
+    *("restart_period", "restart_mult", "accumulate"),
 )
+THE_DATA = ("data_root", "annotations", "photos")  # one of them that is said stands for all: the data may have moved
 # What a checkpoint that is older than a setting was trained with, where that is not the default.
 BEFORE = {"decoder_rate": 1.0, "average_decay": 0.0, "contour_weight": 0.0}
 OF_THE_BEGINNING = ("pretrained", "encoder_weights", "start_from")  # nothing to be changed later
@@ -38,36 +43,27 @@ def content_of(dataset: COCOPersonDataset) -> str:
     return ", ".join(found)
 
 
-def find_checkpoint(
-    folder: Path, settings: dict, defaults: dict, processes: int, photos: int, data: dict[str, str]
-) -> tuple[Path, dict] | None:
+def find_checkpoint(folder: Path, resume: str, defaults: dict) -> tuple[Path, dict] | None:
     """What --resume, or a restart, goes on from; nothing where there is nothing yet: one command serves for ever.
 
     Args:
         folder: of the run.
-        settings: of the run that is to go on.
+        resume: the setting.
         defaults: of the settings, for a checkpoint that is older than some of them.
-        processes: their number.
-        photos: of its training.
-        data: the `contents` of its data sets.
 
     Returns:
         The checkpoint's path and content, or None.
 
     Raises:
         CheckpointError: the given file cannot be used.
-        ResumeError: a setting or the data differs from the checkpoint's that must not.
     """
-    found = asked_for(folder, settings["resume"])
+    found = asked_for(folder, resume)
     if found is None:
         return None
     path, content = found
     if not content.keys() >= REQUIRED:
         raise CheckpointError(f"{path} holds a model only, no state of a training: resume from last.pth")
     content["config"] = defaults | BEFORE | content["config"]
-    refuse_another_run(path, content, settings, photos, data)
-    place = f"after epoch {content['epoch']}" + (f", step {content['step']}" if content["step"] else "")
-    print(f"going on from {path}, {place}{differences(content, settings, processes)}", flush=True)
     return found
 
 
@@ -86,19 +82,48 @@ def asked_for(folder: Path, resume: str) -> tuple[Path, dict] | None:
     return found
 
 
-def refuse_another_run(path: Path, content: dict, settings: dict, photos: int, data: dict[str, str]) -> None:
-    """All settings that differ are named at once; of the data the first difference says enough."""
-    before = content["config"]
-    one_rate = not before["pretrained"] or before["start_from"]  # of the decoder's nothing was taken
-    names = [name for name in SAME_WHEN_RESUMED if not (one_rate and name == "decoder_rate")]
-    refuse_changes(path, {flag(name): (before[name], settings[name]) for name in names})
+def settings_to_go_on_with(found: tuple[Path, dict], settings: dict, typed: Collection[str]) -> dict:
+    """The checkpoint's settings, but for those of this start and those that were typed, which are changes.
+
+    Args:
+        found: the checkpoint.
+        settings: what the run would have if it began now.
+        typed: the names of those of them that the user has said for this start, and not in the file.
+
+    Raises:
+        ResumeError: some of these must not change; all are named at once.
+    """
+    before, changes = found[1]["config"], {*typed} - {*OF_THE_BEGINNING}
+    if not changes.isdisjoint(THE_DATA):
+        changes |= {*THE_DATA}
+    changes |= {*OF_THIS_START}
+    now = {name: value if name in changes else before[name] for name, value in settings.items()}
+    names = [*SAME_WHEN_RESUMED]
+    if (before["decoder_rate"] == 1) != (now["decoder_rate"] == 1) and not one_rate(before):
+        names.append("decoder_rate")  # to 1, or away from it: the optimiser has one group of weights, or two
+    refuse_changes(found[0], {flag(name): (before[name], now[name]) for name in names})
+    return now
+
+
+def one_rate(config: dict) -> bool:
+    """Whether encoder and decoder learn equally fast, whatever the setting of the decoder's."""
+    return not config["pretrained"] or bool(config["start_from"])
+
+
+def refuse_other_data(found: tuple[Path, dict], settings: dict, *datasets: COCOPersonDataset) -> None:
+    """Compares what there is to train on and to validate; the first difference says enough.
+
+    Raises:
+        ResumeError: it is not what the checkpoint was trained beside.
+    """
+    (path, content), now = found, contents(*datasets)
     advice = ": restore it, or begin a new run"
-    refuse_changes(path, {"the training photos:": (content["photos"], photos)}, advice)
-    single = settings.get("annotations")
+    refuse_changes(path, {"the training photos:": (content["photos"], len(datasets[0]))}, advice)
+    single = settings["annotations"]
     roots = [Path(single).parent] if single else data_roots(settings["data_root"])
     for name, then in (content.get("data") or {}).items():  # an older one knows the number of photos alone
         files = ", ".join(str(root / name) for root in roots)
-        refuse_changes(path, {f"{files}:": (then, data.get(name))}, advice)
+        refuse_changes(path, {f"{files}:": (then, now.get(name))}, advice)
 
 
 def refuse_changes(path: Path, pairs: dict[str, tuple], advice: str = "") -> None:
@@ -110,18 +135,22 @@ def refuse_changes(path: Path, pairs: dict[str, tuple], advice: str = "") -> Non
         raise ResumeError(f"{path} was trained with {then} and cannot go on with {now}{advice}")
 
 
-def beginning(found: tuple[Path, dict] | None) -> dict:
-    """The settings by which the run began that goes on from a checkpoint, whatever is said now."""
-    config = found[1]["config"] if found else {}
-    return {name: config[name] for name in OF_THE_BEGINNING if name in config}
+def described(found: tuple[Path, dict], settings: dict, in_the_file: dict, processes: int) -> str:
+    """Where a run goes on, what has changed since, and what has not though this file would have it so.
 
-
-def differences(content: dict, settings: dict, processes: int) -> str:
-    """What is no longer as it was."""
+    Args:
+        settings: with which it goes on.
+        in_the_file: those that it would have if it began now.
+        processes: their number.
+    """
+    path, content = found
     names = [name for name in settings if name not in ("resume", *OF_THE_BEGINNING)]
-    pairs = {name: (content["config"][name], settings[name]) for name in names}
-    text = "".join(f", {name} {then} is now {now}" for name, (then, now) in pairs.items() if then != now)
+    before, now, file = ({name: it[name] for name in names} for it in (content["config"], settings, in_the_file))
+    text = f"going on from {path}, after epoch {content['epoch']}"
+    text += f", step {content['step']}" if content["step"] else ""
+    text += "".join(f", {name} {before[name]} is now {now[name]}" for name in names if before[name] != now[name])
     then = content.get("world_size", processes)
     if then != processes:
         text += f", processes {then} is now {processes} (so not bit for bit the run that it would have been)"
-    return text
+    kept = ", ".join(f"{name} {now[name]} ({file[name]})" for name in names if now[name] != file[name])
+    return text + (f"; from the checkpoint, and not from the defaults: {kept}" if kept else "")

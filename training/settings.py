@@ -83,6 +83,23 @@ def read_settings(
     Raises:
         UsageError: an unknown flag, or a value of a wrong type, in `argv` or as a default.
     """
+    parser, argv = parser_of(settings, description, special), [dashed(argument) for argument in argv]
+    given = parser.parse_args(argv)
+    for name, preset in presets.items():
+        if value := getattr(given, name):
+            parser.set_defaults(**preset(value))
+    return settings(**vars(parser.parse_args(argv)))
+
+
+def typed_in(argv: list[str], settings: type, special: dict[str, dict]) -> set[str]:
+    """The fields that a command line names itself: neither a default nor a preset is among them."""
+    unset = object()
+    names = argparse.Namespace(**{field.name: unset for field in dataclasses.fields(settings)})
+    given = parser_of(settings, "", special).parse_args([dashed(argument) for argument in argv], names)
+    return {name for name, value in vars(given).items() if value is not unset}
+
+
+def parser_of(settings: type, description: str, special: dict[str, dict]) -> OneLineParser:
     first_line = (description or "").strip().partition("\n")[0]  # there is none under python -OO
     parser = OneLineParser(usage="%(prog)s [--SETTING VALUE ...]", description=first_line, allow_abbrev=False)
     defaults, groups = checked_defaults(settings), {}
@@ -90,12 +107,7 @@ def read_settings(
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         groups[title].add_argument(flag(name), **flag_options(defaults[name], comment), **special.get(name, {}))
-    argv = [dashed(argument) for argument in argv]
-    given = parser.parse_args(argv)
-    for name, preset in presets.items():
-        if value := getattr(given, name):
-            parser.set_defaults(**preset(value))
-    return settings(**vars(parser.parse_args(argv)))
+    return parser
 
 
 def flag(name: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from training.settings import UsageError, described, read_settings
+from training.settings import UsageError, described, read_settings, typed_in
 
 COUNT = itertools.count()
 
@@ -90,6 +90,16 @@ def test_an_unknown_flag_is_answered_with_the_one_that_was_meant_or_with_none(tm
     with pytest.raises(UsageError) as caught:
         read(from_source(tmp_path, *lines), f"{flag}=1")
     assert str(caught.value).endswith(f"did you mean {meant}?" if meant else "--help lists them all")
+
+
+def test_what_is_typed_is_neither_a_default_nor_a_preset(tmp_path):
+    settings = from_source(tmp_path, "size: int = 8", "batch_size: int = 4", "amp: bool = True", "file: str = ''")
+    special = {"file": {"nargs": "?", "const": "newest"}}
+    for arguments, names in (
+        ([], set()), (["--size", "8"], {"size"}), (["--batch_size=4", "--no-amp"], {"batch_size", "amp"}),
+        (["--file"], {"file"}), (["--amp", "--file=a"], {"amp", "file"}),
+    ):  # fmt: skip
+        assert typed_in(arguments, settings, special) == names
 
 
 def test_help_is_in_groups(tmp_path, capsys):

@@ -90,13 +90,13 @@ def test_an_encoder_of_random_values_learns_its_statistics():
     assert not trainer.start_run(trainer.Config(pretrained=False, batch_size=2, device="cpu"), ALONE).keeps_statistics
 
 
-def test_a_resume_trains_as_the_run_began_whatever_is_said_now(trained, coco_root, tmp_path):
-    settings = small(coco_root, tmp_path / "run", num_epochs=2, restart_period=2, encoder="resnet18")
-    settings.num_epochs = 1
-    settings.restart_period = 1
+def test_a_resume_trains_as_the_run_began_whatever_is_said_now(coco_root, tmp_path):
+    settings = small(coco_root, tmp_path / "run", num_epochs=1, encoder="resnet18")
     trainer.main(settings)
-    found = trainer.resuming.newest_usable(tmp_path / "run")
-    run = trainer.start_run(dataclasses.replace(settings, pretrained=True, start_from="x"), ALONE, found)
+    now = dataclasses.replace(settings, pretrained=True, start_from="x", resume="newest")
+    with trainer.RunFolder(tmp_path / "run", 0) as folder:
+        config, found = trainer.find_start(now, trainer.FIELDS, ALONE, folder)
+    run = trainer.start_run(config, ALONE, found)
     assert (run.settings["pretrained"], run.settings["start_from"]) == (False, "")
     assert run.scheduler.base_lrs == [1e-4]
     assert not run.keeps_statistics
