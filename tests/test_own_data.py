@@ -6,15 +6,18 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import pytest
+import torch
 from test_trainer import Tiny, flags, quick, refusal, small  # noqa: F401
 
 import evaluate
 import trainer
 from datasets import COCOPersonDataset
 from loading.layout import SPLITS, Choices
+from training import checkpoints, resuming
 from training.settings import UsageError
 from utils import read_checkpoint
 
@@ -116,6 +119,43 @@ def test_photos_beside_masks_are_trained_on_resumed_and_evaluated(coco_root, tmp
     shutil.move(root, tmp_path / "moved")
     trainer.main(dataclasses.replace(more, data_root=str(tmp_path / "moved")))
     assert read_checkpoint(folder / "last.pth")["epoch"] == 2
+
+
+def test_without_flags_evaluation_reads_what_the_training_validated(coco_root, export, tmp_path, monkeypatch):
+    write_own(tmp_path / "own", coco_root)
+    shutil.copytree(coco_root / "val2017", coco_root / "web")
+    shutil.copy(coco_root / "annotations/instances_val2017.json", coco_root / "annotations/instances_web.json")
+    monkeypatch.chdir(tmp_path)
+    read = []
+    monkeypatch.setattr(evaluate, "load", lambda *_: SimpleNamespace(image_size=32))
+    monkeypatch.setattr(evaluate, "measure_share", lambda _cutter, dataset, _processes: (read.append(dataset), 1 / 0))
+    for choice in ({}, {"category": "dog"}, {"val_split": "web"}, {"data_root": "own,coco", "val_share": 0.3},
+                   {"data_root": "own", "val_share": 0.5}, export | {"data_root": "data/coco"}):  # fmt: skip
+        settings = dataclasses.replace(small("coco", "run"), **choice)
+        trained = trainer.open_data(settings, trainer.Processes(torch.device("cpu")))[1].dataset.dataset
+        checkpoints.save({"model": {}, "epoch": 1, "config": dataclasses.asdict(settings)}, tmp_path / "model.pth")
+        with pytest.raises(ZeroDivisionError):
+            evaluate.main(evaluate.parse(["model.pth", *CPU]))
+        found = read.pop()
+        assert resuming.contents(found) == resuming.contents(trained)
+        assert [*map(found.path, range(len(found)))] == [*map(trained.path, range(len(trained)))]
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [({"data_root": "coco"}, "--data-root names another folder"),
+     ({"annotations": "a.json", "photos": "b"}, "--annotations names a file, --photos")],
+)  # fmt: skip
+def test_data_that_are_not_found_from_here_are_told_with_the_flag_that_names_them(
+    config, told, tmp_path, monkeypatch, capsys
+):
+    checkpoints.save({"model": {}, "epoch": 1, "config": config}, tmp_path / "model.pth")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "load", lambda *_: SimpleNamespace(image_size=32))
+    assert evaluate.run_command(["evaluate.py", "model.pth", *CPU]) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.usefixtures("tiny")
