@@ -48,7 +48,7 @@ def loss_of(kind: type[LossCalculator] | Callable[..., LossCalculator]) -> Patch
 
 
 def warm_up(_config: Config, steps: int = 200) -> Patched:
-    class WarmedUp(trainer.CosineAnnealingWarmRestarts):
+    class WarmedUp(trainer.Schedule):
         taken = 0
 
         def step(self, epoch: float | None = None) -> None:
@@ -57,7 +57,7 @@ def warm_up(_config: Config, steps: int = 200) -> Patched:
             for group in self.optimizer.param_groups:
                 group["lr"] *= min(1, self.taken / steps)
 
-    return patch.object(trainer, "CosineAnnealingWarmRestarts", WarmedUp)
+    return patch.object(trainer, "Schedule", WarmedUp)
 
 
 # --- starting values --------------------------------------------------------------------------------------
