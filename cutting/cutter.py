@@ -7,11 +7,13 @@ import hashlib
 import os
 import threading
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 import utils
 from cutting.edges import alpha_of, foreground, to_opacity
@@ -109,7 +111,7 @@ class Cutter:
 
     Args:
         image_size: pixels, the side of the square that photos are fitted into.
-        amp: whether to compute in bfloat16 or float16 on a GPU.
+        amp: whether to compute in float16 on a CUDA GPU.
         about: the model in a line, for a person.
         drawings: the folder of those that it was trained on (`trainer.py --sample`): photos are foreign to it.
     """
@@ -128,8 +130,9 @@ class Cutter:
         self.model = model.eval().to(device, memory_format=utils.memory_format(device))
         self.image_size, self.device = image_size, device
         self.about, self.drawings = about, drawings
-        self.amp_dtype = utils.autocast_dtype(device, amp)
-        # A GPU holds one batch at a time, whichever thread brings it; on a CPU every thread computes for itself.
+        # Of the two halves the one with the finer mantissa: it draws alpha in steps of 1/2048, bfloat16 of 1/256.
+        self.amp_dtype = torch.float16 if amp and device.type == "cuda" else None
+        # A GPU is given one batch at a time, whichever thread brings it; on a CPU every thread computes for itself.
         self._turn = contextlib.nullcontext() if device.type == "cpu" else threading.Lock()
 
     def __call__(
@@ -151,9 +154,45 @@ class Cutter:
         colours = foreground(photo.rgb, opacity, square, metadata, photo.alpha, not keep_background_colours)
         return to_rgba(colours, opacity)
 
-    @torch.inference_mode()
     def probabilities(self, squares: list[np.ndarray]) -> np.ndarray:
         """uint8 RGB squares (S, S, 3) to the probabilities of a person, float32 (N, S, S)."""
-        with self._turn, torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
-            images = torch.from_numpy(np.stack(squares)).to(self.device).permute(0, 3, 1, 2)
-            return self.model.predict(images.float().div_(255))[:, 3].float().cpu().numpy()
+        found = self._computed(squares, self.amp_dtype)
+        if self.amp_dtype is not None and not np.isfinite(found).all():  # beyond float16's 65,504
+            found = self._computed(squares, None)
+        return found
+
+    @torch.inference_mode()
+    def _computed(self, squares: list[np.ndarray], dtype: torch.dtype | None) -> np.ndarray:
+        """The probabilities. A GPU is waited for out of turn: it goes on with the next thread's photos meanwhile."""
+        pinned = self.device.type == "cuda"
+        batch = stacked(squares, pinned)
+        with self._turn, torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            images = batch.to(self.device, non_blocking=pinned).permute(0, 3, 1, 2)
+            arrived = fetch(self.model.predict(images.float().div_(255))[:, 3].float())
+        return arrived()
+
+
+# From and to page-locked memory a CUDA GPU copies by itself; otherwise the thread waits for all that it has been given.
+
+
+def stacked(squares: list[np.ndarray], pinned: bool) -> Tensor:
+    """uint8 squares (S, S, 3) as one batch (N, S, S, 3)."""
+    batch = torch.empty((len(squares), *squares[0].shape), dtype=torch.uint8, pin_memory=pinned)
+    np.stack(squares, out=batch.numpy())
+    return batch
+
+
+def fetch(values: Tensor) -> Callable[[], np.ndarray]:
+    """Begins to copy values from a CUDA GPU; what is returned waits for them. From elsewhere they are there at once."""
+    if values.device.type != "cuda":
+        return values.cpu().numpy
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    # Not the current device's stream: each thread begins with GPU 0. Blocking: an event that spins would take a core.
+    done = torch.cuda.current_stream(values.device).record_event(torch.cuda.Event(blocking=True))
+
+    def arrived() -> np.ndarray:
+        done.synchronize()
+        return host.numpy()
+
+    return arrived

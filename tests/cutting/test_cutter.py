@@ -9,10 +9,12 @@ import pytest
 import torch
 from conftest import PICTURE, save_picture
 from PIL import Image
+from torch import nn
 
-from cutting.cutter import load
+from cutting.cutter import Cutter, load
 from cutting.photos import PhotoError
 from loading.letterbox import letterbox
+from models import UNetAutoencoder
 from training import checkpoints
 from utils import CheckpointError, UserError, read_checkpoint
 
@@ -131,3 +133,112 @@ def test_weights_alone_are_no_checkpoint(tmp_path):
     torch.save({"weight": torch.zeros(3)}, tmp_path / "weights.pth")
     with pytest.raises(CheckpointError, match="not a checkpoint of this program"):
         load(tmp_path / "weights.pth", "cpu")
+
+
+# --- the network's turn -----------------------------------------------------------------------------------
+
+SQUARES = [np.random.default_rng(n).integers(0, 256, (64, 64, 3), np.uint8) for n in range(3)]
+
+
+def test_on_a_cpu_it_is_the_network_in_float32(cut):
+    images = torch.from_numpy(np.stack(SQUARES)).permute(0, 3, 1, 2).float() / 255
+    with torch.inference_mode():
+        expected = cut.model.predict(images)[:, 3].numpy()
+    assert cut.amp_dtype is None
+    np.testing.assert_array_equal(cut.probabilities(SQUARES), expected)
+
+
+class OnGpu:
+    """A tensor of a GPU that is not there."""
+
+    device, dtype = torch.device("cuda:1"), torch.float32
+
+    def __init__(self, values: torch.Tensor):
+        self.values, self.shape = values, values.shape
+
+    def __getitem__(self, place: object) -> OnGpu:
+        return OnGpu(self.values[place])
+
+    def float(self) -> OnGpu:
+        return self
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A cutter on that GPU and what it is told. What is copied from there arrives when an event is waited for."""
+    told, coming, empty, cuda = [], [], torch.empty, OnGpu.device
+    monkeypatch.setattr(nn.Module, "to", lambda self, *_, **__: self)
+    cutter = Cutter(UNetAutoencoder("mobilenet_v2", pretrained=False), 64, cuda)
+
+    class Event:
+        def __init__(self, blocking: bool):
+            told.append(("event", blocking))
+
+        def synchronize(self) -> None:
+            told.append(("wait", "in turn" if cutter._turn.locked() else "out of turn"))
+            host, values = coming.pop()
+            host.numpy()[...] = values.numpy()
+
+    class Stream:
+        def __init__(self, device: torch.device):
+            told.append(("stream", device))
+
+        def record_event(self, event: Event) -> Event:
+            return event
+
+    def new(*arguments, pin_memory: bool = False, **options) -> torch.Tensor:
+        told.append(("empty", pin_memory))
+        return empty(*arguments, **options).zero_()
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> torch.Tensor:
+        told.append(("to", device, non_blocking))
+        return self
+
+    def copy_(self, values: OnGpu, non_blocking: bool = False) -> None:
+        told.append(("copy", non_blocking))
+        coming.append((self, values.values))
+
+    def autocast(*arguments, enabled: bool) -> object:
+        told.append(("autocast", *arguments, enabled))
+        return torch.no_grad()
+
+    def predict(self, images: torch.Tensor) -> OnGpu:
+        told.append("network")
+        return OnGpu(images[:, [0, 0, 0, 1]])
+
+    for owner, names in ((torch, {"empty": new, "autocast": autocast}), (torch.Tensor, {"to": to, "copy_": copy_}),
+                         (torch.cuda, {"Event": Event, "current_stream": Stream}),
+                         (UNetAutoencoder, {"predict": predict})):  # fmt: skip
+        for name, value in names.items():
+            monkeypatch.setattr(owner, name, value)
+    return cutter, told
+
+
+def test_a_gpu_computes_in_float16_and_copies_by_itself(gpu):
+    cutter, told = gpu
+    found = cutter.probabilities(SQUARES)
+    np.testing.assert_array_equal(found, np.stack(SQUARES)[..., 1] / np.float32(255))
+    assert told == [
+        ("empty", True), ("autocast", "cuda", torch.float16, True), ("to", OnGpu.device, True), "network",
+        ("empty", True), ("copy", True), ("stream", OnGpu.device), ("event", True), ("wait", "out of turn"),
+    ]  # fmt: skip
+
+
+def test_without_amp_a_gpu_computes_in_float32(gpu):
+    cutter, told = gpu
+    Cutter(cutter.model, 64, OnGpu.device, amp=False).probabilities(SQUARES)
+    assert ("autocast", "cuda", None, False) in told
+
+
+def test_what_float16_does_not_hold_is_computed_again(stub, monkeypatch, small_checkpoint):
+    precisions = []
+
+    def alpha(red):
+        precisions.append(torch.is_autocast_enabled("cpu"))
+        return torch.full_like(red, float("nan") if precisions[-1] else 0.25)
+
+    stub(alpha)
+    cutter = load(small_checkpoint, "cpu")
+    cutter.amp_dtype = torch.float16
+    assert (cutter.probabilities(SQUARES) == 0.25).all()
+    assert precisions == [True, False]
