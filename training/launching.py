@@ -7,6 +7,7 @@ import contextlib
 import os
 import re
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -19,11 +20,19 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 
+with contextlib.suppress(ImportError):  # Windows
+    import fcntl
+
 from training import slurm
 from utils import EACH_ITS_GPU, LaunchError, Processes, counted, pick_device, usable_cores
 
 LONGEST_WORK = timedelta(hours=24)  # of one process that the others wait for: a cache at COCO's size takes its time
 PATIENCE = 30.0  # seconds that a process which ends by an error gives the others to notice
+# By this name NCCL's watch in one process tells the others of an error, and they end themselves some minutes later. It
+# passes by all prefixes: one that an attempt has left would end the next.
+NCCL_ALARM = "exception_dump"
+SIOCGIFADDR = 0x8915  # Linux's request for an interface's address
+ELSEWHERE = "192.0.2.1"  # an address that is nobody's, so that the way to it is the way out
 LAUNCHER = "SILUETA_LAUNCHER"  # the launcher's name, for processes that are started by way of another one
 
 
@@ -52,10 +61,18 @@ def meeting_place(rank: int, world_size: int) -> dist.Store:
     store = next(dist.rendezvous("env://", rank, world_size))[0]
     name = uuid4().hex
     if rank == 0:
+        _below(store).delete_key(NCCL_ALARM)
         _tell(name, store, world_size)
     else:
         name = _ask(store, rank)
     return dist.PrefixStore(name, store)
+
+
+def _below(store: dist.Store) -> dist.Store:
+    """The store itself, where names are as they are."""
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    return store
 
 
 def _ask(store: dist.Store, rank: int) -> str:
@@ -235,6 +252,8 @@ def _join(device_setting: str, place: dict[str, int], store: dist.Store | None) 
     if store:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         ranks = {"rank": place["rank"], "world_size": place["world_size"]}
+        if place["world_size"] > place["local_world_size"]:
+            choose_interface()
         dist.init_process_group(backend, store=store, device_id=device if device.type == "cuda" else None, **ranks)
     return Processes(device, note, **place)
 
@@ -247,6 +266,37 @@ def _check_that_none_is_shared(device: torch.device, place: dict[str, int], stor
     if len(gpus) < number:
         raise LaunchError(f"{number} processes share {counted(len(gpus), 'GPU')} of {machine}: start at most one a GPU "
                           "(srun --gpus-per-task=1)")  # fmt: skip
+
+
+def choose_interface() -> None:
+    """Lets gloo meet other machines where this one reaches the main one, unless the user has said where.
+
+    By itself gloo takes the address of the machine's name, which many a machine has for nobody but itself.
+    """
+    for address in (os.environ.get("MASTER_ADDR", ""), ELSEWHERE):  # on the main machine its own may be such a one
+        own = address_towards(address)
+        if not own.startswith("127.") and (name := interface_of(own)):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            return
+
+
+def address_towards(address: str) -> str:
+    """This machine's IPv4 address on the way to another one, to which nothing is sent; "" without a way."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+        probe.connect((address, 9))
+        return probe.getsockname()[0]
+    return ""
+
+
+def interface_of(own: str) -> str:
+    """The name of the network interface with that IPv4 address; "" for none, and where Linux cannot be asked."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex() if sys.platform == "linux" else []:
+            with contextlib.suppress(OSError):  # one without an address
+                answer = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()))
+                if socket.inet_ntoa(answer[20:24]) == own:
+                    return name
+    return ""
 
 
 def _ending(error: BaseException, store: dist.Store) -> BaseException:

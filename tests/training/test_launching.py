@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -112,6 +113,56 @@ def test_an_attempts_processes_meet_one_another_and_find_nothing_of_an_earlier_a
         assert not any(place.check(["address"]) for place in places)
         places[attempt].set("address", str(attempt))
         assert [int(place.get("address")) for place in places] == [attempt] * 3
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_an_alarm_that_nccl_gave_in_an_earlier_attempt_does_not_ring_in_this_one(wrapped, monkeypatch):
+    below = dist.HashStore()
+    below.set("exception_dump", "rank")  # ProcessGroupNCCL sets and looks for it below all prefixes
+    store = dist.PrefixStore("attempt", dist.PrefixStore("more", below)) if wrapped else below
+    monkeypatch.setattr(dist, "rendezvous", lambda *_: iter([(store, None, None)]))
+    place = launching.meeting_place(0, 1)
+    assert not below.check(["exception_dump"])
+    place.set("address", "0")
+    assert place.get("address") == b"0"
+
+
+# --- several machines -------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the interfaces are asked for as on Linux")
+def test_an_interface_is_found_by_its_address():
+    assert launching.interface_of("127.0.0.1") == "lo"
+    assert launching.interface_of("192.0.2.77") == ""
+    assert launching.address_towards("127.0.0.1") == "127.0.0.1"
+    own = launching.address_towards(launching.ELSEWHERE)
+    if own:  # else this machine has no network
+        assert launching.interface_of(own) in [name for _, name in socket.if_nameindex()]
+
+
+WAYS = {"main": "10.0.0.7", "self": "127.0.1.1", launching.ELSEWHERE: "10.0.1.7", "far": ""}
+INTERFACES = {"10.0.0.7": "eth0", "10.0.1.7": "eth1", "127.0.1.1": "lo", "": ""}
+
+
+@pytest.mark.parametrize(
+    ("main", "local", "said", "chosen"),
+    [("main", 1, None, "eth0"), ("self", 1, None, "eth1"), ("far", 1, None, "eth1"), ("main", 1, "ib0", "ib0"),
+     ("main", 2, None, None)],
+)  # fmt: skip
+@pytest.mark.usefixtures("taken")
+def test_gloo_takes_the_interface_that_reaches_the_main_machine(main, local, said, chosen, monkeypatch):
+    seen, environment = [], {"MASTER_ADDR": main, "GLOO_SOCKET_IFNAME": said or "", "WORLD_SIZE": "2"}
+    for name, value in {**environment, "LOCAL_WORLD_SIZE": str(local)}.items():
+        monkeypatch.setenv(name, value)
+    if said is None:
+        monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    monkeypatch.setattr(launching, "address_towards", WAYS.get)
+    monkeypatch.setattr(launching, "interface_of", INTERFACES.get)
+    monkeypatch.setattr(launching, "meeting_place", lambda *_: dist.HashStore())
+    look = lambda *_, **__: seen.append(os.environ.get("GLOO_SOCKET_IFNAME"))  # noqa: E731
+    monkeypatch.setattr(dist, "init_process_group", look)
+    with launching.joined("cpu"):
+        assert seen == [chosen]
 
 
 # --- who starts them --------------------------------------------------------------------------------------
