@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -107,6 +108,7 @@ def take_gpus(monkeypatch, gpus: int, uuids: list[str]) -> list[int]:
     for name, value in (STEP | {"SLURM_STEP_NUM_TASKS": "4"}).items():
         monkeypatch.setenv(name, value)
     store, properties = dist.HashStore(), iter(uuids)
+    store.set_timeout(timedelta(seconds=10))
     monkeypatch.setattr(launching, "visible_gpus", lambda _: gpus)
     monkeypatch.setattr(launching, "take_gpu", lambda _: None)
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
