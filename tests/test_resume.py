@@ -485,8 +485,8 @@ def wave(rate: float, epochs: int) -> list[float]:
 @pytest.mark.parametrize(
     ("typed", "rate", "told"),
     [
-        ([], 1e-4 / 3, "0.0001, in a last cosine cycle of the epochs 2 to 3, which begins with 0.33 of that"),
-        (["--learning-rate=0.002"], 2e-3, "0.002, in a last cosine cycle of the epochs 2 to 3,"),
+        ([], 1e-4 / 3, "0.0001, in a last cosine cycle from epoch 2 to the end of epoch 3, which begins with 0.33"),
+        (["--learning-rate=0.002"], 2e-3, "0.002, in a last cosine cycle from epoch 2 to the end of epoch 3,"),
     ],
 )
 def test_epochs_that_are_added_to_a_run_that_was_through_are_a_cycle_of_their_own(
