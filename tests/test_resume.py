@@ -426,15 +426,15 @@ def goes_on(run_folder: Path, *typed: str) -> None:
 def test_resume_needs_no_flag_of_the_run_again(moved, straight, coco_root, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         after_batch(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        assert run(small(coco_root, tmp_path / "run", keep_checkpoints=0, **TWO), Stopped)
+        assert run(small(coco_root, tmp_path / "run", keep_checkpoints=1, **TWO), Stopped)
     if moved:
         coco_root.rename(tmp_path / "moved")
     goes_on(tmp_path / "run", *([f"--data-root={tmp_path / 'moved'}"] if moved else []))
     assert_the_same(tmp_path / "run", straight)
-    assert (tmp_path / "run" / "epoch_0001.pth").exists()
+    assert not (tmp_path / "run" / "epoch_0001.pth").exists()  # one checkpoint is kept
     settings = [read_checkpoint(folder / "last.pth")["config"] for folder in (tmp_path / "run", straight)]
     changed = {name for name in settings[0] if settings[0][name] != settings[1][name]}
-    assert changed == {"checkpoint_dir", "resume"} | ({"data_root"} if moved else set())
+    assert changed == {"checkpoint_dir", "resume", "keep_checkpoints"} | ({"data_root"} if moved else set())
     assert "image_size 32 (384)" in capsys.readouterr().out  # the file has another one, and does not count
 
 
