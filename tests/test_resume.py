@@ -483,11 +483,7 @@ def wave(rate: float, epochs: int) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("typed", "rate", "told"),
-    [
-        ([], 1e-4 / 3, "0.0001, in a last cosine cycle from epoch 2 to the end of epoch 3, which begins with 0.33"),
-        (["--learning-rate=0.002"], 2e-3, "0.002, in a last cosine cycle from epoch 2 to the end of epoch 3,"),
-    ],
+    ("typed", "rate", "told"), [([], 1e-4, "0.0001"), (["--learning-rate=0.002"], 2e-3, "0.002")]
 )
 def test_epochs_that_are_added_to_a_run_that_was_through_are_a_cycle_of_their_own(
     typed, rate, told, coco_root, tmp_path, monkeypatch, capsys
@@ -498,6 +494,7 @@ def test_epochs_that_are_added_to_a_run_that_was_through_are_a_cycle_of_their_ow
     capsys.readouterr()
     rates = rates_of(monkeypatch, folder, "--num-epochs=3", *typed)
     assert rates == pytest.approx(wave(rate, 2))
+    told += ", in a last cosine cycle from epoch 2 to the end of epoch 3,"
     assert told in " ".join(capsys.readouterr().out.split())
     with monkeypatch.context() as patch:  # stopped in it, it goes on as if nothing had been, whether typed again or not
         after_batch(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))

@@ -133,8 +133,7 @@ def computed_in(run: Run) -> str:
 def described_cycles(scheduler: Schedule, num_epochs: int) -> str:
     """In cosine cycles of 25 and 75 epochs; of 1, 2, 4 ... 64 epochs; or one that was made to end with the run."""
     if scheduler.end == num_epochs:
-        begins = f", which begins with {scheduler.share:.2g} of that" if scheduler.share != 1 else ""
-        return f"a last cosine cycle from epoch {scheduler.begin + 1} to the end of epoch {num_epochs}{begins}"
+        return f"a last cosine cycle from epoch {scheduler.begin + 1} to the end of epoch {num_epochs}"
     *first, last = (str(length) for length in cycles(scheduler, num_epochs))
     if len(first) > 3:
         return f"cosine cycles of {', '.join(first[:3])} ... {last} epochs"

@@ -177,13 +177,11 @@ class Run:
 
     def _follow_settings(self, rates: list[float], before: dict) -> None:
         """Other learning rates than those of before, and another number of epochs, are gone on with."""
-        others = rates != self.scheduler.base_lrs
-        if others:
+        if rates != self.scheduler.base_lrs:
             self.scheduler.take_rates(rates)
         planned, epochs = before.get("num_epochs"), self.settings.get("num_epochs")
         if epochs != planned and epochs > self.epochs_done and not self.settings["restart_period"]:
-            share = {"share": 1.0} if others else {}  # a rate that is said for what is added is meant as it is
-            self.scheduler.end_with(epochs, planned, self.epochs_done, **share)
+            self.scheduler.end_with(epochs, planned, self.epochs_done)
 
     def _lay_out_moments(self) -> None:
         """Like their weights: they come in the layout of the run that saved them; a fused Adam expects one for all."""

@@ -7,44 +7,41 @@ from typing import Any
 
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
-AFTERWARDS = 1 / 3  # of the learning rate, with which a run that was through goes on: all of it would undo much
-
 
 class Schedule(CosineAnnealingWarmRestarts):
     """Cosine cycles of T_0 epochs, T_0 * T_mult and so on; the last one may be made to end elsewhere: `end_with`.
 
     Attributes:
         begin, end: the epochs between which that one lies, infinite where all are as T_0 and T_mult say.
-        share: of the learning rate that it begins with.
     """
 
-    begin, end, share = math.inf, math.inf, 1.0
+    begin, end = math.inf, math.inf
 
     def get_lr(self) -> list[float]:
         """By group of parameters, at the present place."""
         if self.last_epoch < self.begin:
             return super().get_lr()
         passed = min((self.place - self.begin) / (self.end - self.begin), 1.0)
-        return [self.share * rate * (1 + math.cos(math.pi * passed)) / 2 for rate in self.base_lrs]
+        return [rate * (1 + math.cos(math.pi * passed)) / 2 for rate in self.base_lrs]
 
     @property
     def place(self) -> float:
         """In epochs."""
         return self.last_epoch + self.T_cur % 1  # a cycle begins with a whole epoch
 
-    def end_with(self, epochs: int, planned: int, done: int, share: float = AFTERWARDS) -> None:
+    def end_with(self, epochs: int, planned: int, done: int) -> None:
         """Makes the schedule of a run that was to have the `planned` epochs end after `epochs`.
 
-        A run that is through goes on with a cycle of what is added, which begins with a share of the rate. In any
-        other the cycle that would have been its last, or that is it now, becomes longer or shorter.
+        A run that is through goes on with a cycle of what is added: a restart does no harm where the rate has come
+        down again by the end. In any other run the cycle that would have been its last becomes longer or shorter.
 
         Args:
             done: epochs of the run.
         """
         if done >= planned:
-            self.begin, self.share = planned, share
+            self.begin = planned
         elif self.begin >= min(epochs, planned):
-            self.begin, self.share = sum(cycles(self, min(epochs, planned))[:-1]), 1.0
+            self.begin = sum(cycles(self, min(epochs, planned))[:-1])
         self.end = epochs
         self.step(max(self.place, done))  # skipped steps may have held it back at the end of an epoch
 
