@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import onnx
 import onnxruntime
@@ -16,6 +18,7 @@ from conftest import save_random_model
 
 from cutting.cutter import load
 from datasets import COCOPersonDataset
+from loading.letterbox import letterbox, restore
 from models import UNetAutoencoder
 from tools import export
 from training import checkpoints
@@ -81,6 +84,29 @@ def test_onnx_equals_pytorch_at_any_size_and_batch(exported, model, shape):
     assert rgba.dtype == np.float32
     assert expected[:, 3].std() > 0.01  # an alpha that says something
     np.testing.assert_allclose(rgba, expected, rtol=0, atol=1e-4)
+
+
+
+README = Path(export.__file__).parents[1] / "README.md"
+
+
+@pytest.mark.parametrize("shape", [(50, 90), (301, 200), (33, 40)])
+def test_the_lines_of_the_readme_give_predicts_alpha(shape, checkpoint, exported, tmp_path, monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    noise = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    rgb = cv2.resize(noise, shape[::-1], interpolation=cv2.INTER_CUBIC)
+    (tmp_path / "photo.jpg").write_bytes(cv2.imencode(".png", rgb[..., ::-1])[1].tobytes())  # read by its content
+    (tmp_path / "model.onnx").symlink_to(exported)
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    exec(next(block for block in blocks if "InferenceSession" in block), found)
+    square, metadata = letterbox(rgb, 64)
+    expected = restore(load(checkpoint, "cpu").probabilities([square])[0], metadata)
+    assert np.ptp(expected) > 0.1
+    np.testing.assert_allclose(found["alpha"], expected, atol=1e-3)
+    cutout = cv2.imread("cutout.png", cv2.IMREAD_UNCHANGED)
+    np.testing.assert_array_equal(cutout[..., 2::-1], rgb)
+    np.testing.assert_allclose(cutout[..., 3] / 255, expected, atol=0.004)
 
 
 def test_a_whole_run_leaves_nothing_but_its_output(checkpoint, tmp_path):
