@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TOP = {
     *("trainer.py", "evaluate.py", "predict.py", "datasets.py", "models.py", "utils.py"),
     *("loading", "training", "cutting", "tools", "tests", "checkpoints"),
-    *("README.md", "requirements.txt", "requirements-dev.txt", "pyproject.toml"),
+    *("README.md", "README.es.md", "LICENSE", "requirements.txt", "requirements-dev.txt", "pyproject.toml"),
 }
 ALLOWED = {  # on each floor a file may import from these
     "utils": set(),

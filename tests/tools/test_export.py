@@ -86,7 +86,6 @@ def test_onnx_equals_pytorch_at_any_size_and_batch(exported, model, shape):
     np.testing.assert_allclose(rgba, expected, rtol=0, atol=1e-4)
 
 
-
 README = Path(export.__file__).parents[1] / "README.md"
 
 
@@ -103,7 +102,7 @@ def test_the_lines_of_the_readme_give_predicts_alpha(shape, checkpoint, exported
     square, metadata = letterbox(rgb, 64)
     expected = restore(load(checkpoint, "cpu").probabilities([square])[0], metadata)
     assert np.ptp(expected) > 0.1
-    np.testing.assert_allclose(found["alpha"], expected, atol=1e-3)
+    np.testing.assert_allclose(found["alpha"], expected, atol=export.TOLERANCE)
     cutout = cv2.imread("cutout.png", cv2.IMREAD_UNCHANGED)
     np.testing.assert_array_equal(cutout[..., 2::-1], rgb)
     np.testing.assert_allclose(cutout[..., 3] / 255, expected, atol=0.004)
