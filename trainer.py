@@ -38,7 +38,7 @@ from loading.unreadable import TolerantDataset, dead_worker, name_bad_photos
 from models import SMALLEST_INPUT, UNetAutoencoder
 from training import curves, launching, pictures, report, resuming, runlog, starting
 from training.board import Board
-from training.checkpoints import BOARD, CURVES, PREVIEW, RUN_JSON, RUN_LOG, RunFolder, tried
+from training.checkpoints import BOARD, CURVES, PREVIEW, RUN_JSON, RUN_LOG, RunFolder
 from training.interruptions import Stopped, Watch
 from training.limits import LIMITS, check, check_batch  # noqa: F401 - the limits are asked for here
 from training.run import Run
@@ -59,6 +59,7 @@ from training.step import (
 )
 from training.streams import steady_streams
 from training.weights import WeightAverage, weight_groups
+from training.writing import tried
 from utils import LossCalculator, Processes, UserError, usable_cores
 
 
@@ -145,8 +146,8 @@ def main(config: Config, typed: Collection[str] = FIELDS) -> None:
                 training = train_one_epoch(run, train_loader, epoch, config, watch)
                 share_buffers(run.model, run.evaluated)
                 validation = validate(run, val_loader, watch)
-                saved = write_down(run, training, validation, val_loader.dataset, folder)
-                watch.restart_clock(saved)
+                write_down(run, training, validation, val_loader.dataset, folder)
+                watch.restart_clock()
         finish(run, folder)
 
 
@@ -375,20 +376,25 @@ def begin(run: Run, config: Config, folder: RunFolder, train_loader: DataLoader,
 # --- after each epoch -------------------------------------------------------------------------------------
 
 
-def write_down(run: Run, training: dict, validation: dict, val: TolerantDataset, folder: RunFolder) -> bool:
-    """An epoch's figures, checkpoints and pictures. Returns whether its checkpoint could be written."""
+def write_down(run: Run, training: dict, validation: dict, val: TolerantDataset, folder: RunFolder) -> None:
+    """An epoch's figures, checkpoints and pictures. The disk is not waited for."""
     bad_photos = name_bad_photos(run.dataset, val, run.processes)
     run.end_epoch(report.history_row(run.epochs_done + 1, training, validation, bad_photos))
     if not run.processes.is_main:
-        return True
+        return
     is_best = validation["iou"] > run.best_iou or not folder.has_best()
     run.best_iou = validation["iou"] if is_best else run.best_iou
-    saved = folder.save_epoch(run, run.result(validation) if is_best else None)
-    tried(lambda: pictures.preview(run, val, folder.path / PREVIEW))
-    tried(lambda: curves.save_curves(run.history, folder.path / CURVES))
-    run.board.after_epoch(run.history[-1], folder.path / PREVIEW)
+    folder.save_epoch(run, run.result(validation) if is_best else None)
+    draw(run, val, folder)
     print(report.epoch_lines(run.history[-1], run.settings["num_epochs"], is_best, folder.path), flush=True)
-    return saved
+
+
+def draw(run: Run, val: TolerantDataset, folder: RunFolder) -> None:
+    """An epoch's pictures, and its figures for TensorBoard, which shows one of them."""
+    shown, history = pictures.preview(run, val), [*run.history]
+    folder.later(lambda: pictures.save_sheet(*shown, folder.path / PREVIEW))
+    folder.later(lambda: curves.save_curves(history, folder.path / CURVES))
+    folder.later(lambda: run.board.after_epoch(history[-1], folder.path / PREVIEW))
 
 
 def finish(run: Run, folder: RunFolder) -> None:

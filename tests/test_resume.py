@@ -664,10 +664,17 @@ def full_disk(monkeypatch):
         yield patch
 
 
+def wait_after_each_epoch(monkeypatch) -> None:
+    """Until all of it is written, or is not."""
+    write_down = trainer.write_down
+    monkeypatch.setattr(trainer, "write_down", lambda *args: (write_down(*args), args[-1]._writer.rest()))
+
+
 def test_with_a_full_disk_it_goes_on_and_has_the_right_best_model_afterwards(coco_root, tmp_path, monkeypatch, capsys):
     ious, written = iter([0.5, 0.9, 0.3, 0.4]), {}
     real, evaluate = os.fsync, trainer.validate
     full = {"until": 0, "epoch": 0}
+    wait_after_each_epoch(monkeypatch)
 
     def fsync(descriptor):
         if full["epoch"] in (2, 3):
@@ -722,6 +729,7 @@ def test_a_run_that_never_finds_room_ends_with_one_line(coco_root, tmp_path, mon
 
 def test_after_a_failed_save_the_next_step_does_not_wait_a_quarter_of_an_hour(coco_root, tmp_path, monkeypatch):
     monkeypatch.setattr(interruptions, "RETRY_SECONDS", 0.0)
+    wait_after_each_epoch(monkeypatch)
     saves = []
     real = checkpoints.write_last
     monkeypatch.setattr(checkpoints, "write_epoch", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
@@ -729,6 +737,77 @@ def test_after_a_failed_save_the_next_step_does_not_wait_a_quarter_of_an_hour(co
     monkeypatch.setattr(checkpoints.RunFolder, "insist", lambda *_: None)
     trainer.main(small(coco_root, tmp_path / "run", **TWO))
     assert saves == [1]  # the first step after the epoch that failed; then the clock is set anew
+
+
+# --- written while the training goes on -------------------------------------------------------------------
+
+
+def slowly(monkeypatch, before) -> None:
+    """Calls it, in the thread that writes, before each checkpoint of a whole epoch."""
+    write = checkpoints.write_epoch
+    monkeypatch.setattr(checkpoints, "write_epoch", lambda *args: (before(), write(*args)))
+
+
+def test_the_training_goes_on_while_the_state_of_before_is_written(straight, coco_root, tmp_path, monkeypatch):
+    two_steps_later, waits = threading.Event(), []
+    after_batch(monkeypatch, BATCHES + 2, two_steps_later.set)
+    slowly(monkeypatch, lambda: waits.append(two_steps_later.wait(30)))
+    trainer.main(small(coco_root, tmp_path / "run", keep_checkpoints=0, **TWO))
+    assert waits == [True, True]  # else nothing went on until the first one was written
+    assert_the_same(tmp_path / "run", straight)
+    for name in ("epoch_0001.pth", "epoch_0002.pth"):
+        ours, theirs = (read_checkpoint(folder / name) for folder in (tmp_path / "run", straight))
+        assert all(same(ours[part], theirs[part]) for part in ("model", "optimizer", "average", "scheduler"))
+
+
+def test_what_cannot_be_written_is_told_at_the_next_step_and_tried_again(coco_root, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(interruptions, "RETRY_SECONDS", 0.0)
+    failed, outs, write = threading.Event(), [], checkpoints.write_last
+
+    def full():
+        if not failed.is_set():
+            failed.set()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def look(*args):
+        outs.append((args[1]["step"], capsys.readouterr().out))
+        write(*args)
+
+    slowly(monkeypatch, full)
+    monkeypatch.setattr(checkpoints, "write_last", look)
+    after_batch(monkeypatch, BATCHES + 1, lambda: (failed.wait(30), time.sleep(0.1)))
+    trainer.main(small(coco_root, tmp_path / "run", **TWO))
+    ((step, out),) = outs
+    assert step == 1
+    assert "No space left on device: the training goes on, and it will be tried again" in out
+
+
+def test_a_signal_is_said_to_have_saved_when_all_is_written(coco_root, tmp_path, monkeypatch, capfd):
+    write = checkpoints.write_last
+    monkeypatch.setattr(checkpoints, "write_last", lambda *args: (time.sleep(0.3), write(*args), print("written")))
+    after_batch(monkeypatch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert run(small(coco_root, tmp_path / "run", **TWO), Stopped)
+    out = capfd.readouterr().out
+    assert 0 < out.index("written") < out.index("stopped by SIGTERM after epoch 0, step 1: --resume goes on from there")
+
+
+def test_the_end_of_a_run_waits_and_no_signal_cuts_it_off(coco_root, tmp_path, monkeypatch, capsys):
+    handlers = []
+    slowly(monkeypatch, lambda: (time.sleep(0.3), handlers.append(signal.getsignal(signal.SIGTERM))))
+    monkeypatch.setattr(trainer, "finish", lambda *_: print(read_checkpoint(tmp_path / "run" / "last.pth")["epoch"]))
+    trainer.main(small(coco_root, tmp_path / "run", num_epochs=1))
+    assert capsys.readouterr().out.endswith("\n1\n")
+    assert handlers[0] not in (signal.SIG_DFL, signal.SIG_IGN)  # it leaves a note
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_a_bug_in_what_writes_ends_the_run_at_the_next_step_or_at_its_end(epochs, coco_root, tmp_path, monkeypatch):
+    met, batches = threading.Event(), []
+    slowly(monkeypatch, lambda: (met.set(), 1 / 0))
+    after_batch(monkeypatch, BATCHES + 1, lambda: (met.wait(30), time.sleep(0.1)))
+    after_batch(monkeypatch, BATCHES + 2, lambda: batches.append("too many"))
+    assert run(small(coco_root, tmp_path / "run", num_epochs=epochs), ZeroDivisionError)
+    assert not batches
 
 
 # --- in processes of their own ----------------------------------------------------------------------------

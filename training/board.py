@@ -66,8 +66,9 @@ class Board:
         self._write(lambda writer: writer.flush())
 
     def _write(self, write: Callable[[SummaryWriter], object]) -> None:
-        if self._writer is not None:
-            self._try(lambda: write(self._writer))
+        writer = self._writer  # an epoch's figures are written in another thread, which may give it up now
+        if writer is not None:
+            self._try(lambda: write(writer))
 
     def _try(self, action: Callable[[], object]) -> None:
         try:

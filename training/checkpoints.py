@@ -19,7 +19,17 @@ from torch import Tensor
 from loading.unreadable import SKIPPED
 from training.launching import launcher
 from training.run import Run
-from utils import CheckpointError, atomic_write, draft_of, flush_folder, read_checkpoint, write_csv, writing_to
+from training.writing import Writer
+from utils import (
+    CheckpointError,
+    atomic_write,
+    draft_of,
+    flush_folder,
+    read_checkpoint,
+    weights_of,
+    write_csv,
+    writing_to,
+)
 
 LOCK = ".lock"
 EPOCH_FILE = re.compile(r"epoch_(\d+)\.pth")
@@ -30,12 +40,15 @@ RUN_FILES = (  # beside epoch_0001.pth ...
     *(BEST, LAST, PREVIOUS, SKIPPED, HISTORY, PREVIEW, CURVES, RUN_JSON, RUN_LOG, BOARD),
 )
 RETRY_SECONDS = 60.0  # after which a checkpoint that could not be written is tried again
+CHECKPOINT, PICTURE = "checkpoint", "picture"  # what is written in the background
 
 
 class RunFolder:
     """Where a run writes. All processes have one; only the main one calls what claims the folder or writes there.
 
-    Within its `with` block, once `claim` or `take_over` has claimed it, no other run can write there.
+    Within its `with` block, once `claim` or `take_over` has claimed it, no other run can write there. What is saved
+    is copied at once and written while the training goes on; `collect` tells what came of it, and so does the block's
+    end, which waits.
 
     Args:
         path: the folder; it is made when the run's settings are accepted, not before.
@@ -46,14 +59,18 @@ class RunFolder:
         self.path, self.keep = Path(path), keep
         self._claim: BinaryIO | None = None
         self._best: dict | None = None  # the best model, until it is on the disk
-        self._saved = True  # whether the last epoch is
+        self._saved = True  # whether the newest checkpoint is, or it is on its way and nothing is known yet
+        self._writer = Writer()
 
     def __enter__(self) -> RunFolder:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        if self._claim:
-            self._claim.close()
+        try:
+            self._writer.close()
+        finally:
+            if self._claim:
+                self._claim.close()
 
     def claim(self) -> None:
         """Before a checkpoint in it is read: no other run may write a newer one in between.
@@ -90,31 +107,52 @@ class RunFolder:
     def has_best(self) -> bool:
         return self._best is not None or (self.path / BEST).exists()
 
-    def save_epoch(self, run: Run, best: dict | None) -> bool:
-        """Writes what a whole epoch leaves, and the best model if it is one. Returns whether that worked.
+    def save_epoch(self, run: Run, best: dict | None) -> None:
+        """What a whole epoch leaves, and the best model if it is one.
 
         The checkpoint last: cut off before it, the run does the epoch again. A full disk ends no training.
         """
-        self._best = best or self._best
-        self._saved = (
-            self._save_best()
-            and tried(lambda: write_csv(run.history, self.path / HISTORY))
-            and tried(lambda: write_epoch(self.path, run.checkpoint(), self.keep))
-        )
-        return self._saved
+        history = [*run.history]
 
-    def save_unfinished(self, run: Run, tallies: list[dict]) -> bool:
-        """Writes last.pth in the middle of an epoch; the one before it stays as previous.pth."""
-        # Not without the best model: a checkpoint that knows its score would never let it be written.
-        return self._save_best() and tried(lambda: write_last(self.path, run.checkpoint(tallies)))
+        def write(content: dict) -> None:
+            write_csv(history, self.path / HISTORY)
+            write_epoch(self.path, content, self.keep)
 
-    def _save_best(self) -> bool:
-        """What cannot be written now is kept in memory."""
-        if self._best is None or tried(lambda: save(self._best, self.path / BEST)):
+        self._save(run.checkpoint(), write, best)
+
+    def save_unfinished(self, run: Run, tallies: list[dict]) -> None:
+        """last.pth in the middle of an epoch; the one before it stays as previous.pth."""
+        self._save(run.checkpoint(tallies), lambda content: write_last(self.path, content))
+
+    def _save(self, content: dict, write: Callable[[dict], None], best: dict | None = None) -> None:
+        self.collect(wait=True)  # before another copy is made
+        copied = snapshot(content)
+        if best is not None:
+            self._best = {**best, "model": weights_of(copied)}  # the very weights, copied already
+        self._saved = True
+        self._writer.submit(CHECKPOINT, lambda: (self._write_best(), write(copied)))
+
+    def _write_best(self) -> None:
+        """Before any checkpoint: one that knows its score would never let it be written. It is kept until it is."""
+        if self._best is not None:
+            save(self._best, self.path / BEST)
             self._best = None
-            return True
-        self._best = copy.deepcopy(self._best)  # the model goes on changing
-        return False
+
+    def later(self, draw: Callable[[], object]) -> None:
+        """Something to look at, after all that was saved before."""
+        self._writer.submit(PICTURE, draw)
+
+    def collect(self, wait: bool = False) -> bool:
+        """Tells what could not be written since the last time. Returns False where that is a checkpoint, only once.
+
+        Args:
+            wait: for all that is to be written; else what is not done yet is told another time.
+        """
+        if wait:
+            self._writer.rest()
+        written = CHECKPOINT not in self._writer.collect()
+        self._saved = self._saved and written
+        return written
 
     def insist(self, run: Run) -> None:
         """At the end of the run there is no later checkpoint that would make up for one that could not be written.
@@ -122,25 +160,15 @@ class RunFolder:
         Raises:
             CheckpointError: an hour was not enough to make room.
         """
+        self.collect(wait=True)
         for _ in range(int(3600 / RETRY_SECONDS)):
             if self._saved:
                 return
             time.sleep(RETRY_SECONDS)
             self.save_epoch(run, None)
+            self.collect(wait=True)
         if not self._saved:
             raise CheckpointError(f"the last epoch cannot be written to {self.path}")
-
-
-def tried(save: Callable[[], None]) -> bool:
-    """Whether a file could be written; if not, it is said, and the training goes on."""
-    try:
-        save()
-    except (CheckpointError, OSError) as error:
-        named = isinstance(error, OSError) and error.filename
-        what = f"{error.filename} cannot be written: {error.strerror}" if named else error
-        print(f"{what}: the training goes on, and it will be tried again", flush=True)
-        return False
-    return True
 
 
 # --- files ------------------------------------------------------------------------------------------------
@@ -149,29 +177,29 @@ def tried(save: Callable[[], None]) -> bool:
 def save(content: dict, path: Path) -> None:
     """Writes tensors, numbers, texts, lists and dictionaries of them: what `read_checkpoint` accepts.
 
+    Args:
+        content: with its tensors on the CPU: a file that names a GPU cannot be read on a machine without it.
+
     Raises:
         CheckpointError: the disk is full or the folder cannot be written; what was there is untouched.
     """
     try:
         with atomic_write(path) as file:
-            torch.save(on_cpu(content), file)
+            torch.save(content, file)
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise CheckpointError(f"{path} cannot be written: {reason}") from error
 
 
-def on_cpu(content: Any) -> Any:
-    """The same, with all its tensors on the CPU: a file that names a GPU cannot be read on a machine without it.
-
-    What lies there already is not copied.
-    """
+def snapshot(content: Any) -> Any:
+    """A copy on the CPU, with all its tensors, dictionaries and lists: none of it changes as the training goes on."""
     if isinstance(content, Tensor):
-        return content.cpu()
+        return content.clone() if content.is_cpu else content.cpu()
     if isinstance(content, dict):
-        moved = copy.copy(content)  # with what else a model's has: the versions of its layers
-        moved.update((name, on_cpu(value)) for name, value in content.items())
-        return moved
-    return [on_cpu(value) for value in content] if isinstance(content, list) else content
+        copied = copy.copy(content)  # with what else a model's has: the versions of its layers
+        copied.update((name, snapshot(value)) for name, value in content.items())
+        return copied
+    return [snapshot(value) for value in content] if isinstance(content, list) else content
 
 
 def write_epoch(folder: Path, content: dict, keep: int) -> None:

@@ -54,8 +54,9 @@ def save_figure(draw: Callable[[Figure], None], path: Path) -> None:
     """Writes what `draw` makes of an empty figure; raises as `save_curves`."""
     try:
         matplotlib = import_matplotlib()
-        with matplotlib.rc_context(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of letters that its font lacks
+        # Of letters that its font lacks. For good: what is restored after a while may be another thread's by then.
+        warnings.filterwarnings("ignore", module=r"matplotlib|training\.curves")
+        with matplotlib.rc_context():
             matplotlib.rcdefaults()  # or it would look as the user's own configuration has it
             matplotlib.rcParams.update(STYLE)
             figure = matplotlib.figure.Figure()  # not pyplot's, which looks for a screen: this one is drawn by Agg

@@ -54,8 +54,11 @@ class Watch:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        try:
+            self._folder.collect(wait=True)  # no signal cuts off what is being written
+        finally:
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if self._signal and time.monotonic() - self._noticed > SAME_SIGNAL:
@@ -76,6 +79,8 @@ class Watch:
             Stopped: a signal reached one of them; the run is saved.
             BrokenNumbersError: on one of them too many steps in a row had no finite number.
         """
+        if not self._folder.collect():
+            self.restart_clock(saved=False)
         self.after_steps()
         due = self._run.processes.is_main and time.monotonic() >= self._next_save
         self._answer = ask_largest([self._signal, due, self._run.broken()])
@@ -97,18 +102,21 @@ class Watch:
             raise BrokenNumbersError(f"{broken} steps in a row had no finite loss or gradient; {self._last_good()}; "
                                      "a lower --learning-rate may help")  # fmt: skip
         if due:
-            self.restart_clock(self._save())
+            self._save()
+            self.restart_clock()
 
     def restart_clock(self, saved: bool = True) -> None:
         """After a checkpoint: the next one is due in a while, or soon where this one could not be written."""
         self._next_save = time.monotonic() + (self._pause if saved else min(self._pause, RETRY_SECONDS))
 
-    def _save(self) -> bool:
+    def _save(self) -> None:
         tallies = self._run.unfinished()  # of all processes
-        return not self._run.processes.is_main or self._folder.save_unfinished(self._run, tallies)
+        if self._run.processes.is_main:
+            self._folder.save_unfinished(self._run, tallies)
 
     def _stop(self, number: int) -> None:
-        stop, saved = Stopped(number), self._save()
+        self._save()
+        stop, saved = Stopped(number), self._folder.collect(wait=True)
         largest_of_each([0])  # wait for all: torchrun, seeing one of them end, would end the one that saves
         handled, self._handlers = self._handlers, {}
         for one in handled:
@@ -120,6 +128,7 @@ class Watch:
         raise stop
 
     def _last_good(self) -> str:
+        self._folder.collect(wait=True)
         path = self._folder.path / LAST
         return f"{path} is the last good checkpoint" if path.exists() else "there is no checkpoint yet"
 

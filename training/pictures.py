@@ -22,13 +22,17 @@ GAP = 4  # pixels between two pictures
 
 
 @torch.inference_mode()
-def preview(run: Run, dataset: TolerantDataset, path: Path) -> None:
-    """Writes the same few validation photos every time, or the next ones that can be read."""
+def preview(run: Run, dataset: TolerantDataset) -> tuple[Tensor, Tensor]:
+    """The same few validation photos every time, or the next ones that can be read: what `save_sheet` shows of them.
+
+    Returns:
+        targets, predictions: float (N, 4, S, S) on the CPU.
+    """
     chosen = np.linspace(0, len(dataset) - 1, min(PREVIEW_PHOTOS, len(dataset)), dtype=int)
     images, target = to_device(torch.stack([dataset[int(index)] for index in chosen]), run.device)
     model = run.evaluated.eval()
     with autocast(run.device, run.amp_dtype):  # one at a time: they may be more than the memory holds at once
-        save_sheet(target, torch.cat([model.predict(image) for image in images.split(1)]), path)
+        return target.cpu(), torch.cat([model.predict(image) for image in images.split(1)]).cpu()
 
 
 def save_sheet(targets: Tensor, predictions: Tensor, path: Path, labels: Sequence[str] = ()) -> None:

@@ -18,8 +18,8 @@ from training.checkpoints import (
     in_the_way,
     move_aside,
     newest_usable,
-    on_cpu,
     save,
+    snapshot,
     write_epoch,
     write_last,
 )
@@ -99,7 +99,8 @@ def test_what_is_saved_of_a_gpu_is_saved_from_the_cpu(tmp_path, monkeypatch):
     moments = {0: {"step": torch.ones((), device="meta"), "exp_avg": torch.ones(2, device="meta")}}
     tallies = [{"losses": torch.ones(3, device="meta"), "skipped": 2}]
     optimizer = {"state": moments, "param_groups": [{"betas": (0.9, 0.999), "params": [0]}]}
-    save(content(1, model=model.state_dict(), optimizer=optimizer, tallies=tallies), tmp_path / "a.pth")
+    whole = content(1, model=model.state_dict(), optimizer=optimizer, tallies=tallies)
+    save(snapshot(whole), tmp_path / "a.pth")
     back = torch.load(tmp_path / "a.pth", weights_only=True)  # as README does it
     saved = [*back["model"].values(), *back["optimizer"]["state"][0].values(), back["tallies"][0]["losses"]]
     assert {value.device.type for value in saved} == {"cpu"}
@@ -110,9 +111,17 @@ def test_what_is_saved_of_a_gpu_is_saved_from_the_cpu(tmp_path, monkeypatch):
     assert model[0].weight.is_meta
 
 
-def test_what_lies_on_the_cpu_is_not_copied_to_be_saved():
-    one = nn.BatchNorm2d(4).state_dict()
-    assert on_cpu({"model": one})["model"]["running_var"].data_ptr() == one["running_var"].data_ptr()
+def test_a_snapshot_stays_as_it_is_while_all_that_it_was_taken_of_changes():
+    model = nn.BatchNorm2d(4)
+    whole = content(1, model=model.state_dict(), history=[{"iou": 0.5}], tallies=[{"losses": torch.ones(3)}])
+    before = snapshot(whole)
+    model.running_var.mul_(2)
+    whole["tallies"][0]["losses"].add_(1)
+    whole["history"][0]["iou"] = 0.6
+    whole["history"].append({"iou": 0.7})
+    assert (before["model"]["running_var"] == 1).all()
+    assert (before["tallies"][0]["losses"] == 1).all()
+    assert before["history"] == [{"iou": 0.5}]
 
 
 # --- reading ----------------------------------------------------------------------------------------------

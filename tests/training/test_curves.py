@@ -11,8 +11,8 @@ import pytest
 from conftest import fresh_python
 
 from training import curves
-from training.checkpoints import tried
 from training.report import history_row
+from training.writing import tried
 from utils import CheckpointError
 
 TERMS = ("colour_loss", "bce_loss", "dice_loss")

@@ -19,7 +19,24 @@ from training.interruptions import BrokenNumbersError, Stopped, Watch
 from utils import Processes
 
 ALONE = Processes(torch.device("cpu"))
-FOLDER = SimpleNamespace(path=Path("nowhere"), save_unfinished=lambda *_: True)
+
+
+class Folder:
+    """What a watch asks of a run's folder: a save is told as having worked or not when it is asked next."""
+
+    path = Path("nowhere")
+
+    def __init__(self, outcomes: tuple[bool, ...] = ()):
+        self._outcomes, self._news, self.saves = iter(outcomes), True, []
+
+    def save_unfinished(self, *_: object) -> None:
+        self.saves.append(time.monotonic())
+        self._news = next(self._outcomes, True)
+
+    def collect(self, wait: bool = False) -> bool:
+        news, self._news = self._news, True
+        return news
+
 
 
 def run(broken: int = 0) -> SimpleNamespace:
@@ -42,7 +59,7 @@ def default_signals():
 @pytest.mark.parametrize("number", interruptions.SIGNALS)
 def test_a_signal_is_met_after_the_step_and_what_is_saved_is_not_disturbed(number):
     before = {n: signal.getsignal(n) for n in interruptions.SIGNALS}
-    with pytest.raises(Stopped, match=signal.Signals(number).name) as stop, Watch(run(), FOLDER, 0) as watch:  # noqa: PT012
+    with pytest.raises(Stopped, match=signal.Signals(number).name) as stop, Watch(run(), Folder(), 0) as watch:  # noqa: PT012
         watch.between_steps()
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), number)  # at once: the same one by another way
@@ -53,7 +70,7 @@ def test_a_signal_is_met_after_the_step_and_what_is_saved_is_not_disturbed(numbe
 
 def test_the_handlers_come_back():
     before = {n: signal.getsignal(n) for n in interruptions.SIGNALS}
-    with Watch(run(), FOLDER, 0):
+    with Watch(run(), Folder(), 0):
         assert not {*before.values()} & {signal.getsignal(n) for n in interruptions.SIGNALS}
     assert {n: signal.getsignal(n) for n in interruptions.SIGNALS} == before
 
@@ -79,7 +96,8 @@ def after_hangup(ignored: bool) -> subprocess.CompletedProcess:
         "import os, signal, sys; from types import SimpleNamespace; from training import interruptions\n"
         "alone = SimpleNamespace(is_main=True, world_size=1)\n"
         "run = SimpleNamespace(processes=alone, broken=lambda: 0, unfinished=list)\n"
-        "run.epochs_done = run.step = 1; folder = SimpleNamespace(save_unfinished=lambda *_: print('saved') or True)\n"
+        "run.epochs_done = run.step = 1; folder = SimpleNamespace(save_unfinished=lambda *_: print('saved'))\n"
+        "folder.collect = lambda wait=False: True\n"
         f"signal.signal(signal.SIGHUP, signal.{'SIG_IGN' if ignored else 'SIG_DFL'})\n"
         "try:\n"
         "    with interruptions.Watch(run, folder, 0) as watch:\n"
@@ -110,7 +128,7 @@ def test_in_a_thread_there_are_no_signals_and_another_processs_still_stops_it(mo
 
     def stopped() -> int:
         try:
-            with Watch(run(), FOLDER, 0) as watch:
+            with Watch(run(), Folder(), 0) as watch:
                 watch.between_steps()
                 monkeypatch.setattr(interruptions, "ask_largest", lambda _: lambda: [signal.SIGTERM, 0, 0])
                 watch.between_steps()
@@ -125,18 +143,17 @@ def test_in_a_thread_there_are_no_signals_and_another_processs_still_stops_it(mo
 def test_a_checkpoint_is_due_by_the_clock_and_sooner_after_a_failure(monkeypatch):
     now = [0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    saves, outcomes = [], iter([False, True, True])
-    folder = SimpleNamespace(save_unfinished=lambda *_: saves.append(now[0]) or next(outcomes))
+    folder = Folder((False, True, True))
     for watch in (Watch(run(), folder, 15), Watch(run(), folder, 0)):
-        for now[0] in (899, 900, 959, 960, 1859, 1860):
+        for now[0] in (899, 900, 910, 969, 970, 1869, 1870):  # the failure is told at 910
             watch.between_steps()
-    assert saves == [900, 960, 1860]
+    assert folder.saves == [900, 970, 1870]
 
 
 def test_ten_broken_steps_in_a_row_are_too_many():
-    Watch(run(broken=9), FOLDER, 0).between_steps()
+    Watch(run(broken=9), Folder(), 0).between_steps()
     with pytest.raises(BrokenNumbersError, match=r"10 steps in a row.*no checkpoint yet"):
-        Watch(run(broken=10), FOLDER, 0).between_steps()
+        Watch(run(broken=10), Folder(), 0).between_steps()
 
 
 def test_of_several_processes_none_waits_for_an_answer_before_its_next_step(monkeypatch):
@@ -149,7 +166,7 @@ def test_of_several_processes_none_waits_for_an_answer_before_its_next_step(monk
         return lambda: talk.append("answered") or next(answers)
 
     monkeypatch.setattr(interruptions, "ask_largest", ask)
-    with pytest.raises(Stopped), Watch(several, FOLDER, 0) as watch:  # noqa: PT012
+    with pytest.raises(Stopped), Watch(several, Folder(), 0) as watch:  # noqa: PT012
         watch.between_steps()
         assert talk == ["asked"]
         watch.between_steps()
