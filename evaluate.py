@@ -23,7 +23,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P, or PYTHONSAFEPATH, does not look here by itself
 
 import utils
-from cutting.cutter import Cutter, check_size, load
+from cutting.cutter import TRAINED, Cutter, check_size, find_model, load
 from cutting.edges import alpha_of, to_opacity
 from datasets import COCOPersonDataset, DataError, letterbox
 from loading.layout import Choices
@@ -86,9 +86,10 @@ def main(options: argparse.Namespace) -> dict:
 def results_folder(options: argparse.Namespace) -> Path:
     """Beside the checkpoint, of the sets' names, and of the image size where it is not the checkpoint's."""
     roots = "_".join(root.resolve().name for root in data_roots(options.data_root))
-    name = f"{Path(options.checkpoint).stem}_on_{roots}_{options.split}"
+    checkpoint = Path("checkpoints", "box") if options.checkpoint == "box" else Path(options.checkpoint)
+    name = f"{checkpoint.stem}_on_{roots}_{options.split}"
     other_size = options.image_size not in (None, options.trained_size)
-    return Path(options.checkpoint).with_name(name + (f"_at_{options.image_size}" if other_size else ""))
+    return checkpoint.with_name(name + (f"_at_{options.image_size}" if other_size else ""))
 
 
 def measure_share(cutter: Cutter, dataset: COCOPersonDataset, processes: Processes) -> tuple[list[dict], list[str]]:
@@ -238,7 +239,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """
     parser = OneLineParser("evaluate.py", description="Measures what a checkpoint is worth.", allow_abbrev=False)
     add = parser.add_argument
-    add("checkpoint", nargs="?", default="checkpoints/best_model.pth", help="the trained model (%(default)s)")
+    add("checkpoint", nargs="?", default=TRAINED, help="the trained model, or box (%(default)s)")
     add("--data-root", "--data_root", help="folder of annotations/ and the photos; several: a,b (that of the training)")
     add("--split", help="the photo folder's name (that of the training's validation)")
     add("--image-size", "--image_size", type=int, help="pixels of the network's square (the checkpoint's)")
@@ -249,7 +250,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--device", default=utils.EACH_ITS_GPU, help="cpu, cuda:1, mps (every process its own GPU, or the CPU)")
     options = parser.parse_args(argv)
     check_size(options.image_size)
-    trained_with = read_checkpoint(options.checkpoint)["config"]
+    trained_with = read_checkpoint(find_model(options.checkpoint))["config"]
     options.choices = choices_of(options, trained_with)
     options.data_root = options.choices.photos or options.data_root or trained_with.get("data_root", "data/coco")
     options.split = options.split or trained_with.get("val_split", "val2017")

@@ -16,6 +16,7 @@ from test_trainer import run_of, unwatched
 import evaluate as evaluation
 import predict
 import trainer
+from cutting import cutter
 from datasets import COCOPersonDataset
 
 VAL = "val2017"
@@ -232,6 +233,18 @@ def test_without_options_it_is_the_best_model_on_the_data_of_its_training(coco_r
     monkeypatch.chdir(coco_root.parent)
     assert evaluation.run_command(["evaluate.py"]) == 0
     assert (coco_root.parent / "checkpoints" / f"best_model_on_coco_{VAL}" / "metrics.json").exists()
+
+
+def test_the_programs_own_model_is_measured_as_well_and_beside_the_others(
+    coco_root, checkpoint, evaluate, tmp_path, monkeypatch
+):
+    measured = evaluate(coco_root)[1]
+    monkeypatch.setattr(cutter, "BOX", checkpoint.rename(tmp_path / "person.pth"))
+    monkeypatch.chdir(tmp_path)
+    assert evaluation.run_command(["evaluate.py", "box", "--data-root", str(coco_root), "--device", "cpu"]) == 0
+    own = json.loads(Path("checkpoints", f"box_on_{coco_root.name}_val2017", "metrics.json").read_text())
+    assert (own.pop("checkpoint"), measured.pop("checkpoint")) == ("box", str(checkpoint))
+    assert own == measured
 
 
 def test_several_roots_are_measured_as_one_set(coco_root, checkpoint, evaluate, tmp_path, monkeypatch):

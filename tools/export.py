@@ -34,7 +34,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it is in tools/ that Python looks
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before onnxruntime's import: it would note events and send them
 
-from cutting.cutter import Cutter, load
+from cutting.cutter import Cutter, find_model, load
 from cutting.jobs import photos_in
 from cutting.photos import open_photo
 from datasets import COCOPersonDataset
@@ -216,7 +216,7 @@ def measure_both(reference: onnx.ModelProto, reduced: onnx.ModelProto, dataset: 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = OneLineParser("export.py", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("checkpoint", type=Path, help="the trained model, e.g. checkpoints/best_model.pth")
+    add("checkpoint", help="the trained model, e.g. checkpoints/best_model.pth, or box")
     add("--output", type=Path, default=Path("model.onnx"), help="the file to write (%(default)s)")
     add("--precision", choices=PRECISIONS, default="float32", help="of weights and activations (%(default)s)")
     add("--check", type=Path, metavar="FOLDER", help="photos to compare with PyTorch on")
@@ -255,7 +255,7 @@ def main(options: argparse.Namespace) -> None:
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         raise UserError(f"{', '.join(missing)} must be installed first: pip install -r requirements-dev.txt")
     refuse_unwritable(options.output)
-    cutter, content = load(options.checkpoint, "cpu"), read_checkpoint(options.checkpoint)
+    cutter, content = load(options.checkpoint, "cpu"), read_checkpoint(find_model(options.checkpoint))
     dataset = open_split(options, options.split, cutter) if options.data_root else None
     # Opened early: the export takes its time.
     calibration = open_split(options, options.calibration_split, cutter) if options.precision == "int8" else None
