@@ -135,7 +135,7 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step_and_nothing_is_lost(ro
 @pytest.mark.parametrize("batch", [3, 4])  # of the epoch's last step, and of the last that both have in the validation
 def test_a_signal_at_the_last_step_is_met_before_the_work_goes_on(batch, root, tmp_path):
     settings = small(root, tmp_path / "run", batch_size=2, num_epochs=1)
-    stopped = train(tmp_path, settings, (1, batch, "signal"))
+    stopped = train(tmp_path, settings, (1, batch, "SIGTERM"))
     assert [(rank["code"], rank["epoch"], rank["step"]) for rank in stopped] == [(143, 0, 3)] * 2
     assert read_checkpoint(tmp_path / "run" / "last.pth")["step"] == 3
     assert not (tmp_path / "run" / "history.csv").exists()
@@ -198,7 +198,7 @@ def test_the_tasks_of_srun_train_together_and_one_is_enough_to_stop_them(root, t
             "SLURM_NODEID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2",
             "SLURM_PROCID": "{rank}", "SLURM_LOCALID": "{rank}"}  # fmt: skip
     settings = small(root, tmp_path / "run", batch_size=2, num_epochs=1, resume="newest")
-    stopped = train(tmp_path, settings, (1, 2, "SIGUSR1"), place=srun)  # as by #SBATCH --signal=USR1@120
+    stopped = train(tmp_path, settings, (1, 1, "SIGUSR1"), place=srun)  # as by #SBATCH --signal=USR1@120
     assert [(rank["code"], rank["step"]) for rank in stopped] == [(128 + signal.SIGUSR1, 2)] * 2
     ranks = train(tmp_path, settings, place=srun)
     assert same(*ranks)
