@@ -130,6 +130,8 @@ def side_by_side(work: Callable[[Item], Result], items: Iterable[Item], threads:
 
 # --- one of them ------------------------------------------------------------------------------------------
 
+WRITING: dict[Path, threading.Lock] = {}  # two threads may have fetched the same photo: each has one draft
+
 
 def bring(photo: Wanted) -> Failure | None:
     """Fetches a photo that is not there, or not whole.
@@ -144,11 +146,13 @@ def bring(photo: Wanted) -> Failure | None:
         problem = what_is_wrong(content, photo)
     except DownloadError as error:
         return Failure(photo, str(error), is_final=True)
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: a length that is no number
         problem = described(error)
     if problem:
         return Failure(photo, f"{photo.url}: {problem}")
-    with writing_to(str(photo.path)):
+    with WRITING.setdefault(photo.path, threading.Lock()), writing_to(str(photo.path)):
+        if looks_whole(photo.path):  # a thread of the round before, that was waiting for the server, has brought it
+            return None
         photo.path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(photo.path) as file:
             file.write(content)

@@ -61,7 +61,7 @@ def describe(run: Run, changed: dict, folder: Path, train_loader: DataLoader, va
         "device": f"{processes.device}, {computed_in(run)}, {processes.world_size} process"
                   f"{'es' if processes.world_size > 1 else ''}, {counted(train_loader.num_workers, 'worker')} each",
         "note": "; ".join(filter(None, [
-            processes.note, unfinished_cycle(run.scheduler, epochs) * (run.scheduler.end != epochs),
+            processes.note, unfinished_cycle(run.scheduler, epochs) * (run.scheduler.end == math.inf),
             seen_twice(train, val)])),
         "batch": f"{counted(batch_size * accumulate * processes.world_size, 'photo')} a step, "
                  f"{counted(math.ceil(len(train_loader) / accumulate), 'step')} an epoch",
@@ -132,8 +132,8 @@ def computed_in(run: Run) -> str:
 
 def described_cycles(scheduler: Schedule, num_epochs: int) -> str:
     """In cosine cycles of 25 and 75 epochs; of 1, 2, 4 ... 64 epochs; or one that was made to end with the run."""
-    if scheduler.end == num_epochs:
-        return f"a last cosine cycle from epoch {scheduler.begin + 1} to the end of epoch {num_epochs}"
+    if scheduler.end < math.inf:
+        return f"a last cosine cycle from epoch {scheduler.begin + 1} to the end of epoch {scheduler.end}"
     *first, last = (str(length) for length in cycles(scheduler, num_epochs))
     if len(first) > 3:
         return f"cosine cycles of {', '.join(first[:3])} ... {last} epochs"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import json
@@ -288,6 +289,32 @@ def test_an_answer_that_never_ends_is_given_up(server, tmp_path, monkeypatch, ca
 
 
 # --- the disk, and what ends a run ------------------------------------------------------------------------
+
+
+def test_two_threads_that_have_fetched_the_same_photo_write_it_one_after_the_other(tmp_path, monkeypatch):
+    photo = fetching.Wanted("http://nowhere/1.jpg", tmp_path / "1.jpg", (40, 40))
+    drafts, most = [], []
+    monkeypatch.setattr(fetching, "get", lambda _: ANOTHER)
+
+    @contextlib.contextmanager
+    def slow(path: Path) -> Iterator:
+        drafts.append(path)
+        most.append(len(drafts))
+        with utils.atomic_write(path) as file:
+            yield file
+            time.sleep(0.2)  # until it is safe on the disk
+        drafts.remove(path)
+
+    monkeypatch.setattr(fetching, "atomic_write", slow)
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(fetching.bring(photo))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [None] * 3
+    assert most == [1]  # who comes later finds it there
+    assert photo.path.read_bytes() == ANOTHER
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing_half(server, tmp_path, capsys, monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
+from training.report import described_cycles
 from training.schedule import Schedule, first_cycle
 
 RATES = (0.01, 0.1)
@@ -75,6 +76,14 @@ def test_it_is_lengthened_again_and_again():
     scheduler.step(16)
     scheduler.end_with(20, 16, 16)
     assert at(scheduler, 16) == pytest.approx(cosine(16, 16, 20))
+
+
+def test_a_run_that_has_done_more_than_is_asked_for_is_described_as_it_was():
+    scheduler = schedule()
+    scheduler.step(12)
+    scheduler.end_with(20, 12, 12)
+    assert described_cycles(scheduler, 20) == "a last cosine cycle from epoch 13 to the end of epoch 20"
+    assert described_cycles(scheduler, 18) == described_cycles(scheduler, 20)
 
 
 def test_a_run_whose_last_step_was_skipped_is_through_all_the_same():

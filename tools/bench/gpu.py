@@ -41,9 +41,9 @@ class Check(NamedTuple):
 
 
 CHECKS = {
-    "facts": Check(gpu_figures.facts, 20),
-    "drawings": Check(gpu_checks.drawings, 20),
-    "sample": Check(gpu_checks.sample, 60),
+    "facts": Check(gpu_figures.facts, 5),
+    "drawings": Check(gpu_checks.drawings, 10),
+    "sample": Check(gpu_checks.sample, 50),
     "portable": Check(gpu_checks.portable, 10),
     "broken": Check(gpu_checks.broken, 25),
     "memory": Check(gpu_checks.memory, 25, needs_cuda=True),
@@ -54,8 +54,8 @@ CHECKS = {
     "step": Check(gpu_figures.step, 50),
     "epoch": Check(gpu_figures.epoch, 35),
     "predict": Check(gpu_figures.predict_photos, 25),
-    "loader": Check(gpu_figures.loader, 40),
-    "compiled": Check(gpu_figures.compiled, 120, needs_cuda=True),
+    "loader": Check(gpu_figures.loader, 30),
+    "compiled": Check(gpu_figures.compiled, 100, needs_cuda=True),
 }
 ALWAYS = ("facts", "drawings")  # the first of which others speak, the second of which others use
 PATIENCE = 3  # times its seconds, after which a check is ended

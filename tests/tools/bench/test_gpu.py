@@ -151,3 +151,7 @@ def test_a_way_that_cannot_be_measured_spoils_no_other(tmp_path):
     assert found["images_per_second"].keys() == {"good"}
     assert found["errors"]["bad"].startswith("RuntimeError: CUDA error: an illegal")
     assert not found["ok"]
+
+
+def test_what_the_checks_usually_take_is_what_there_is_time_for():
+    assert sum(check.seconds for check in gpu.CHECKS.values()) <= 60 * gpu.parse([]).minutes
