@@ -5,7 +5,7 @@
     python predict.py holidays --output white --background white      # composed onto a colour, or onto a photo
     python predict.py holidays --output masks --mask --threshold 0.5  # the masks alone, with a hard edge
 
-The model is checkpoints/best_model.pth, or else cutting/person.pth if there is one; --checkpoint names another.
+The model is checkpoints/best_model.pth, or else the one that comes along; --checkpoint names another.
 
 From Python: `from predict import load`, then `load()("photo.jpg")`: uint8 RGBA (H, W, 4).
 
@@ -231,7 +231,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = OneLineParser("predict.py", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("photos", nargs="+", metavar="PHOTO_OR_FOLDER", help="folders with all their subfolders")
-    add("--checkpoint", help=f"the trained model ({TRAINED}, or else cutting/person.pth if there is one, named box)")
+    add("--checkpoint", help=f"the trained model ({TRAINED}, or else the one that comes along: box)")
     add("--output", default="cutouts", help="folder for the results, or of one photo a file *.png (%(default)s)")
     add("--overwrite", action="store_true", help="make again what is there already, and replace other files")
     kind = parser.add_mutually_exclusive_group()

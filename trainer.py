@@ -92,7 +92,7 @@ class Config:
     encoder: str = "resnet34"  # one of models.ENCODERS
     pretrained: bool = True  # start the encoder from ImageNet weights, downloaded once
     encoder_weights: str = ""  # file to take those weights from instead, for a machine without network
-    start_from: str = ""  # start from all weights of a trained FILE, or of cutting/person.pth, if there is one: box
+    start_from: str = ""  # start from all weights of a trained FILE, or of the one that comes along: box
     use_attention: bool = True  # attention gates on the skips
     # --- the training
     num_epochs: int = 100  # passes over the training photos

@@ -23,7 +23,7 @@ from models import LARGEST_INPUT, SMALLEST_INPUT, UNetAutoencoder
 from utils import CheckpointError, UserError, read_checkpoint, weights_of
 
 TRAINED = "checkpoints/best_model.pth"  # what a training leaves, in the working directory
-BOX = Path(__file__).with_name("person.pth")  # the model beside the program, if there is one
+BOX = Path(__file__).with_name("person.pth")  # the model that comes along; person.md is its card
 
 
 def load(
@@ -32,8 +32,8 @@ def load(
     """The model of a checkpoint, ready to cut; the checkpoint itself says which model that is.
 
     Args:
-        checkpoint: `best_model.pth`, or any other that a training wrote; "box" is the one beside the
-            program, `cutting/person.pth`, which None takes as well where there is no `checkpoints/best_model.pth`.
+        checkpoint: `best_model.pth`, or any other that a training wrote; "box" is the one that comes with
+            the program, `cutting/person.pth`, which None takes as well where there is no `checkpoints/best_model.pth`.
         device: e.g. "cpu", "cuda:1", "mps"; by default the first GPU, or the CPU where there is none.
         image_size: pixels, the side of the square that photos are fitted into; by default that of the training.
 
