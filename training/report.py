@@ -71,15 +71,18 @@ def describe(run: Run, changed: dict, folder: Path, train_loader: DataLoader, va
                   f"each batch is computed in {run.parts} parts" if run.parts > 1 else "",
         "model": f"{settings['encoder']}, {parameters / 1e6:.1f} million parameters"
                  f"{', from ' + settings['start_from'] if settings['start_from'] else ''}"
-                 f"{', the encoder keeping its BatchNorm statistics' if keeps_batchnorm(run) else ''}",
+                 f"{', ' + kept_batchnorm(run) if kept_batchnorm(run) else ''}",
         "disk": f"up to {readable_size(disk)} of checkpoints in {folder} "
                 f"({what_is_kept(keep)} kept), {readable_size(shutil.disk_usage(folder).free)} free",
     }  # fmt: skip
     return banner({name: text for name, text in facts.items() if text}) + "\n" + TABLE_HEAD
 
 
-def keeps_batchnorm(run: Run) -> bool:
-    return run.keeps_statistics and any("running_mean" in name for name, _ in run.model.encoder.named_buffers())
+def kept_batchnorm(run: Run) -> str:
+    """Whose BatchNorm statistics stay; "" for nobody's."""
+    if not run.keeps_statistics or not any("running_mean" in name for name, _ in run.came_trained.named_buffers()):
+        return ""
+    return f"{'' if run.came_trained is run.model else 'the encoder '}keeping its BatchNorm statistics"
 
 
 def described_rates(scheduler: Schedule) -> str:

@@ -38,7 +38,7 @@ class Run:
     scaler: GradScaler
     amp_dtype: torch.dtype | None
     parts: int = 1  # that a batch is computed in, one after another, where the GPU's memory does not hold all of it
-    keeps_statistics: bool = False  # the encoder's BatchNorm uses what it was trained with
+    keeps_statistics: bool = False  # BatchNorm of what came trained uses what it was trained with
     average: WeightAverage | None = None  # of the weights over the steps
     board: Board = dataclasses.field(default_factory=Board)  # where TensorBoard's figures go, if anywhere
     dataset: TolerantDataset | None = None  # of the training, which knows the photos that could not be read
@@ -65,6 +65,11 @@ class Run:
         """The model that is measured and saved: that of the averaged weights, where they are averaged."""
         return self.model if self.average is None else self.average.module
 
+    @property
+    def came_trained(self) -> nn.Module:
+        """All of the model where it started from another one's weights, else its encoder."""
+        return self.model if self.settings.get("start_from") else self.model.encoder
+
     def broken(self) -> int:
         """The most steps in a row without a finite number, as far as that is known without waiting for a GPU."""
         return self.guard.most_in_a_row if self.guard else self.broken_in_a_row
@@ -75,7 +80,7 @@ class Run:
         """Or what is left of one."""
         self.model.train()
         if self.keeps_statistics:
-            keep_statistics(self.model.encoder)
+            keep_statistics(self.came_trained)
         self.tally = self.tally or Tally(self.criterion, self.device)
         self.guard = FiniteGuard(self.model, self.device, self.skipped, self.broken_in_a_row)
         if self.dataset is not None:

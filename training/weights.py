@@ -28,9 +28,9 @@ def weight_groups(model: UNetAutoencoder, learning_rate: float, decoder_rate: fl
     ]
 
 
-def keep_statistics(encoder: nn.Module) -> None:
-    """Lets the BatchNorm of a trained encoder use its stored averages, which a small batch's own would only blur."""
-    for layer in encoder.modules():
+def keep_statistics(trained: nn.Module) -> None:
+    """Lets the BatchNorm of what is trained use its stored averages, which a small batch's own would only blur."""
+    for layer in trained.modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
             layer.eval()
 

@@ -10,6 +10,7 @@ import torch
 from test_trainer import ALONE, small
 
 import trainer
+from training import report
 from training.checkpoints import save
 from utils import CheckpointError
 
@@ -73,16 +74,22 @@ def test_a_resume_goes_on_from_its_own_weights_where_the_file_is_gone(trained, c
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
-@pytest.mark.parametrize(("batch_size", "kept"), [(15, True), (16, False)])
-def test_a_trained_encoder_keeps_its_statistics_at_small_batches(batch_size, kept, trained):
+@pytest.mark.parametrize(
+    ("batch_size", "whole", "changed", "said"),
+    [(15, True, set(), "keeping its BatchNorm statistics"),
+     (15, False, {"decoder"}, "the encoder keeping its BatchNorm statistics"),  # with ImageNet's weights
+     (16, True, {"decoder", "encoder"}, "")],
+)  # fmt: skip
+def test_what_came_trained_keeps_its_statistics_at_small_batches(batch_size, whole, changed, said, trained):
     config = trainer.parse(["--start-from", str(trained), "--device", "cpu", "--batch-size", str(batch_size)])
     run = trainer.start_run(config, ALONE)
+    run.settings["start_from"] *= whole
+    assert report.kept_batchnorm(run) == said
     before = copy.deepcopy(run.model.state_dict())
     run.begin_epoch()
     run.model(torch.rand(2, 3, 64, 64))
     after = run.model.state_dict().items()
-    changed = {name.split(".")[0] for name, value in after if not torch.equal(value, before[name])}
-    assert changed == ({"decoder"} if kept else {"decoder", "encoder"})
+    assert {name.split(".")[0] for name, value in after if not torch.equal(value, before[name])} == changed
     assert run.model.encoder.training  # dropout and the like are as ever
 
 
