@@ -412,6 +412,8 @@ SPECIAL = {"resume": {"nargs": "?", "const": resuming.NEWEST, "metavar": "FILE"}
 def parse(argv: list[str]) -> Config:
     """The settings: the defaults, those of --sample over them, the flags over both.
 
+    A run that goes on from a file which is named writes beside it, unless a folder is named as well.
+
     Raises:
         UsageError: an unknown flag, a wrong type, a value out of range.
     """
@@ -419,6 +421,9 @@ def parse(argv: list[str]) -> Config:
         raise UsageError("--evaluate is a command of its own: python evaluate.py checkpoints/best_model.pth")
     presets = {"sample": lambda _: SAMPLE, "start_from": lambda name: starting.settings_of(trained_file(name))}
     config = read_settings(argv, Config, __doc__, presets, SPECIAL)
+    file_named = config.resume not in ("", resuming.NEWEST)
+    if file_named and not {"checkpoint_dir", "run_name"} & {*typed_in(argv, Config, SPECIAL)}:
+        config = dataclasses.replace(config, checkpoint_dir=str(Path(config.resume).parent), run_name="")
     check(config)
     return config
 

@@ -177,7 +177,8 @@ def test_every_field_is_a_flag_in_each_spelling(name):
     default = FIELDS[name].default
     other = {"encoder": "resnet50", "encoder_weights": "some_file.pth", "log_every": 7}.get(name)
     value = other or {int: lambda v: v + 1, float: lambda v: v / 2, str: lambda v: f"{v}_x"}[type(default)](default)
-    beside = {"annotations": {"photos": "there"}, "photos": {"annotations": "there"}}.get(name, {})
+    beside = {"annotations": {"photos": "there"}, "photos": {"annotations": "there"},
+              "resume": {"checkpoint_dir": "there"}}.get(name, {})  # fmt: skip
     for flag in (f"--{name}", dashed(name)):
         for arguments in ([flag, str(value)], [f"{flag}={value}"]):
             arguments += [f"--{other}={there}" for other, there in beside.items()]
@@ -231,8 +232,15 @@ def test_sample_sets_its_settings_and_a_flag_still_wins():
 
 
 def test_resume_is_absent_bare_or_a_file():
+    def folder(arguments: list[str]) -> Path:
+        return trainer.folder_of(parse(arguments))
+
     assert not parse([]).resume
     assert parse(["--resume"]).resume == parse(["--resume", "--seed=1"]).resume == "newest"
+    assert folder(["--resume"]) == folder([])
+    assert folder(["--resume", "a_run/1.pth"]) == Path("a_run")
+    assert folder(["--resume", "a_run/1.pth", "--run-name", "b"]) == Path("checkpoints/b")
+    assert folder(["--resume", "a_run/1.pth", "--checkpoint-dir", "c"]) == Path("c")
     assert parse(["--resume", "a_run/1.pth"]).resume == parse(["--resume=a_run/1.pth"]).resume == "a_run/1.pth"
 
 
