@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import cv2
@@ -170,6 +173,20 @@ def fresh_python(code: str, *args: object) -> list[str]:
     environment = {k: v for k, v in os.environ.items() if k != "NO_ALBUMENTATIONS_UPDATE"}
     command, folder = [sys.executable, "-c", code, *map(str, args)], Path(__file__).resolve().parents[1]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True).stdout.splitlines()
+
+
+@contextlib.contextmanager
+def serving(server: ThreadingHTTPServer) -> Iterator[None]:
+    """Lets it answer at `url` in a thread; what its handler leaves stalled waits for `release`."""
+    server.stalled, server.release = threading.Event(), threading.Event()
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield
+    server.release.set()
+    server.shutdown()
+    thread.join()
+    server.server_close()
 
 
 # --- cutting ----------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 from loading.annotations import read_persons, safe_name
 from loading.layout import AS_COCO, COCO_HOME, SPLITS
 from tools.fetching import DROPPED, RETRY_DELAYS, DownloadError, Failure, Wanted, bar, described, fetch_all, open_at
+from training.settings import OneLineParser, UsageError
 from training.streams import steady_streams
 from utils import UserError, counted
 
@@ -252,9 +253,12 @@ def tell(failures: list[Failure]) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Fetch of COCO 2017 what trainer.py needs; the same command again goes on."
-    )
+    """The options.
+
+    Raises:
+        UsageError: flags that cannot be.
+    """
+    parser = OneLineParser(description="Fetch of COCO 2017 what trainer.py needs; the same command again goes on.")
     add = parser.add_argument
     add("--root", type=Path, default=COCO_HOME, help="the folder (%(default)s)")
     add("--url", default=URL, help="the server or a mirror of it (%(default)s)")
@@ -263,17 +267,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--zips", action="store_true", help="fetch all photos in COCO's zips instead, whatever they show")
     args = parser.parse_args(argv)
     if args.limit is not None and args.limit < 1:
-        parser.error(f"--limit {args.limit}: at least 1 photo")
+        raise UsageError(f"--limit {args.limit}: at least 1 photo")
     if args.zips and (args.limit or args.category != AS_COCO.category):
-        parser.error("--zips takes all photos: --category and --limit choose among them")
+        raise UsageError("--zips takes all photos: --category and --limit choose among them")
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     steady_streams()
-    args = parse(argv)
-    root, url = args.root, args.url.rstrip("/")
     try:
+        args = parse(argv)
+        root, url = args.root, args.url.rstrip("/")
         (root / WORK).mkdir(parents=True, exist_ok=True)
         with (root / WORK / "lock").open("w") as lock:
             claim(lock)

@@ -11,7 +11,6 @@ import socket
 import struct
 import subprocess
 import sys
-import threading
 import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import serving
 
 from tools import download_coco
 from tools.download_coco import ARCHIVES, WORK, DownloadError, check_space, download, main, unpack
@@ -109,15 +109,8 @@ def server() -> Iterator[ThreadingHTTPServer]:
         TRAIN: make_zip({"train2017/": b""} | of("train2017")),
     }
     server.requests, server.ranges, server.shift, server.statuses, server.drops = [], True, 0, [], []
-    server.stalled, server.release = threading.Event(), threading.Event()
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.release.set()
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(server):
+        yield server
 
 
 def run(server, root: Path) -> int:

@@ -21,6 +21,7 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import pytest
+from conftest import serving
 from test_trainer import Tiny, small
 
 import trainer
@@ -109,15 +110,8 @@ def surroundings(monkeypatch) -> None:
 def server() -> Iterator[Server]:
     server = Server(("127.0.0.1", 0), Handler)
     server.files, server.requests, server.troubles, server.always = dict(FEW), [], {}, ""
-    server.stalled, server.release = threading.Event(), threading.Event()
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.release.set()
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(server):
+        yield server
 
 
 def run(server: Server, root: Path, *flags: str) -> int:
@@ -408,6 +402,6 @@ def test_photos_that_are_all_there_leave_the_folders_to_the_zips(server, tmp_pat
 
 @pytest.mark.parametrize("flags", [["--limit", "0"], ["--zips", "--limit", "3"], ["--zips", "--category", "dog"]])
 def test_flags_that_cannot_be_are_refused(flags, tmp_path, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main(["--root", str(tmp_path), *flags])
-    assert "error: --" in capsys.readouterr().err.splitlines()[-1]
+    assert main(["--root", str(tmp_path), *flags]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "error: --" in line
