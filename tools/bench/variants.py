@@ -6,9 +6,11 @@ What won is in the program itself; what lost is here, so that anyone can see it 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from unittest.mock import patch
 
 import albumentations as A
@@ -16,10 +18,12 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pycocotools.coco import COCO
 from torch import Tensor, nn
 
 import models
 import trainer
+from datasets import letterbox, to_sample
 from loading import augmentation
 from models import AttentionGate, UNetAutoencoder
 from trainer import Config
@@ -153,6 +157,45 @@ def jaccard(_config: Config) -> Patched:
     return loss_of(Jaccard)
 
 
+CROWD = 128  # alpha where a sample's loss does not look
+
+
+@contextlib.contextmanager
+def crowds(_config: Config) -> Iterator[None]:
+    """What COCO outlines as one crowd counts neither as persons nor as background."""
+
+    class Marked(trainer.COCOPersonDataset):
+        def __getitem__(self, index: int) -> Tensor:
+            sample, (source, place) = super().__getitem__(index), self._find(index)
+            regions = crowds_of(source.layout.masks, self.image_id(index))
+            if self._augment is not None and regions:
+                crowd, _ = letterbox(np.max(regions, axis=0) * np.uint8(255), self.image_size)
+                photo, _, _ = source.square(place)
+                _, crowd = self._augment(photo, crowd, [self.seed, int(self._epoch), index])  # as the sample was
+                sample[3][torch.from_numpy(crowd > 127)] = CROWD
+            return sample
+
+    class Blind(LossCalculator):
+        def forward(self, raw: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            crowd = ((target[:, 3:] * 255).round() == CROWD) & Tensor([False, False, False, True]).bool()[:, None, None]
+            return super().forward(raw.masked_fill(crowd, -20), target.masked_fill(crowd, 0))
+
+    with patch.object(trainer, "COCOPersonDataset", Marked), loss_of(Blind):
+        yield
+
+
+def crowds_of(annotations: Path, image: int) -> list[np.ndarray]:
+    known = coco_of(annotations)
+    found = known.loadAnns(known.getAnnIds([image], known.getCatIds(["person"]), iscrowd=True))
+    return [known.annToMask(one) for one in found]
+
+
+@functools.cache
+def coco_of(annotations: Path) -> COCO:
+    with contextlib.redirect_stdout(None):
+        return COCO(annotations)
+
+
 @contextlib.contextmanager
 def deep_supervision(_config: Config) -> Iterator[None]:
     sides: list[Tensor] = []
@@ -206,6 +249,30 @@ def to_persons(_config: Config) -> Patched:
         return before(self, photo, mask, seed)
 
     return patch.object(augmentation.Augmenter, "__call__", closer)
+
+
+def nobody(_config: Config, share: float = 0.08) -> Patched:
+    """So many photos more, of the training's folder, in which nobody is."""
+
+    class WithOthers(trainer.COCOPersonDataset):
+        def __init__(self, *args: object, **settings: object):
+            super().__init__(*args, **settings)
+            number = super().__len__()
+            with_persons = {self.path(index) for index in range(number)}
+            others = sorted({*self.path(0).parent.glob("*.jpg")} - with_persons)
+            self.others = others[: round(share * number)] if self._augment is not None else []
+
+        def __len__(self) -> int:
+            return super().__len__() + len(self.others)
+
+        def __getitem__(self, index: int) -> Tensor:
+            if (number := index - super().__len__()) < 0:
+                return super().__getitem__(index)
+            photo, _ = letterbox(cv2.cvtColor(cv2.imread(str(self.others[number])), cv2.COLOR_BGR2RGB), self.image_size)
+            empty = np.zeros(photo.shape[:2], np.uint8)
+            return to_sample(*self._augment(photo, empty, [self.seed, int(self._epoch), index]))
+
+    return patch.object(trainer, "COCOPersonDataset", WithOthers)
 
 
 # --- the model --------------------------------------------------------------------------------------------

@@ -83,6 +83,29 @@ def test_the_augmentations_of_a_row_are_other_samples(name, coco_root):
     assert not torch.equal(before, after)
 
 
+def test_crowds_are_neither_persons_nor_background(coco_root):
+    with variants.crowds(trainer.Config()), variants.list_with(lambda _found: []):
+        dataset = trainer.COCOPersonDataset(coco_root, "train2017", 64, augment=True)
+        criterion = trainer.LossCalculator()
+    samples = torch.stack([dataset[index] for index in range(len(dataset))])
+    counts = [int((sample[3] == variants.CROWD).sum()) for sample in samples]
+    assert [count > 0 for count in counts] == [image % 3 != 2 for image in range(1, 11)]  # as the fixture draws them
+    marked, raw = samples[:1] / 255, torch.zeros(1, 4, 64, 64, requires_grad=True)
+    criterion(raw, marked)[0].backward()
+    crowd = samples[0, 3] == variants.CROWD
+    assert not raw.grad[:, :, crowd].any()
+    assert raw.grad[:, 3, ~crowd].all()
+
+
+def test_photos_of_nobody_are_added(coco_root):
+    with variants.nobody(trainer.Config(), 0.1):
+        dataset = trainer.COCOPersonDataset(coco_root, "train2017", 64, augment=True)
+        assert len(trainer.COCOPersonDataset(coco_root, "val2017", 64)) == 5
+    assert len(dataset) == 11
+    assert [bool(sample[3].any()) for sample in dataset] == [True] * 10 + [False]
+    assert dataset[10][:3].any()
+
+
 def augmented(root) -> torch.Tensor:
     """The ten photos, each as it is in another epoch."""
     dataset, samples = trainer.COCOPersonDataset(root, "train2017", 64, augment=True), []
