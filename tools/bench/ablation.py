@@ -91,7 +91,7 @@ ROWS = {
     "margin": Row("a margin of 16 replicated pixels inside the model", patched=variants.margin),
     "replicate": Row("the decoder's convolutions replicate at the rim", patched=variants.replicate),
     "float32": Row("float32 in the place of bfloat16", {"bfloat16_on_cpu": False}),
-    "from_box": Row("starts from the model that comes with the program", {"start_from": "box"}),
+    "trained": Row("starts from the trained weights of --start-from"),
     "smp": Row("segmentation_models_pytorch's U-Net, two rates", patched=variants.smp, epochs=1 / 2.2),
     "smp_1": Row("the same with one rate of 1e-3 and no average", {"learning_rate": 1e-3, "decoder_rate": 1.0,
                  "average_decay": 0.0}, patched=variants.smp, epochs=1 / 2.2),
@@ -159,6 +159,8 @@ def config_of(rows: list[Row], options: argparse.Namespace) -> trainer.Config:
         checkpoint_dir=str(Path(options.folder, "run")), restart_period=epochs, restart_mult=1,
     )  # fmt: skip
     changes = {name: value for row in rows for name, value in row.settings.items()}
+    if ROWS["trained"] in rows:
+        changes["start_from"] = options.start_from
     if "restart_period" in changes:  # as a share of the run
         shares = round(1 / changes["restart_period"])
         if epochs % shares:
@@ -215,6 +217,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--train-split", default="train2017", help="the folder of the photos to train on (%(default)s)")
     add("--measure", default="data/coco:val2017", help="ROOT:SPLIT,ROOT:SPLIT to measure on (%(default)s)")
     add("--encoder-weights", default="", help="a file of mobilenet_v2's ImageNet weights; without it random ones")
+    add("--start-from", default="box", help="FILE of the row trained, or box, which comes along (%(default)s)")
     add("--image-size", type=int, default=160, help="pixels (%(default)s)")
     add("--epochs", type=int, default=12, help="of the base (%(default)s)")
     add("--seeds", type=int, default=3, help="runs of each row (%(default)s)")

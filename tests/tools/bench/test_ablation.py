@@ -43,7 +43,7 @@ def test_the_lovasz_hinge_of_clear_answers_is_twice_one_minus_iou(wrong):
     assert variants.lovasz_hinge(2.0 * found - 1, truth.float()).item() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("name", [name for name in ablation.ROWS if not name.startswith(("smp", "from_box"))])
+@pytest.mark.parametrize("name", [name for name in ablation.ROWS if not name.startswith(("smp", "trained"))])
 def test_each_row_trains(name, coco_root, tmp_path):
     options = ablation.parse([name, "--data-root", str(coco_root), "--measure", f"{coco_root}:val2017",
                               "--encoder-weights", "random", "--image-size", "32", "--epochs", "20",
@@ -104,6 +104,12 @@ def test_photos_of_nobody_are_added(coco_root):
     assert len(dataset) == 11
     assert [bool(sample[3].any()) for sample in dataset] == [True] * 10 + [False]
     assert dataset[10][:3].any()
+
+
+def test_a_row_starts_from_trained_weights():
+    for name, start in (("recipe", ""), ("recipe+trained", "some.pth")):
+        options = ablation.parse([name, "--start-from", "some.pth", "--one", "0"])
+        assert ablation.config_of(ablation.rows_of(name), options).start_from == start
 
 
 def augmented(root) -> torch.Tensor:

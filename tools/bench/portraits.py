@@ -1,0 +1,80 @@
+"""Makes photos of one kind of a COCO-format set: the tallest person of each photo, with some margin.
+
+    python tools/bench/portraits.py data/parted val2017 100 data/portraits/train2017
+    python tools/bench/portraits.py data/coco val2017 43 data/portraits/val2017
+
+data/portraits then holds photos and masks for `trainer.py --data-root`: what somebody may bring who has few.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+from pycocotools.coco import COCO
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, it is in tools/bench/ that Python looks
+
+from datasets import COCOPersonDataset
+from training.settings import OneLineParser, answer
+from utils import UserError, counted
+
+TALL = 128  # pixels of a person's height
+MARGIN = 0.15  # of a person's longer side, to each side
+
+
+def main(options: argparse.Namespace) -> None:
+    if options.output.exists():
+        raise UserError(f"{options.output} is there already: choose another folder")
+    dataset = COCOPersonDataset(options.root, options.split)
+    found = [*portraits(dataset, options.root / "annotations" / f"instances_{options.split}.json")]
+    if len(found) < options.number:
+        has = f"{options.root} has {counted(len(found), 'photo')}"
+        raise UserError(f"{has} of a person of {TALL} pixels or more, not {options.number}")
+    for folder in ("photos", "masks"):
+        (options.output / folder).mkdir(parents=True)
+    for index, part in found[: options.number]:
+        photo, name = dataset.original(index)[part], f"{dataset.image_id(index):012d}"
+        colours = cv2.cvtColor(photo, cv2.COLOR_RGBA2BGR)
+        cv2.imwrite(str(options.output / "photos" / f"{name}.jpg"), colours, [cv2.IMWRITE_JPEG_QUALITY, 95])
+        cv2.imwrite(str(options.output / "masks" / f"{name}.png"), photo[..., 3])
+    print(f"{options.output}: {counted(options.number, 'photo')}")
+
+
+def portraits(dataset: COCOPersonDataset, annotations: Path) -> Iterator[tuple[int, tuple[slice, slice]]]:
+    """The places of the photos on which a person is tall enough, and the part around the tallest."""
+    with contextlib.redirect_stdout(None):
+        known = COCO(annotations)
+    for index in range(len(dataset)):
+        height, width = dataset.alpha(index).shape
+        persons = known.loadAnns(known.getAnnIds([dataset.image_id(index)], known.getCatIds(["person"]), iscrowd=False))
+        box = max((person["bbox"] for person in persons), key=lambda box: box[3], default=[0, 0, 0, 0])
+        if box[3] >= TALL:
+            yield index, around(box, height, width)
+
+
+def around(box: list[float], height: int, width: int) -> tuple[slice, slice]:
+    """Rows and columns of a photo that show a box (left, top, width, height) and a margin, as far as the photo goes."""
+    margin = MARGIN * max(box[2:])
+    left, top = np.maximum(0, np.floor(np.array(box[:2]) - margin)).astype(int)
+    right, bottom = (int(np.ceil(box[side] + box[side + 2] + margin)) for side in (0, 1))
+    return slice(int(top), min(height, bottom)), slice(int(left), min(width, right))
+
+
+def run_command(argv: list[str]) -> int:
+    """The whole program. Returns its exit code: 0, or 2 for a user's mistake."""
+    parser = OneLineParser("portraits.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("root", type=Path, help="the set")
+    parser.add_argument("split", help="its photo folder")
+    parser.add_argument("number", type=int, help="photos to make")
+    parser.add_argument("output", type=Path, help="the folder to make")
+    return answer("portraits.py", lambda: main(parser.parse_args(argv[1:])))
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(sys.argv))
