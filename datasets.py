@@ -21,7 +21,7 @@ from loading.index import PersonIndex
 from loading.layout import AS_COCO, Choices
 from loading.letterbox import letterbox, restore
 from loading.sources import Source, open_sources
-from loading.workers import start_loader_worker
+from loading.workers import start_loader_worker, starting_workers
 
 __all__ = ["COCOPersonDataset", "DataError", "batches", "letterbox", "make_loader", "restore"]
 
@@ -190,4 +190,5 @@ def batches(loader: DataLoader, epoch: int, first: int = 0) -> Iterator[torch.Te
     if isinstance(loader.sampler, ResumableSampler):
         loader.sampler.set_epoch(epoch)
         loader.sampler.first = first * loader.batch_size
-    return iter(loader)
+    with starting_workers():
+        return iter(loader)

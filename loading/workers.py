@@ -1,4 +1,4 @@
-"""What a loader worker begins with."""
+"""How a loader worker starts, and what it begins with."""
 
 from __future__ import annotations
 
@@ -6,11 +6,29 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from threading import Thread
 
 import cv2
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h, in bytes
+
+
+@contextmanager
+def starting_workers() -> Iterator[None]:
+    """Loader workers that start within keep SIGTERM waiting until they look who sent it.
+
+    torchrun sends it to all processes of a run, and PyTorch lets a worker die of it before `start_loader_worker`.
+    """
+    if not hasattr(signal, "sigwaitinfo"):  # they would never look
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def start_loader_worker(worker: int) -> None:

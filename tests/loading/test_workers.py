@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import signal
 import subprocess
@@ -13,7 +14,9 @@ import pytest
 import torch
 from conftest import fresh_python
 
-from datasets import make_loader
+import datasets
+from datasets import batches, make_loader
+from loading.workers import start_loader_worker
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,6 +30,9 @@ class Probe(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> torch.Tensor:
         return torch.tensor([cv2.getNumThreads(), signal.getsignal(signal.SIGINT) == signal.SIG_IGN])
 
+    def set_epoch(self, epoch: int) -> None:
+        pass
+
 
 def test_workers_keep_to_one_thread_ignore_ctrl_c_and_leave_the_dice_of_the_model_alone(request):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it already
@@ -36,6 +42,17 @@ def test_workers_keep_to_one_thread_ignore_ctrl_c_and_leave_the_dice_of_the_mode
         assert torch.cat(list(make_loader(Probe(), 2, 2, training))).tolist() == [[1, 1]] * 4
     assert torch.equal(torch.get_rng_state(), dice)
     assert cv2.getNumThreads() == threads
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="nothing tells who sent a signal")
+def test_a_worker_that_is_just_starting_does_not_die_of_a_signal_to_all(monkeypatch):
+    def hit_while_starting(worker: int) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        start_loader_worker(worker)
+
+    monkeypatch.setattr(datasets, "start_loader_worker", hit_while_starting)
+    assert len(list(batches(make_loader(Probe(), 2, 2, training=False), epoch=0))) == 2
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
