@@ -72,6 +72,7 @@ ROWS = {
     "start_bias": Row("alpha's bias starts at a share of 11 %", patched=variants.start_bias),
     "start_gates": Row("attention gates start open (0.95)", patched=variants.start_gates),
     "fixed_batchnorm": Row("the encoder's BatchNorm uses its stored averages", patched=variants.fixed_batchnorm),
+    "batch_4": Row("batches of 4", {"batch_size": 4}),
     "batch_16": Row("batches of 16", {"batch_size": 16}),
     "dice_2": Row("dice_weight 2", {"dice_weight": 2.0}),
     "dice_3": Row("dice_weight 3", {"dice_weight": 3.0}),
