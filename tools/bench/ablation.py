@@ -63,6 +63,7 @@ ROWS = {
     "rate_30": Row("30 times as fast", {"decoder_rate": 30.0}),
     "high_1": Row("one rate for all, 1e-3", {"learning_rate": 1e-3, "decoder_rate": 1.0}),
     "encoder_3": Row("3e-4 for the encoder, 1e-3 for the decoder", {"learning_rate": 3e-4, "decoder_rate": 10 / 3}),
+    "slow": Row("a fifth of the rate", {"learning_rate": 2e-5}),
     "warm_up": Row("the rates rise over the first 200 steps", patched=variants.warm_up),
     "no_average": Row("the last weights themselves", {"average_decay": 0.0}),
     "average_99": Row("average_decay 0.99", {"average_decay": 0.99}),
