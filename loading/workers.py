@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import get_start_method, parent_process, resource_tracker
 from threading import Thread
 
 import cv2
@@ -24,6 +25,8 @@ def starting_workers() -> Iterator[None]:
     if not hasattr(signal, "sigwaitinfo"):  # they would never look
         yield
         return
+    if get_start_method() != "fork":
+        resource_tracker.ensure_running()  # its start, which the first worker brings about, would unblock SIGTERM
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         yield
@@ -42,7 +45,8 @@ def start_loader_worker(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # Linux: it says who sent a signal
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+        # Not os.getppid(): between the two may be a fork server, Python 3.14's default.
+        Thread(target=_end_with, args=(parent_process().pid,), daemon=True).start()
 
 
 def _end_with(training: int) -> None:

@@ -1,4 +1,4 @@
-"""What a loader's worker begins with."""
+"""How a loader's worker starts, and what it begins with."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ import pytest
 import torch
 from conftest import fresh_python
 
-import datasets
-from datasets import batches, make_loader
-from loading.workers import start_loader_worker
+from datasets import make_loader
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,9 +28,6 @@ class Probe(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> torch.Tensor:
         return torch.tensor([cv2.getNumThreads(), signal.getsignal(signal.SIGINT) == signal.SIG_IGN])
 
-    def set_epoch(self, epoch: int) -> None:
-        pass
-
 
 def test_workers_keep_to_one_thread_ignore_ctrl_c_and_leave_the_dice_of_the_model_alone(request):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it already
@@ -44,15 +39,42 @@ def test_workers_keep_to_one_thread_ignore_ctrl_c_and_leave_the_dice_of_the_mode
     assert cv2.getNumThreads() == threads
 
 
-@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="nothing tells who sent a signal")
-def test_a_worker_that_is_just_starting_does_not_die_of_a_signal_to_all(monkeypatch):
-    def hit_while_starting(worker: int) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-        start_loader_worker(worker)
+STARTED = """
+import multiprocessing, os, signal, sys
+import torch
+import datasets
+from loading import workers
 
-    monkeypatch.setattr(datasets, "start_loader_worker", hit_while_starting)
-    assert len(list(batches(make_loader(Probe(), 2, 2, training=False), epoch=0))) == 2
-    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+class Numbers(torch.utils.data.Dataset):
+    seed, __len__, set_epoch = 0, lambda self: 4, lambda self, epoch: None
+    def __getitem__(self, index): return torch.tensor(index)
+
+def hit_while_starting(worker):
+    os.kill(os.getpid(), signal.SIGTERM)
+    workers.start_loader_worker(worker)
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[1])
+    datasets.start_loader_worker = hit_while_starting
+    loader = datasets.make_loader(Numbers(), 2, 2, training=False)
+    print([batch.tolist() for batch in datasets.batches(loader, 0)])
+    print(signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, []))
+    ended = loader._iterator._workers[0]
+    ended.terminate()
+    ended.join(30)
+    print(ended.exitcode)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="nothing tells who sent a signal")
+@pytest.mark.parametrize("start", ["fork", "spawn", "forkserver"])
+def test_a_signal_to_all_does_not_end_a_worker_that_is_just_starting_and_the_trainings_own_does(start, tmp_path):
+    script = tmp_path / "started.py"
+    script.write_text(STARTED)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(script), start]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == ["[[0, 1], [2, 3]]", "False", "0"], done.stderr
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
