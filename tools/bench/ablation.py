@@ -93,7 +93,7 @@ ROWS = {
     "margin": Row("a margin of 16 replicated pixels inside the model", patched=variants.margin),
     "replicate": Row("the decoder's convolutions replicate at the rim", patched=variants.replicate),
     "float32": Row("float32 in the place of bfloat16", {"bfloat16_on_cpu": False}),
-    "trained": Row("starts from the trained weights of --start-from"),
+    "trained": Row("starts from the trained weights of --start-from, with one rate for all"),
     "smp": Row("segmentation_models_pytorch's U-Net, two rates", patched=variants.smp, epochs=1 / 2.2),
     "smp_1": Row("the same with one rate of 1e-3 and no average", {"learning_rate": 1e-3, "decoder_rate": 1.0,
                  "average_decay": 0.0}, patched=variants.smp, epochs=1 / 2.2),
@@ -106,7 +106,7 @@ ROWS = {
 def measured(name: str, seed: int, options: argparse.Namespace) -> dict:
     """A row's run with one seed: from --folder, or trained and measured in a process of its own."""
     path = result_file(name, seed, options)
-    if not path.exists() or json.loads(path.read_text()).get("made_with") != made_with(options):
+    if not path.exists() or json.loads(path.read_text()).get("made_with") != made_with(name, options):
         one = ["--one", f"{seed}", *options.passed_on]
         subprocess.run([sys.executable, __file__, name, *one], check=True)
     return json.loads(path.read_text())
@@ -116,9 +116,10 @@ def result_file(name: str, seed: int, options: argparse.Namespace) -> Path:
     return Path(options.folder, f"{name}_{options.image_size}_{options.epochs}_{seed}.json")
 
 
-def made_with(options: argparse.Namespace) -> list:
+def made_with(name: str, options: argparse.Namespace) -> list:
     """What else a result depends on, but for the program itself."""
-    return [options.data_root, options.train_split, options.measure, bool(options.encoder_weights)]
+    start = [options.start_from] if "trained" in name.split("+") else []
+    return [options.data_root, options.train_split, options.measure, bool(options.encoder_weights), *start]
 
 
 def run_one(name: str, options: argparse.Namespace) -> None:
@@ -138,10 +139,10 @@ def run_one(name: str, options: argparse.Namespace) -> None:
         seconds = time.perf_counter() - start
     cutter = Cutter(kept[0].evaluated, config.image_size, torch.device("cpu"))
     sets = {f"{root}:{split}": measure(cutter, root, split) for root, split in options.sets}
-    facts = {"row": name, "seed": config.seed, "made_with": made_with(options), "settings": dataclasses.asdict(config)}
-    result = {**facts, "git_revision": git_revision(PROJECT), "seconds": seconds, "sets": sets}
+    facts = {"row": name, "seed": config.seed, "made_with": made_with(name, options)}
+    facts |= {"settings": dataclasses.asdict(config), "git_revision": git_revision(PROJECT)}
     with atomic_write(result_file(name, config.seed, options)) as file:
-        file.write(json.dumps(result).encode())
+        file.write(json.dumps({**facts, "seconds": seconds, "sets": sets}).encode())
 
 
 def rows_of(name: str) -> list[Row]:
@@ -162,7 +163,7 @@ def config_of(rows: list[Row], options: argparse.Namespace) -> trainer.Config:
     )  # fmt: skip
     changes = {name: value for row in rows for name, value in row.settings.items()}
     if ROWS["trained"] in rows:
-        changes["start_from"] = options.start_from
+        changes |= {"start_from": options.start_from, "encoder_weights": ""}
     if "restart_period" in changes:  # as a share of the run
         shares = round(1 / changes["restart_period"])
         if epochs % shares:
@@ -219,7 +220,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--train-split", default="train2017", help="the folder of the photos to train on (%(default)s)")
     add("--measure", default="data/coco:val2017", help="ROOT:SPLIT,ROOT:SPLIT to measure on (%(default)s)")
     add("--encoder-weights", default="", help="a file of mobilenet_v2's ImageNet weights; without it random ones")
-    add("--start-from", default="box", help="FILE of the row trained, or box, which comes along (%(default)s)")
+    add("--start-from", default="box", help="the row trained: FILE of a mobilenet_v2 with gates, or box (%(default)s)")
     add("--image-size", type=int, default=160, help="pixels (%(default)s)")
     add("--epochs", type=int, default=12, help="of the base (%(default)s)")
     add("--seeds", type=int, default=3, help="runs of each row (%(default)s)")

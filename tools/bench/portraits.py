@@ -9,53 +9,59 @@ data/portraits then holds photos and masks for `trainer.py --data-root`: what so
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
 import numpy as np
-from pycocotools.coco import COCO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, it is in tools/bench/ that Python looks
 
 from datasets import COCOPersonDataset
+from tools.bench.variants import coco_of
 from training.settings import OneLineParser, answer
-from utils import UserError, counted
+from utils import UserError, atomic_write, counted
 
 TALL = 128  # pixels of a person's height
 MARGIN = 0.15  # of a person's longer side, to each side
 
 
 def main(options: argparse.Namespace) -> None:
+    annotations = options.root / "annotations" / f"instances_{options.split}.json"
+    if not annotations.is_file():
+        raise UserError(f"there is no {annotations}")
     if options.output.exists():
         raise UserError(f"{options.output} is there already: choose another folder")
     dataset = COCOPersonDataset(options.root, options.split)
-    found = [*portraits(dataset, options.root / "annotations" / f"instances_{options.split}.json")]
-    if len(found) < options.number:
+    found = [*portraits(dataset, annotations)]
+    if not 0 < options.number <= len(found):
         has = f"{options.root} has {counted(len(found), 'photo')}"
-        raise UserError(f"{has} of a person of {TALL} pixels or more, not {options.number}")
+        raise UserError(f"{has} of a person of {TALL} pixels or more: {options.number} cannot be made")
     for folder in ("photos", "masks"):
         (options.output / folder).mkdir(parents=True)
     for index, part in found[: options.number]:
-        photo, name = dataset.original(index)[part], f"{dataset.image_id(index):012d}"
-        colours = cv2.cvtColor(photo, cv2.COLOR_RGBA2BGR)
-        cv2.imwrite(str(options.output / "photos" / f"{name}.jpg"), colours, [cv2.IMWRITE_JPEG_QUALITY, 95])
-        cv2.imwrite(str(options.output / "masks" / f"{name}.png"), photo[..., 3])
+        write(dataset.original(index)[part], options.output, f"{dataset.image_id(index):012d}")
     print(f"{options.output}: {counted(options.number, 'photo')}")
+
+
+def write(photo: np.ndarray, folder: Path, name: str) -> None:
+    """uint8 RGBA as a photo and its mask."""
+    for kind, pixels in (("photos", cv2.cvtColor(photo, cv2.COLOR_RGBA2BGR)), ("masks", photo[..., 3])):
+        ending, options = (".jpg", [cv2.IMWRITE_JPEG_QUALITY, 95]) if kind == "photos" else (".png", [])
+        with atomic_write(folder / kind / f"{name}{ending}") as file:
+            file.write(cv2.imencode(ending, pixels, options)[1])
 
 
 def portraits(dataset: COCOPersonDataset, annotations: Path) -> Iterator[tuple[int, tuple[slice, slice]]]:
     """The places of the photos on which a person is tall enough, and the part around the tallest."""
-    with contextlib.redirect_stdout(None):
-        known = COCO(annotations)
+    known = coco_of(annotations)
     for index in range(len(dataset)):
-        height, width = dataset.alpha(index).shape
-        persons = known.loadAnns(known.getAnnIds([dataset.image_id(index)], known.getCatIds(["person"]), iscrowd=False))
+        image = known.imgs[dataset.image_id(index)]
+        persons = known.loadAnns(known.getAnnIds([image["id"]], known.getCatIds(["person"]), iscrowd=False))
         box = max((person["bbox"] for person in persons), key=lambda box: box[3], default=[0, 0, 0, 0])
         if box[3] >= TALL:
-            yield index, around(box, height, width)
+            yield index, around(box, image["height"], image["width"])
 
 
 def around(box: list[float], height: int, width: int) -> tuple[slice, slice]:

@@ -25,9 +25,11 @@ import models
 import trainer
 from datasets import letterbox, to_sample
 from loading import augmentation
+from loading.reading import read_photo
+from loading.sources import Source
 from models import AttentionGate, UNetAutoencoder
 from trainer import Config
-from utils import LossCalculator
+from utils import LossCalculator, UserError
 
 Patched = AbstractContextManager
 
@@ -162,38 +164,41 @@ CROWD = 128  # alpha where a sample's loss does not look
 
 @contextlib.contextmanager
 def crowds(_config: Config) -> Iterator[None]:
-    """What COCO outlines as one crowd counts neither as persons nor as background."""
+    """What COCO outlines as one crowd counts neither as persons nor as background. Not to be joined with to_persons.
+
+    Where a person stands before a crowd, the edge between them counts as contour; the figures of the training take
+    crowds for persons.
+    """
 
     class Marked(trainer.COCOPersonDataset):
         def __getitem__(self, index: int) -> Tensor:
-            sample, (source, place) = super().__getitem__(index), self._find(index)
-            regions = crowds_of(source.layout.masks, self.image_id(index))
-            if self._augment is not None and regions:
-                crowd, _ = letterbox(np.max(regions, axis=0) * np.uint8(255), self.image_size)
-                photo, _, _ = source.square(place)
-                _, crowd = self._augment(photo, crowd, [self.seed, int(self._epoch), index])  # as the sample was
-                sample[3][torch.from_numpy(crowd > 127)] = CROWD
+            sample = super().__getitem__(index)
+            if self._augment is not None and index < self._ends[-1]:  # others have been added behind, maybe
+                sample[3][torch.from_numpy(self.crowd(index) > 127)] = CROWD
             return sample
+
+        def crowd(self, index: int) -> np.ndarray:
+            """Of a photo, augmented as the photo is: its dice do not depend on the pixels."""
+            source, place = self._find(index)
+            known = coco_of(source.layout.masks)
+            numbers = known.getAnnIds([self.image_id(index)], known.getCatIds(["person"]), iscrowd=True)
+            regions = [known.annToMask(one) for one in known.loadAnns(numbers)]
+            width, height = source.index.size(place)
+            crowd = np.max([np.zeros((height, width), np.uint8), *regions], axis=0) * np.uint8(255)
+            square, _ = letterbox(crowd, self.image_size)
+            photo = np.zeros((*square.shape, 3), np.uint8)
+            return self._augment(photo, square, [self.seed, int(self._epoch), index])[1]
 
     class Blind(LossCalculator):
         def forward(self, raw: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            crowd = ((target[:, 3:] * 255).round() == CROWD) & Tensor([False, False, False, True]).bool()[:, None, None]
+            crowd = ((target[:, 3:] * 255).round() == CROWD) & ALPHA
             return super().forward(raw.masked_fill(crowd, -20), target.masked_fill(crowd, 0))
 
     with patch.object(trainer, "COCOPersonDataset", Marked), loss_of(Blind):
         yield
 
 
-def crowds_of(annotations: Path, image: int) -> list[np.ndarray]:
-    known = coco_of(annotations)
-    found = known.loadAnns(known.getAnnIds([image], known.getCatIds(["person"]), iscrowd=True))
-    return [known.annToMask(one) for one in found]
-
-
-@functools.cache
-def coco_of(annotations: Path) -> COCO:
-    with contextlib.redirect_stdout(None):
-        return COCO(annotations)
+ALPHA = torch.tensor([False, False, False, True])[:, None, None]  # of a sample's four channels
 
 
 @contextlib.contextmanager
@@ -252,15 +257,12 @@ def to_persons(_config: Config) -> Patched:
 
 
 def nobody(_config: Config, share: float = 0.08) -> Patched:
-    """So many photos more, of the training's folder, in which nobody is."""
+    """So many photos more, of the first root's annotation file, in which nobody is outlined."""
 
     class WithOthers(trainer.COCOPersonDataset):
         def __init__(self, *args: object, **settings: object):
             super().__init__(*args, **settings)
-            number = super().__len__()
-            with_persons = {self.path(index) for index in range(number)}
-            others = sorted({*self.path(0).parent.glob("*.jpg")} - with_persons)
-            self.others = others[: round(share * number)] if self._augment is not None else []
+            self.others = [] if self._augment is None else empty_photos(self.sources[0], round(share * self._ends[-1]))
 
         def __len__(self) -> int:
             return super().__len__() + len(self.others)
@@ -268,11 +270,31 @@ def nobody(_config: Config, share: float = 0.08) -> Patched:
         def __getitem__(self, index: int) -> Tensor:
             if (number := index - super().__len__()) < 0:
                 return super().__getitem__(index)
-            photo, _ = letterbox(cv2.cvtColor(cv2.imread(str(self.others[number])), cv2.COLOR_BGR2RGB), self.image_size)
+            photo, _ = letterbox(read_photo(*self.others[number]), self.image_size)
             empty = np.zeros(photo.shape[:2], np.uint8)
             return to_sample(*self._augment(photo, empty, [self.seed, int(self._epoch), index]))
 
     return patch.object(trainer, "COCOPersonDataset", WithOthers)
+
+
+def empty_photos(source: Source, number: int) -> list[tuple[Path, tuple[int, int], bool | None]]:
+    """So many photos without persons, as `read_photo` takes them."""
+    known = coco_of(source.layout.masks)
+    empty = sorted({*known.getImgIds()} - {*known.getImgIds(catIds=known.getCatIds(["person"]))})
+    images = known.loadImgs(empty[:number])
+    if len(images) < number:
+        raise UserError(f"{source.layout.masks} has {len(images)} photos in which nobody is, not {number}")
+    return [
+        (source.photos / image["file_name"], (image["width"], image["height"]), source.index.is_shown)
+        for image in images
+    ]
+
+
+@functools.cache
+def coco_of(annotations: Path) -> COCO:
+    """An annotation file as pycocotools reads it, without its words."""
+    with contextlib.redirect_stdout(None):
+        return COCO(annotations)
 
 
 # --- the model --------------------------------------------------------------------------------------------

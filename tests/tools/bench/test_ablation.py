@@ -8,15 +8,17 @@ import json
 from types import SimpleNamespace
 from unittest.mock import patch
 
+import albumentations as A
 import numpy as np
 import pytest
 import torch
 from test_trainer import ALONE
 
 import trainer
-from tools.bench import ablation, variants
+from tools.bench import ablation, hold_out, variants
 from training import report
 from training.settings import UsageError
+from utils import UserError
 
 
 def runs(*scores: list[float]) -> list[dict]:
@@ -43,7 +45,7 @@ def test_the_lovasz_hinge_of_clear_answers_is_twice_one_minus_iou(wrong):
     assert variants.lovasz_hinge(2.0 * found - 1, truth.float()).item() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("name", [name for name in ablation.ROWS if not name.startswith(("smp", "trained"))])
+@pytest.mark.parametrize("name", [name for name in ablation.ROWS if not name.startswith("smp")])
 def test_each_row_trains(name, coco_root, tmp_path):
     options = ablation.parse([name, "--data-root", str(coco_root), "--measure", f"{coco_root}:val2017",
                               "--encoder-weights", "random", "--image-size", "32", "--epochs", "20",
@@ -84,32 +86,54 @@ def test_the_augmentations_of_a_row_are_other_samples(name, coco_root):
 
 
 def test_crowds_are_neither_persons_nor_background(coco_root):
-    with variants.crowds(trainer.Config()), variants.list_with(lambda _found: []):
+    with variants.crowds(trainer.Config()), turned():
         dataset = trainer.COCOPersonDataset(coco_root, "train2017", 64, augment=True)
-        criterion = trainer.LossCalculator()
+        criterion = trainer.LossCalculator(contour_weight=3.0)
     samples = torch.stack([dataset[index] for index in range(len(dataset))])
-    counts = [int((sample[3] == variants.CROWD).sum()) for sample in samples]
-    assert [count > 0 for count in counts] == [image % 3 != 2 for image in range(1, 11)]  # as the fixture draws them
-    marked, raw = samples[:1] / 255, torch.zeros(1, 4, 64, 64, requires_grad=True)
-    criterion(raw, marked)[0].backward()
-    crowd = samples[0, 3] == variants.CROWD
-    assert not raw.grad[:, :, crowd].any()
-    assert raw.grad[:, 3, ~crowd].all()
+    crowd = samples[:, 3] == variants.CROWD
+    assert crowd.any(dim=2).any(dim=1).tolist() == [image % 3 != 2 for image in range(1, 11)]  # as the fixture draws
+    with turned():
+        whole = trainer.COCOPersonDataset(coco_root, "train2017", 64, augment=True)
+    for index, place in enumerate(crowd):
+        assert (whole[index][3][place] == 255).all()  # a crowd was among the persons, and is still where it was
+        assert (whole[index][:3] == samples[index][:3]).all()
+    raw = torch.zeros(1, 4, 64, 64, requires_grad=True)
+    criterion(raw, samples[:1] / 255)[0].backward()
+    assert not raw.grad[:, :, crowd[0]].any()
+    assert raw.grad[:, 3, ~crowd[0]].all()
 
 
-def test_photos_of_nobody_are_added(coco_root):
+def turned():
+    """Of the augmentations a quarter turn that every photo gets: a mask that is not turned along lies elsewhere."""
+    return variants.list_with(lambda _found: [A.RandomRotate90(p=1.0)])
+
+
+def test_photos_of_nobody_are_added_and_no_others(coco_root, tmp_path):
+    assert hold_out.run_command(["hold_out.py", str(coco_root), "train2017", "3", str(tmp_path / "parted")]) == 0
+    content = json.loads((tmp_path / "parted/annotations/instances_train2017.json").read_text())
+    empty = [image["id"] == 11 for image in content["images"]].count(True)  # the fixture's photo without persons
+    with_persons = len(content["images"]) - empty
+    with variants.nobody(trainer.Config(), empty / with_persons):
+        dataset = trainer.COCOPersonDataset(tmp_path / "parted", "train2017", 64, augment=True)
+    assert [bool(sample[3].any()) for sample in dataset] == [True] * with_persons + [False] * empty
     with variants.nobody(trainer.Config(), 0.1):
         dataset = trainer.COCOPersonDataset(coco_root, "train2017", 64, augment=True)
         assert len(trainer.COCOPersonDataset(coco_root, "val2017", 64)) == 5
-    assert len(dataset) == 11
     assert [bool(sample[3].any()) for sample in dataset] == [True] * 10 + [False]
-    assert dataset[10][:3].any()
+    for root, share in ((coco_root, 0.2), (tmp_path / "parted", (empty + 1) / with_persons)):  # one that there is not
+        with variants.nobody(trainer.Config(), share), pytest.raises(UserError, match="photos in which nobody is"):
+            trainer.COCOPersonDataset(root, "train2017", 64, augment=True)
 
 
 def test_a_row_starts_from_trained_weights():
-    for name, start in (("recipe", ""), ("recipe+trained", "some.pth")):
-        options = ablation.parse([name, "--start-from", "some.pth", "--one", "0"])
-        assert ablation.config_of(ablation.rows_of(name), options).start_from == start
+    files = {}
+    for name, start in (("recipe", ""), ("recipe+trained", "some.pth"), ("recipe+trained", "other.pth")):
+        argv = [name, "--start-from", start or "box", "--encoder-weights", "imagenet.pth", "--one", "0"]
+        options = ablation.parse(argv)
+        config = ablation.config_of(ablation.rows_of(name), options)
+        assert (config.start_from, config.encoder_weights) == (start, "" if start else "imagenet.pth")
+        files[start] = ablation.made_with(name, options)
+    assert files["some.pth"] != files["other.pth"]  # nothing that was measured of one is taken for the other's
 
 
 def augmented(root) -> torch.Tensor:
