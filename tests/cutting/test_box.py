@@ -28,7 +28,7 @@ def test_it_is_small_and_says_nothing_of_the_machine_that_made_it():
     assert BOX.stat().st_size <= 8_000_000
     content = read_checkpoint(BOX)
     assert content.keys() == {"epoch", "config", "model", "metrics"}
-    assert content["config"] == {"encoder": "mobilenet_v2", "use_attention": True, "image_size": 320}
+    assert content["config"] == {"encoder": "mobilenet_v2", "use_attention": True, "image_size": 352}
 
 
 @pytest.mark.parametrize("place", PERSON.values(), ids=PERSON)
