@@ -45,8 +45,8 @@ def start_loader_worker(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # Linux: it says who sent a signal
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        # Not os.getppid(): between the two may be a fork server, Python 3.14's default.
-        Thread(target=_end_with, args=(parent_process().pid,), daemon=True).start()
+        training = parent_process()  # not the system's parent, which may be a fork server, Python 3.14's default
+        Thread(target=_end_with, args=(training.pid if training else os.getppid(),), daemon=True).start()
 
 
 def _end_with(training: int) -> None:
