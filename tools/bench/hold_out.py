@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
@@ -49,14 +50,19 @@ def main(options: argparse.Namespace) -> None:
         print(f"{options.output / split}: {len(content['images'])} photos")
 
 
-def run_command(argv: list[str]) -> int:
-    """The whole program. Returns its exit code: 0, or 2 for a user's mistake."""
-    parser = OneLineParser("hold_out.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+def command(name: str, about: str, main: Callable[[argparse.Namespace], None], argv: list[str]) -> int:
+    """The whole of a program that makes a folder of some photos of a set. Returns its exit code."""
+    parser = OneLineParser(name, description=about.splitlines()[0], allow_abbrev=False)
     parser.add_argument("root", type=Path, help="the set")
     parser.add_argument("split", help="its photo folder")
-    parser.add_argument("number", type=int, help="photos to hold out")
+    parser.add_argument("number", type=int, help="of the photos")
     parser.add_argument("output", type=Path, help="the folder to make")
-    return answer("hold_out.py", lambda: main(parser.parse_args(argv[1:])))
+    return answer(name, lambda: main(parser.parse_args(argv[1:])))
+
+
+def run_command(argv: list[str]) -> int:
+    """The whole program. Returns its exit code: 0, or 2 for a user's mistake."""
+    return command("hold_out.py", __doc__, main, argv)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, it is in tools/bench/ that Python looks
 
 from datasets import COCOPersonDataset
+from tools.bench.hold_out import command
 from tools.bench.variants import coco_of
-from training.settings import OneLineParser, answer
 from utils import UserError, atomic_write, counted
 
 TALL = 128  # pixels of a person's height
@@ -74,12 +74,7 @@ def around(box: list[float], height: int, width: int) -> tuple[slice, slice]:
 
 def run_command(argv: list[str]) -> int:
     """The whole program. Returns its exit code: 0, or 2 for a user's mistake."""
-    parser = OneLineParser("portraits.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("root", type=Path, help="the set")
-    parser.add_argument("split", help="its photo folder")
-    parser.add_argument("number", type=int, help="photos to make")
-    parser.add_argument("output", type=Path, help="the folder to make")
-    return answer("portraits.py", lambda: main(parser.parse_args(argv[1:])))
+    return command("portraits.py", __doc__, main, argv)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ def test_the_part_around_a_box_ends_where_the_photo_does():
 
 
 def test_the_tallest_person_is_chosen_and_nobody_else(tmp_path):
-    (tmp_path / "annotations").mkdir()
     boxes = [  # category, crowd, box: of three photos
         (1, 1, 0, [30, 10, 20, 40]), (1, 1, 0, [60, 20, 45, 30]), (1, 1, 1, [5, 0, 20, 90]), (1, 18, 0, [5, 0, 9, 90]),
         (2, 1, 0, [10, 10, 90, 19]), (3, 1, 0, [10, 20, 10, 20]),
