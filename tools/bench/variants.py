@@ -256,6 +256,45 @@ def to_persons(_config: Config) -> Patched:
     return patch.object(augmentation.Augmenter, "__call__", closer)
 
 
+def paste(_config: Config) -> Patched:
+    """Half of the samples show another one's persons before their own (Ghiasi et al. 2021, Simple Copy-Paste)."""
+    return mixed(lambda batch: batch[:, 3:] > 127)
+
+
+def cutmix(_config: Config) -> Patched:
+    """Half of the samples have a rectangle of another one (Yun et al. 2019)."""
+
+    def rectangles(batch: Tensor) -> Tensor:
+        size = batch.shape[-1]
+        share, *centre = torch.rand(3, len(batch), 1, 1, 1)
+        half = share.sqrt() * size / 2
+        y, x = ((torch.arange(size) - c * size).abs() < half for c in centre)
+        return y.transpose(-1, -2) & x
+
+    return mixed(rectangles)
+
+
+def mixed(place: Callable[[Tensor], Tensor], share: float = 0.5) -> Patched:
+    """So many of a batch's samples are another of its samples where `place`, asked for that one, says so."""
+    before = trainer.to_device
+
+    def mix(batch: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        other = batch.roll(1, dims=0)
+        taken = place(other) & (torch.rand(len(batch), 1, 1, 1) < share)
+        return before(torch.where(taken, other, batch), device)
+
+    return patch.object(trainer, "to_device", mix)
+
+
+def colours(_config: Config) -> Patched:
+    """Brightness, contrast and colours twice as far from the photo's own, and in twice as many samples."""
+    others = {
+        A.RandomBrightnessContrast: A.RandomBrightnessContrast(brightness_limit=0.4, contrast_limit=0.4, p=0.6),
+        A.HueSaturationValue: A.HueSaturationValue(hue_shift_limit=20, sat_shift_limit=40, val_shift_limit=20, p=0.6),
+    }
+    return list_with(lambda found: [others.get(type(one), one) for one in found])
+
+
 def nobody(_config: Config, share: float = 0.08) -> Patched:
     """So many photos more, of the first root's annotation file, in which nobody is outlined."""
 

@@ -76,7 +76,7 @@ def test_cycles_are_those_of_the_row_and_end_with_the_run(name, epochs, lengths)
         ablation.config_of(ablation.rows_of("cycles_5"), ablation.parse(["cycles_5", "--epochs", "12", "--one", "0"]))
 
 
-@pytest.mark.parametrize("name", ["zoom", "to_persons", "no_rotation"])
+@pytest.mark.parametrize("name", ["zoom", "to_persons", "no_rotation", "colours"])
 def test_the_augmentations_of_a_row_are_other_samples(name, coco_root):
     before = augmented(coco_root)
     with ablation.ROWS[name].patched(trainer.Config()):
@@ -106,6 +106,27 @@ def test_crowds_are_neither_persons_nor_background(coco_root):
 def turned():
     """Of the augmentations a quarter turn that every photo gets: a mask that is not turned along lies elsewhere."""
     return variants.list_with(lambda _found: [A.RandomRotate90(p=1.0)])
+
+
+@pytest.mark.parametrize("name", ["paste", "cutmix"])
+def test_half_of_a_batchs_samples_show_a_part_of_another(name):
+    batch = torch.zeros(400, 4, 16, 16, dtype=torch.uint8)
+    batch[:, 0] = torch.arange(400)[:, None, None] % 200  # each sample tells its own colour from its neighbours'
+    batch[:, 3, 4:8, 2:12] = 255
+    with ablation.ROWS[name].patched(trainer.Config()):
+        images, target = trainer.to_device(batch, torch.device("cpu"))
+    taken = (target[:, 0] * 255).round() != batch[:, 0]
+    mixed = taken.flatten(1).any(1)
+    assert 150 < mixed.sum() < 250
+    for number in mixed.nonzero().flatten().tolist():
+        other = batch[number - 1]
+        assert (images[number][:, taken[number]] * 255).round().byte().equal(other[:3, taken[number]])
+        rows, columns = taken[number].nonzero().T
+        if name == "paste":
+            assert taken[number].equal(other[3] > 127)
+        else:  # a whole rectangle
+            assert len(rows) == (rows.max() - rows.min() + 1) * (columns.max() - columns.min() + 1)
+        assert (target[number, 3] * 255).byte().equal(torch.where(taken[number], other[3], batch[number, 3]))
 
 
 def test_photos_of_nobody_are_added_and_no_others(coco_root, tmp_path):
