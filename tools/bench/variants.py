@@ -355,6 +355,16 @@ def context(_config: Config) -> Patched:
     return model_with(change)
 
 
+def dropout(_config: Config, share: float = 0.2) -> Patched:
+    """So many of the deepest channels are left out of a step (Tompson et al. 2015, SpatialDropout)."""
+
+    def without(decoder: nn.Module, args: tuple) -> tuple:
+        *skips, deepest = args[0]
+        return ([*skips, F.dropout2d(deepest, share, decoder.training)],)
+
+    return model_with(lambda model: model.decoder.register_forward_pre_hook(without))
+
+
 def light(_config: Config) -> Patched:
     return patch.object(models, "DECODER_WIDTHS", tuple(width // 2 for width in models.DECODER_WIDTHS))
 
