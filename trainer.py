@@ -79,6 +79,7 @@ class Config:
     # --- batches
     batch_size: int = 32  # photos per process and step
     accumulate: int = 1  # batches whose gradients are added up before each step
+    copy_paste: float = 0.5  # share of the training samples that show another one's persons before their own
     num_workers: int = 12  # processes per process that load photos; never more than its share of the cores
     cache: bool = False  # keep letterboxed photos on disk once, for faster epochs
     max_bad_photos: float = 0.01  # share of a split's photos; more that cannot be read stop the run (below 200 one may)
@@ -163,7 +164,7 @@ def train_one_epoch(run: Run, loader: DataLoader, epoch: int, config: Config, wa
         run.optimizer.zero_grad(set_to_none=True)
         parts, photos = split(group, run.parts, config.batch_size), sum(map(len, group))
         for part in parts:
-            images, target = to_device(part, run.device)
+            images, target = to_device(part, run.device, config.copy_paste)
             with gradients_shared(run.parallel_model, part is parts[-1]):
                 with autocast(run.device, run.amp_dtype):
                     raw = run.parallel_model(images)

@@ -533,15 +533,16 @@ def test_cycles_that_were_asked_for_go_on_as_they_were(coco_root, tmp_path, monk
 
 def test_a_checkpoint_that_is_older_than_a_setting_goes_on_as_it_was_trained(coco_root, tmp_path):
     trainer.main(small(coco_root, tmp_path / "run", num_epochs=1, pretrained=True, decoder_rate=1.0, average_decay=0.0,
-                       contour_weight=0.0))  # fmt: skip
+                       contour_weight=0.0, copy_paste=0))  # fmt: skip
     content = read_checkpoint(tmp_path / "run" / "last.pth")
-    for name in ("decoder_rate", "average_decay", "contour_weight", "annotations", "sample"):
+    for name in ("decoder_rate", "average_decay", "contour_weight", "copy_paste", "annotations", "sample"):
         del content["config"][name]
     content["config"]["of_another_program"] = 1
     checkpoints.save(content, tmp_path / "run" / "last.pth")
     goes_on(tmp_path / "run", "--num-epochs=2")
     after = read_checkpoint(tmp_path / "run" / "last.pth")
-    assert (after["config"]["decoder_rate"], after["config"]["contour_weight"]) == (1.0, 0.0)
+    names = ("decoder_rate", "contour_weight", "copy_paste")
+    assert [after["config"][name] for name in names] == [1.0, 0.0, 0.0]
     assert "average" not in after
     assert after["epoch"] == 2
 
@@ -843,11 +844,11 @@ if seen := os.environ.get("SEEN"):  # without augmentation sums tell the photos 
         return loaders
     trainer.open_data = plain
     to_device = trainer.to_device
-    def noting(batch, device):
+    def noting(batch, *rest):
         if torch.is_grad_enabled():
             with open(f"{seen}.{os.environ.get('RANK', 0)}", "a") as file:
                 file.writelines(f"{int(photo[:3].sum())}\\n" for photo in batch)
-        return to_device(batch, device)
+        return to_device(batch, *rest)
     trainer.to_device = noting
 sys.exit(trainer.run_command(["trainer.py", *sys.argv[1:]]))
 """

@@ -404,6 +404,22 @@ def test_to_device_keeps_values_and_channels():
     assert np.array_equal(images.numpy(), exact[:, :3])
 
 
+def test_half_of_the_samples_show_the_persons_of_the_one_in_front_of_them():
+    batch = torch.randint(0, 256, (400, 4, 6, 5), dtype=torch.uint8)
+    batch[:, 3] = torch.randint(0, 2, (400, 6, 5)) * 255
+    pasted = step.copy_paste(batch, 0.5)
+    changed = 0
+    for number, (before, after) in enumerate(zip(batch, pasted, strict=True)):
+        expected = before.clone()
+        for y, x in (batch[number - 1, 3] == 255).nonzero().tolist():
+            expected[:, y, x] = batch[number - 1, :, y, x]
+        assert after.equal(before) or after.equal(expected)
+        changed += after.equal(expected)
+    assert 150 < changed < 250
+    assert step.copy_paste(batch, 0) is batch
+    assert step.copy_paste(batch[:1], 1).equal(batch[:1])
+
+
 def move(coco_root, grad_clip: float) -> tuple[float, float]:
     """How far one step of plain descent at rate 1 moves the weights, and the norm of the true gradient."""
     torch.manual_seed(0)
@@ -415,7 +431,7 @@ def move(coco_root, grad_clip: float) -> tuple[float, float]:
     before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
     run = run_of(model)
     run.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    trainer.train_one_epoch(run, loader, 0, Config(grad_clip=grad_clip), unwatched(run))
+    trainer.train_one_epoch(run, loader, 0, Config(grad_clip=grad_clip, copy_paste=0), unwatched(run))
     moved = nn.utils.parameters_to_vector(model.parameters()) - before
     return moved.norm().item(), torch.cat([gradient.flatten() for gradient in gradients]).norm().item()
 
@@ -469,7 +485,7 @@ def run_of(model: nn.Module, parts: int = 1) -> Run:
 
 def train_once(model: nn.Module, coco_root, batch_size: int, parts: int = 1, **settings) -> dict[str, float]:
     loader = make_loader(COCOPersonDataset(coco_root, "train2017", 32), batch_size, 0, training=True)
-    config = Config(batch_size=batch_size, grad_clip=0, **settings)
+    config = Config(batch_size=batch_size, grad_clip=0, copy_paste=0, **settings)
     run = run_of(model, parts)
     return trainer.train_one_epoch(run, loader, 0, config, unwatched(run))
 

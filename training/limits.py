@@ -10,8 +10,8 @@ from training.settings import UsageError, flag
 
 LIMITS = {  # smallest and largest value of each number
     "image_size": (SMALLEST_INPUT, LARGEST_INPUT), "batch_size": (1, 65536), "accumulate": (1, 65536),
-    "num_workers": (0, 1024), "val_share": (0.001, 0.999), "max_bad_photos": (0, 1), "num_epochs": (1, 10**6),
-    "learning_rate": (1e-12, 10), "decoder_rate": (1, 1000), "weight_decay": (0, 1),
+    "copy_paste": (0, 1), "num_workers": (0, 1024), "val_share": (0.001, 0.999), "max_bad_photos": (0, 1),
+    "num_epochs": (1, 10**6), "learning_rate": (1e-12, 10), "decoder_rate": (1, 1000), "weight_decay": (0, 1),
     "restart_period": (0, 10**6), "restart_mult": (1, 100), "grad_clip": (0, 1e6), "average_decay": (0, 1 - 1e-9),
     "colour_weight": (0, 1e6), "bce_weight": (0, 1e6), "dice_weight": (0, 1e6), "contour_weight": (0, 1e6),
     "seed": (0, 2**32 - 1), "checkpoint_minutes": (0, 1e6), "keep_checkpoints": (0, 10**6), "log_every": (1, 10**6),

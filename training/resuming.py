@@ -24,7 +24,7 @@ SAME_WHEN_RESUMED = (
 )
 THE_DATA = ("data_root", "annotations", "photos")  # one of them that is said stands for all: the data may have moved
 # What a checkpoint that is older than a setting was trained with, where that is not the default.
-BEFORE = {"decoder_rate": 1.0, "average_decay": 0.0, "contour_weight": 0.0}
+BEFORE = {"decoder_rate": 1.0, "average_decay": 0.0, "contour_weight": 0.0, "copy_paste": 0.0}
 OF_THE_BEGINNING = ("pretrained", "encoder_weights", "start_from")  # nothing to be changed later
 
 

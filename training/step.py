@@ -39,10 +39,24 @@ HALF_SAID = re.compile("CUBLAS_STATUS|CUDNN_STATUS|cuDNN Frontend error|unable t
 # --- batches and their parts ------------------------------------------------------------------------------
 
 
-def to_device(batch: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """uint8 (N, 4, S, S) to the input (N, 3, S, S) and the target (N, 4, S, S), float32 in [0, 1]."""
-    target = batch.to(device, non_blocking=True).float().div_(255)
+def to_device(batch: Tensor, device: torch.device, share: float = 0) -> tuple[Tensor, Tensor]:
+    """uint8 (N, 4, S, S) to the input (N, 3, S, S) and the target (N, 4, S, S), float32 in [0, 1]; see `copy_paste`."""
+    batch = copy_paste(batch.to(device, non_blocking=True), share)
+    target = batch.float().div_(255)
     return target[:, :3].contiguous(memory_format=torch.channels_last), target
+
+
+def copy_paste(batch: Tensor, share: float) -> Tensor:
+    """So many of the samples, by torch's dice, show before their own the persons of the one in front of them.
+
+    Each is then another photo, of persons where they were not (Ghiasi et al. 2021, "Simple Copy-Paste"): what a small
+    set lacks. uint8 RGBA (N, 4, S, S), the persons where A is not 0.
+    """
+    if not share:
+        return batch
+    chosen = torch.rand(len(batch), 1, 1, 1, device=batch.device) < share
+    other = batch.roll(1, dims=0)
+    return torch.where(chosen & (other[:, 3:] > 0), other, batch)
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:

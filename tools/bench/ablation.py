@@ -56,7 +56,7 @@ class Row:
 
 ROWS = {
     "base": Row("decoder_rate 10, average_decay 0.999, one cycle; the rest as before any row was tried",
-                {"dice_weight": 1.0, "contour_weight": 0.0}, variants.before),
+                {"dice_weight": 1.0, "contour_weight": 0.0, "copy_paste": 0.0}, variants.before),
     "recipe": Row("the program as it is, in one cycle"),
     "rate_1": Row("one rate for all", {"decoder_rate": 1.0}),
     "rate_3": Row("the decoder learns 3 times as fast", {"decoder_rate": 3.0}),
@@ -85,7 +85,9 @@ ROWS = {
     "deep": Row("deep supervision at strides 4, 8, 16", patched=variants.deep_supervision),
     "zoom": Row("scale_limit (-0.2, 1), shift_limit 0.2, p 0.8", patched=variants.zoom),
     "to_persons": Row("half of the samples zoomed 1 to 2.5 times toward a person", patched=variants.to_persons),
-    "paste": Row("half of the samples show another one's persons before their own", patched=variants.paste),
+    "no_paste": Row("copy_paste 0", {"copy_paste": 0.0}),
+    "paste": Row("half of the samples show another one's persons before their own", {"copy_paste": 0.5}),
+    "paste_all": Row("all of them do", {"copy_paste": 1.0}),
     "cutmix": Row("half of the samples have a rectangle of another one", patched=variants.cutmix),
     "colours": Row("brightness, contrast and colours change twice as far, twice as often", patched=variants.colours),
     "nobody": Row("8 % more photos, in which nobody is", patched=variants.nobody, epochs=1 / 1.08),

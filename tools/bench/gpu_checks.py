@@ -205,12 +205,12 @@ def sending(number: int, at_step: int) -> Iterator[None]:
     """Sends this process a signal in the middle of its training step of that number."""
     plain, count = trainer.to_device, 0
 
-    def to_device(batch: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    def to_device(*arguments: object) -> tuple[Tensor, Tensor]:
         nonlocal count
         count += torch.is_grad_enabled()  # not the validation's
         if count == at_step and torch.is_grad_enabled():
             os.kill(os.getpid(), number)
-        return plain(batch, device)
+        return plain(*arguments)
 
     with patch.object(trainer, "to_device", to_device):
         yield

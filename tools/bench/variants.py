@@ -256,34 +256,23 @@ def to_persons(_config: Config) -> Patched:
     return patch.object(augmentation.Augmenter, "__call__", closer)
 
 
-def paste(_config: Config) -> Patched:
-    """Half of the samples show another one's persons before their own (Ghiasi et al. 2021, Simple Copy-Paste)."""
-    return mixed(lambda batch: batch[:, 3:] > 127)
-
-
-def cutmix(_config: Config) -> Patched:
-    """Half of the samples have a rectangle of another one (Yun et al. 2019)."""
-
-    def rectangles(batch: Tensor) -> Tensor:
-        size = batch.shape[-1]
-        share, *centre = torch.rand(3, len(batch), 1, 1, 1)
-        half = share.sqrt() * size / 2
-        y, x = ((torch.arange(size) - c * size).abs() < half for c in centre)
-        return y.transpose(-1, -2) & x
-
-    return mixed(rectangles)
-
-
-def mixed(place: Callable[[Tensor], Tensor], share: float = 0.5) -> Patched:
-    """So many of a batch's samples are another of its samples where `place`, asked for that one, says so."""
+def cutmix(_config: Config, share: float = 0.5) -> Patched:
+    """So many of a batch's samples have a rectangle of the one in front of them (Yun et al. 2019)."""
     before = trainer.to_device
 
-    def mix(batch: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        other = batch.roll(1, dims=0)
-        taken = place(other) & (torch.rand(len(batch), 1, 1, 1) < share)
-        return before(torch.where(taken, other, batch), device)
+    def mix(batch: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+        chosen = torch.rand(len(batch), 1, 1, 1) < share
+        return before(torch.where(chosen & rectangles(batch), batch.roll(1, dims=0), batch), *rest)
 
     return patch.object(trainer, "to_device", mix)
+
+
+def rectangles(batch: Tensor) -> Tensor:
+    """Of each sample one anywhere and of any size: bool (N, 1, S, S)."""
+    size = batch.shape[-1]
+    share, *centre = torch.rand(3, len(batch), 1, 1, 1)
+    y, x = ((torch.arange(size) - c * size).abs() < share.sqrt() * size / 2 for c in centre)
+    return y.transpose(-1, -2) & x
 
 
 def colours(_config: Config) -> Patched:
