@@ -21,7 +21,7 @@ from loading.index import PersonIndex
 from loading.layout import AS_COCO, Choices
 from loading.letterbox import letterbox, restore
 from loading.sources import Source, open_sources
-from loading.workers import start_loader_worker, starting_workers
+from loading.workers import start_loader_worker, start_method, starting_workers
 
 __all__ = ["COCOPersonDataset", "DataError", "batches", "letterbox", "make_loader", "restore"]
 
@@ -165,6 +165,7 @@ def make_loader(
         drop_last = len(sampler) > 1 and len(sampler) % batch_size == 1  # BatchNorm needs two
     return DataLoader(
         dataset, batch_size, sampler=sampler, num_workers=num_workers, drop_last=drop_last,
+        multiprocessing_context=start_method(world_size == 1) if num_workers else None,
         collate_fn=stack, pin_memory=pin_memory, persistent_workers=num_workers > 0, worker_init_fn=start_loader_worker,
         generator=torch.Generator().manual_seed(dataset.seed),  # workers must not draw from the model's dice
     )  # fmt: skip
@@ -190,5 +191,5 @@ def batches(loader: DataLoader, epoch: int, first: int = 0) -> Iterator[torch.Te
     if isinstance(loader.sampler, ResumableSampler):
         loader.sampler.set_epoch(epoch)
         loader.sampler.first = first * loader.batch_size
-    with starting_workers():
+    with starting_workers(loader):
         return iter(loader)

@@ -9,23 +9,38 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import get_start_method, parent_process, resource_tracker
+from multiprocessing.process import BaseProcess
 from threading import Thread
 
 import cv2
+from torch.utils.data import DataLoader
 
+# A child of this Python's os.fork() may wait for ever for a lock that another thread had at that moment
+# (github.com/python/cpython/issues/112275); the threads that share tensors between processes do have it at times.
+FORK_MAY_HANG = sys.version_info < (3, 10, 15) or (3, 11) <= sys.version_info < (3, 11, 10)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h, in bytes
 
 
+def start_method(is_alone: bool) -> str:
+    """How loader workers start: in Python's usual way, or as children of a server that has no other threads.
+
+    Args:
+        is_alone: whether this process shares its training with no other one.
+    """
+    usual = get_start_method()
+    return "forkserver" if FORK_MAY_HANG and usual == "fork" and not is_alone else usual
+
+
 @contextmanager
-def starting_workers() -> Iterator[None]:
-    """Loader workers that start within keep SIGTERM waiting until they look who sent it.
+def starting_workers(loader: DataLoader) -> Iterator[None]:
+    """The loader's workers that start within keep SIGTERM waiting until they look who sent it.
 
     torchrun sends it to all processes of a run, and PyTorch lets a worker die of it before `start_loader_worker`.
     """
     if not hasattr(signal, "sigwaitinfo"):  # they would never look
         yield
         return
-    if get_start_method() != "fork":
+    if loader.num_workers and loader.multiprocessing_context.get_start_method() != "fork":
         resource_tracker.ensure_running()  # its start, which the first worker brings about, would unblock SIGTERM
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
@@ -41,12 +56,20 @@ def start_loader_worker(worker: int) -> None:
     at the program's end it would wait for them for ever.
     """
     start_worker(worker)
+    training = parent_process()  # not the system's parent, which may be a fork server, Python 3.14's default
+    if training:
+        Thread(target=_end_after, args=(training,), daemon=True).start()
     for number in (getattr(signal, name) for name in ("SIGUSR1", "SIGHUP") if hasattr(signal, name)):
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # Linux: it says who sent a signal
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        training = parent_process()  # not the system's parent, which may be a fork server, Python 3.14's default
         Thread(target=_end_with, args=(training.pid if training else os.getppid(),), daemon=True).start()
+
+
+def _end_after(training: BaseProcess) -> None:
+    """PyTorch's workers look whether the system's parent lives, and a fork server lives as long as they do."""
+    training.join()
+    os._exit(0)
 
 
 def _end_with(training: int) -> None:

@@ -832,7 +832,7 @@ def counting(*args):
         open(mark, "w").close()
         os.kill(os.getpid(), signal.SIGKILL)
 step.Tally.update = counting
-if gpus := os.environ.get("GPUS"):  # that are not there: processes for as many, on the CPU
+if __name__ == "__main__" and (gpus := os.environ.get("GPUS")):  # that are not there: processes for as many, on the CPU
     torch.cuda.device_count, count = lambda: int(gpus), torch.cuda.device_count
     launching.use_every_gpu(sys.argv, "cuda")
     torch.cuda.device_count = count
@@ -850,7 +850,8 @@ if seen := os.environ.get("SEEN"):  # without augmentation sums tell the photos 
                 file.writelines(f"{int(photo[:3].sum())}\\n" for photo in batch)
         return to_device(batch, *rest)
     trainer.to_device = noting
-sys.exit(trainer.run_command(["trainer.py", *sys.argv[1:]]))
+if __name__ == "__main__":  # a loader worker may import it again
+    sys.exit(trainer.run_command(["trainer.py", *sys.argv[1:]]))
 """
 
 

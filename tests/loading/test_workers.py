@@ -15,6 +15,7 @@ import torch
 from conftest import fresh_python
 
 from datasets import make_loader
+from loading import workers
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -75,6 +76,47 @@ def test_a_signal_to_all_does_not_end_a_worker_that_is_just_starting_and_the_tra
     command = [sys.executable, str(script), start]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.stdout.splitlines() == ["[[0, 1], [2, 3]]", "False", "0"], done.stderr
+
+
+KILLED = """
+import multiprocessing, os, signal, sys
+import torch
+import datasets
+
+class Numbers(torch.utils.data.Dataset):
+    seed, __len__, set_epoch = 0, lambda self: 4, lambda self, epoch: None
+    def __getitem__(self, index): return torch.tensor(index)
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[1])
+    loader = datasets.make_loader(Numbers(), 2, 2, training=False)
+    list(datasets.batches(loader, 0))
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have other start methods")
+@pytest.mark.parametrize("start", ["fork", "spawn", "forkserver"])
+def test_no_worker_outlives_a_training_that_was_killed(start, tmp_path):
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    with subprocess.Popen(  # its end of the pipe closes with the last of the processes
+        [sys.executable, str(script), start], env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE
+    ) as process:
+        assert process.communicate(timeout=120) == (b"", None)
+    assert process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have other start methods")
+def test_where_a_fork_may_hang_the_workers_of_several_processes_are_not_forked(monkeypatch):
+    for may_hang, usual, ways in (
+        (True, "fork", ("fork", "forkserver")), (False, "fork", ("fork", "fork")), (True, "spawn", ("spawn", "spawn")),
+    ):  # fmt: skip
+        monkeypatch.setattr(workers, "FORK_MAY_HANG", may_hang)
+        monkeypatch.setattr(workers, "get_start_method", lambda usual=usual: usual)
+        loaders = [make_loader(Probe(), 2, 1, training=False, world_size=size) for size in (1, 2)]
+        assert tuple(one.multiprocessing_context.get_start_method() for one in loaders) == ways
+    assert make_loader(Probe(), 2, 0, training=False, world_size=2).multiprocessing_context is None
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
