@@ -79,7 +79,7 @@ class Config:
     # --- batches
     batch_size: int = 32  # photos per process and step
     accumulate: int = 1  # batches whose gradients are added up before each step
-    copy_paste: float = 0.5  # share of the training samples that show another one's persons before their own
+    copy_paste: float = 0.5  # share of the training samples that another one's persons are pasted on
     num_workers: int = 12  # processes per process that load photos; never more than its share of the cores
     cache: bool = False  # keep letterboxed photos on disk once, for faster epochs
     max_bad_photos: float = 0.01  # share of a split's photos; more that cannot be read stop the run (below 200 one may)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
@@ -16,34 +17,41 @@ import cv2
 from torch.utils.data import DataLoader
 
 # A child of this Python's os.fork() may wait for ever for a lock that another thread had at that moment
-# (github.com/python/cpython/issues/112275); the threads that share tensors between processes do have it at times.
+# (github.com/python/cpython/issues/112275), and gloo's threads have it after every exchange between processes.
 FORK_MAY_HANG = sys.version_info < (3, 10, 15) or (3, 11) <= sys.version_info < (3, 11, 10)
+SHARED_IMPORTS = ["torch", "torchvision", "cv2", "albumentations"]  # by the workers of a fork server
+TO_ALL = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h, in bytes
 
 
-def start_method(is_alone: bool) -> str:
-    """How loader workers start: in Python's usual way, or as children of a server that has no other threads.
+def start_method(is_alone: bool) -> str | None:
+    """How loader workers start: None is Python's usual way, else they are children of a server without other threads.
 
     Args:
         is_alone: whether this process shares its training with no other one.
     """
-    usual = get_start_method()
-    return "forkserver" if FORK_MAY_HANG and usual == "fork" and not is_alone else usual
+    forks = sys.platform == "linux" and get_start_method(allow_none=True) in (None, "fork")
+    return "forkserver" if FORK_MAY_HANG and forks and not is_alone else None
 
 
 @contextmanager
 def starting_workers(loader: DataLoader) -> Iterator[None]:
-    """The loader's workers that start within keep SIGTERM waiting until they look who sent it.
+    """The loader's workers that start within keep signals waiting until they know what to do with them.
 
-    torchrun sends it to all processes of a run, and PyTorch lets a worker die of it before `start_loader_worker`.
+    torchrun, a terminal and SLURM send theirs to all processes of a run, and before `start_loader_worker` a worker
+    would die of them, as would the server whose child it is.
     """
-    if not hasattr(signal, "sigwaitinfo"):  # they would never look
+    if not hasattr(signal, "sigwaitinfo"):  # they would never look who sent a SIGTERM
         yield
         return
-    if loader.num_workers and loader.multiprocessing_context.get_start_method() != "fork":
-        resource_tracker.ensure_running()  # its start, which the first worker brings about, would unblock SIGTERM
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, TO_ALL)
     try:
+        method = (loader.multiprocessing_context or multiprocessing).get_start_method()
+        if method != "fork":
+            resource_tracker.ensure_running()  # its start, which the first worker brings about, unblocks some
+            signal.pthread_sigmask(signal.SIG_BLOCK, TO_ALL)
+        if method == "forkserver":
+            multiprocessing.set_forkserver_preload(SHARED_IMPORTS)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -420,6 +420,20 @@ def test_half_of_the_samples_show_the_persons_of_the_one_in_front_of_them():
     assert step.copy_paste(batch[:1], 1).equal(batch[:1])
 
 
+def test_persons_are_pasted_for_the_training_and_not_for_the_validation(coco_root, monkeypatch):
+    loader = make_loader(COCOPersonDataset(coco_root, "train2017", 32), 5, 0, training=True)
+    plain, run, seen = list(batches(loader, 0)), run_of(nn.Conv2d(3, 4, 1)), []
+    forward = LossCalculator.forward
+    monkeypatch.setattr(LossCalculator, "forward", lambda *given: seen.append(given[2] * 255) or forward(*given))
+    trainer.train_one_epoch(run, loader, 0, Config(batch_size=5, copy_paste=1), unwatched(run))
+    for batch, target in zip(plain, seen, strict=True):
+        assert not torch.equal(target.round().byte(), batch)
+        assert torch.equal(target.round().byte(), step.copy_paste(batch, 1))
+    seen.clear()
+    trainer.validate(run, loader, unwatched(run))
+    assert torch.equal(torch.cat(seen).round().byte(), torch.cat(plain))
+
+
 def move(coco_root, grad_clip: float) -> tuple[float, float]:
     """How far one step of plain descent at rate 1 moves the weights, and the norm of the true gradient."""
     torch.manual_seed(0)

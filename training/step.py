@@ -47,10 +47,10 @@ def to_device(batch: Tensor, device: torch.device, share: float = 0) -> tuple[Te
 
 
 def copy_paste(batch: Tensor, share: float) -> Tensor:
-    """So many of the samples, by torch's dice, show before their own the persons of the one in front of them.
+    """On so many of the samples, by torch's dice, the persons of the sample that precedes them in the batch are pasted.
 
     Each is then another photo, of persons where they were not (Ghiasi et al. 2021, "Simple Copy-Paste"): what a small
-    set lacks. uint8 RGBA (N, 4, S, S), the persons where A is not 0.
+    set lacks. uint8 RGBA (N, 4, S, S), the persons where A is not 0; a batch of one stays as it is.
     """
     if not share:
         return batch

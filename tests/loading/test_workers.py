@@ -7,6 +7,7 @@ import platform
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import cv2
@@ -51,7 +52,10 @@ class Numbers(torch.utils.data.Dataset):
     def __getitem__(self, index): return torch.tensor(index)
 
 def hit_while_starting(worker):
-    os.kill(os.getpid(), signal.SIGTERM)
+    server = {os.getppid()} - {multiprocessing.parent_process().pid}  # a fork server, or none
+    for process in (os.getpid(), *server):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+            os.kill(process, number)
     workers.start_loader_worker(worker)
 
 if __name__ == "__main__":
@@ -100,23 +104,28 @@ if __name__ == "__main__":
 def test_no_worker_outlives_a_training_that_was_killed(start, tmp_path):
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
-    with subprocess.Popen(  # its end of the pipe closes with the last of the processes
-        [sys.executable, str(script), start], env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE
-    ) as process:
-        assert process.communicate(timeout=120) == (b"", None)
+    process = subprocess.Popen(
+        [sys.executable, str(script), start], env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        process.communicate(timeout=60)  # the pipe closes with the last of the processes
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have other start methods")
 def test_where_a_fork_may_hang_the_workers_of_several_processes_are_not_forked(monkeypatch):
-    for may_hang, usual, ways in (
-        (True, "fork", ("fork", "forkserver")), (False, "fork", ("fork", "fork")), (True, "spawn", ("spawn", "spawn")),
-    ):  # fmt: skip
+    cases = ((True, None, True), (True, "fork", True), (False, None, False), (True, "spawn", False))
+    for may_hang, usual, changed in cases:
         monkeypatch.setattr(workers, "FORK_MAY_HANG", may_hang)
-        monkeypatch.setattr(workers, "get_start_method", lambda usual=usual: usual)
-        loaders = [make_loader(Probe(), 2, 1, training=False, world_size=size) for size in (1, 2)]
-        assert tuple(one.multiprocessing_context.get_start_method() for one in loaders) == ways
-    assert make_loader(Probe(), 2, 0, training=False, world_size=2).multiprocessing_context is None
+        monkeypatch.setattr(workers, "get_start_method", lambda allow_none, usual=usual: usual)
+        alone, shared = (make_loader(Probe(), 2, 1, False, 0, size).multiprocessing_context for size in (1, 2))
+        assert alone is None
+        assert (shared is not None and shared.get_start_method() == "forkserver") is changed
+    assert make_loader(Probe(), 2, 0, False, 0, 2).multiprocessing_context is None
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")

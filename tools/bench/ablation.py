@@ -94,7 +94,7 @@ ROWS = {
     "no_rotation": Row("no RandomRotate90", patched=variants.no_rotation),
     "context": Row("a pooled gate at the bottleneck", patched=variants.context),
     "dropout": Row("a fifth of the deepest channels left out of a step", patched=variants.dropout),
-    "light": Row("half the decoder's widths", patched=variants.light, epochs=1.4),
+    "light": Row("half the decoder's widths", patched=variants.light, epochs=1.1),
     "no_attention": Row("no attention gates", {"use_attention": False}),
     "no_colour": Row("no loss of the colours", {"colour_weight": 0.0}),
     "margin": Row("a margin of 16 replicated pixels inside the model", patched=variants.margin),

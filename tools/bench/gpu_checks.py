@@ -68,7 +68,7 @@ def one_line(error: BaseException) -> str:
 class Fixed:
     """A loader of one and the same batch of noise, page-locked for a GPU: it costs nothing."""
 
-    sampler = None
+    sampler = multiprocessing_context = None
 
     def __init__(self, batch: Tensor, steps: int):
         self.batch_size, self.dataset, self._batches = len(batch), self, [batch] * steps

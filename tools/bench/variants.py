@@ -257,7 +257,7 @@ def to_persons(_config: Config) -> Patched:
 
 
 def cutmix(_config: Config, share: float = 0.5) -> Patched:
-    """So many of a batch's samples have a rectangle of the one in front of them (Yun et al. 2019)."""
+    """So many of a batch's samples have a rectangle of the one that precedes them (Yun et al. 2019)."""
     before = trainer.to_device
 
     def mix(batch: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
