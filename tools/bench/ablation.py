@@ -86,7 +86,7 @@ ROWS = {
     "zoom": Row("scale_limit (-0.2, 1), shift_limit 0.2, p 0.8", patched=variants.zoom),
     "to_persons": Row("half of the samples zoomed 1 to 2.5 times toward a person", patched=variants.to_persons),
     "no_paste": Row("copy_paste 0", {"copy_paste": 0.0}),
-    "paste": Row("half of the samples show another one's persons before their own", {"copy_paste": 0.5}),
+    "paste": Row("half of the samples show another one's persons as well", {"copy_paste": 0.5}),
     "paste_all": Row("all of them do", {"copy_paste": 1.0}),
     "cutmix": Row("half of the samples have a rectangle of another one", patched=variants.cutmix),
     "colours": Row("brightness, contrast and colours change twice as far, twice as often", patched=variants.colours),
