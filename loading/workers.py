@@ -20,7 +20,9 @@ from torch.utils.data import DataLoader
 # (github.com/python/cpython/issues/112275), and gloo's threads have it after every exchange between processes.
 FORK_MAY_HANG = sys.version_info < (3, 10, 15) or (3, 11) <= sys.version_info < (3, 11, 10)
 SHARED_IMPORTS = ["torch", "torchvision", "cv2", "albumentations"]  # by the workers of a fork server
-TO_ALL = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
+# What all processes of a run may be sent. SIGHUP: the terminal or the ssh session has ended. Windows has neither it nor
+# SIGUSR1.
+SIGNALS = tuple(getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, n))
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h, in bytes
 
 
@@ -44,12 +46,12 @@ def starting_workers(loader: DataLoader) -> Iterator[None]:
     if not hasattr(signal, "sigwaitinfo"):  # they would never look who sent a SIGTERM
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, TO_ALL)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         method = (loader.multiprocessing_context or multiprocessing).get_start_method()
         if method != "fork":
             resource_tracker.ensure_running()  # its start, which the first worker brings about, unblocks some
-            signal.pthread_sigmask(signal.SIG_BLOCK, TO_ALL)
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         if method == "forkserver":
             multiprocessing.set_forkserver_preload(SHARED_IMPORTS)
         yield
@@ -67,7 +69,7 @@ def start_loader_worker(worker: int) -> None:
     training = parent_process()  # not the system's parent, which may be a fork server, Python 3.14's default
     if training:
         Thread(target=_end_after, args=(training,), daemon=True).start()
-    for number in (getattr(signal, name) for name in ("SIGUSR1", "SIGHUP") if hasattr(signal, name)):
+    for number in {*SIGNALS} - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # Linux: it says who sent a signal
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

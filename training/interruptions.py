@@ -8,13 +8,12 @@ import threading
 import time
 from types import FrameType
 
+from loading.workers import SIGNALS
 from training.checkpoints import LAST, RETRY_SECONDS, RunFolder
 from training.run import Run
 from training.runlog import say_at_once
 from utils import UserError, ask_largest, largest_of_each
 
-# SIGHUP: the terminal or the ssh session has ended. Windows has neither it nor SIGUSR1.
-SIGNALS = tuple(getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, n))
 SAME_SIGNAL = 2.0  # seconds: Ctrl-C reaches every process, and torchrun passes it on once more
 MOST_BROKEN = 10  # steps in a row without a finite number: the training does not recover from that
 

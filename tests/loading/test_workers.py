@@ -41,7 +41,7 @@ def test_workers_keep_to_one_thread_ignore_ctrl_c_and_leave_the_dice_of_the_mode
     assert cv2.getNumThreads() == threads
 
 
-STARTED = """
+NUMBERS = """
 import multiprocessing, os, signal, sys
 import torch
 import datasets
@@ -51,6 +51,8 @@ class Numbers(torch.utils.data.Dataset):
     seed, __len__, set_epoch = 0, lambda self: 4, lambda self, epoch: None
     def __getitem__(self, index): return torch.tensor(index)
 
+"""
+STARTED = NUMBERS + """
 def hit_while_starting(worker):
     server = {os.getppid()} - {multiprocessing.parent_process().pid}  # a fork server, or none
     for process in (os.getpid(), *server):
@@ -82,15 +84,7 @@ def test_a_signal_to_all_does_not_end_a_worker_that_is_just_starting_and_the_tra
     assert done.stdout.splitlines() == ["[[0, 1], [2, 3]]", "False", "0"], done.stderr
 
 
-KILLED = """
-import multiprocessing, os, signal, sys
-import torch
-import datasets
-
-class Numbers(torch.utils.data.Dataset):
-    seed, __len__, set_epoch = 0, lambda self: 4, lambda self, epoch: None
-    def __getitem__(self, index): return torch.tensor(index)
-
+KILLED = NUMBERS + """
 if __name__ == "__main__":
     multiprocessing.set_start_method(sys.argv[1])
     loader = datasets.make_loader(Numbers(), 2, 2, training=False)
