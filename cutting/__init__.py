@@ -1,1 +1,1 @@
-"""From a model and a photo to a cutout: what stands behind `predict.py` and `evaluate.py`."""
+"""From a model and a photo to a cutout: the package behind `predict.py` and `evaluate.py`."""

@@ -1,4 +1,4 @@
-"""From a checkpoint and a photo to the persons on it: the network, its alpha at the photo's size, their colours."""
+"""Loads a checkpoint and cuts the persons out of a photo: the network, alpha at the photo's size, the colours."""
 
 from __future__ import annotations
 
@@ -7,192 +7,128 @@ import hashlib
 import os
 import threading
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 import utils
-from cutting.edges import alpha_of, foreground, to_opacity
+from cutting.edges import estimate_foreground, refine_alpha, to_opacity
 from cutting.photos import open_photo
 from loading.letterbox import letterbox, to_rgba
-from models import LARGEST_INPUT, SMALLEST_INPUT, UNetAutoencoder
-from utils import CheckpointError, UserError, read_checkpoint, weights_of
+from models import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE, CheckpointError, UNetAutoencoder, model_weights, read_checkpoint
+from utils import UserError
 
-TRAINED = "checkpoints/best_model.pth"  # what a training leaves, in the working directory
-BOX = Path(__file__).with_name("person.pth")  # the model that comes along; person.md is its card
+TRAINED = "checkpoints/best_model.pth"  # the model that a training leaves, in the working directory
+BUNDLED = Path(__file__).with_name("bundled.pth")  # the model that comes with the program; bundled.md is its card
 
 
 def load(
-    checkpoint: str | Path | None = None, device: str = utils.EACH_ITS_GPU, image_size: int | None = None
+    checkpoint: str | Path | None = None, device: str = utils.LOCAL_RANK_GPU, image_size: int | None = None
 ) -> Cutter:
-    """The model of a checkpoint, ready to cut; the checkpoint itself says which model that is.
+    """Returns the model of a checkpoint, ready to cut.
 
     Args:
-        checkpoint: `best_model.pth`, or any other that a training wrote; "box" is the one that comes with
-            the program, `cutting/person.pth`, which None takes as well where there is no `checkpoints/best_model.pth`.
-        device: e.g. "cpu", "cuda:1", "mps"; by default the first GPU, or the CPU where there is none.
-        image_size: pixels, the side of the square that photos are fitted into; by default that of the training.
+        checkpoint: `best_model.pth` or any other that a training wrote, or "bundled", the model that comes with the
+            program; None is `checkpoints/best_model.pth` if it exists, else "bundled".
+        device: e.g. "cpu", "cuda:1", "mps"; by default the first GPU, or the CPU if there is none.
+        image_size: the side in pixels of the square that photos are fitted into; by default that of the training.
 
     Raises:
-        CheckpointError: no such file, damaged, or of another kind.
-        LaunchError: no such device.
-        UserError: an image size out of range.
+        CheckpointError: the file is missing, damaged or of another program.
+        LaunchError: there is no such device.
+        UserError: the image size is out of range.
     """
-    check_size(image_size)
     name, _ = utils.pick_device(device, 0, torch.cuda.device_count(), torch.backends.mps.is_available())
-    checkpoint = find_model(checkpoint)
-    content = read_checkpoint(checkpoint)
+    path = resolve_model(checkpoint)
+    content = read_checkpoint(path)
     try:
         config = content["config"]
         model = UNetAutoencoder(config["encoder"], pretrained=False, use_attention=config["use_attention"])
-        model.load_state_dict(weights_of(content))  # of float16 too: the model stays float32
+        model.load_state_dict(model_weights(content))  # may be float16: the model stays float32
         size = config["image_size"] if image_size is None else image_size
-        drawings = config["data_root"] if config.get("sample") else None
-        about = introduce(checkpoint, content, size)
-        return Cutter(model, size, torch.device(name), config.get("amp", True), about, drawings)
+        check_size(size)
+        use_float16 = config.get("precision") != "float32"
+        return Cutter(model, size, torch.device(name), use_float16, describe_model(path, content, size))
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         text = " ".join(str(error).split())[:160]  # PyTorch lists every tensor that is missing, a line each
-        raise CheckpointError(f"{checkpoint} holds no model that can be used here: {text}") from None
+        raise CheckpointError(f"{path} holds no model that can be used here: {text}") from None
 
 
-def find_model(checkpoint: str | Path | None) -> str | Path:
-    """The file that `load` reads.
-
-    Raises:
-        CheckpointError: none was named, and there is none; or the program has come without its own.
-    """
+def resolve_model(checkpoint: str | Path | None) -> str | Path:
+    """Returns the path of the file that `load` reads."""
     if checkpoint is None:
-        checkpoint = TRAINED if os.path.exists(TRAINED) else "box"
-    if checkpoint == "box" and not BOX.exists():
-        raise CheckpointError(f"there is no model: trainer.py makes {TRAINED}, or name one (--checkpoint FILE)")
-    return BOX if checkpoint == "box" else checkpoint
+        checkpoint = TRAINED if os.path.exists(TRAINED) else "bundled"
+    return BUNDLED if checkpoint == "bundled" else checkpoint
 
 
-def identity(checkpoint: str | Path | None) -> str:
-    """What tells the file that `load` would read from any other, without reading it; "" where it cannot be used.
-
-    Raises:
-        CheckpointError: as `find_model`.
-    """
+def model_digest(checkpoint: str | Path | None) -> str:
+    """Returns a digest of the file that `load` reads, from its archive's checksums; "" if it is no such archive."""
     try:
-        with zipfile.ZipFile(find_model(checkpoint)) as archive:
-            sums = [part.CRC for part in archive.infolist()]
-    except (OSError, zipfile.BadZipFile):  # `load` will say what is wrong with it
+        with zipfile.ZipFile(resolve_model(checkpoint)) as archive:
+            checksums = [entry.CRC for entry in archive.infolist()]
+    except (OSError, zipfile.BadZipFile):  # `load` says what is wrong with it
         return ""
-    return hashlib.blake2b(repr(sums).encode(), digest_size=6).hexdigest()
+    return hashlib.blake2b(repr(checksums).encode(), digest_size=6).hexdigest()
 
 
-def introduce(checkpoint: str | Path, content: dict, image_size: int) -> str:
-    """Which model that is and what it is worth: e.g. "a.pth (mobilenet_v2 at 256, validation IoU 0.61)"."""
-    trained_at, iou = content["config"].get("image_size"), (content.get("metrics") or {}).get("iou")
-    facts = f"{content['config']['encoder']} at {image_size}"
+def describe_model(path: str | Path, content: dict, image_size: int) -> str:
+    """Returns a line on a checkpoint's model and its score: "a.pth (mobilenet_v2 at 256, validation IoU 0.61)"."""
+    config = content["config"]
+    trained_at, metric = config.get("image_size"), config.get("best_metric", "iou")
+    score = (content.get("metrics") or {}).get(metric)
+    facts = f"{config['encoder']} at {image_size}"
     facts += f", trained at {trained_at}" if trained_at != image_size else ""
-    facts += f", validation IoU {iou:.2f}" if iou is not None else ""
-    return f"{'the one that comes with Silueta' if checkpoint == BOX else checkpoint} ({facts})"
+    facts += f", validation {utils.SCORES.get(metric, metric)} {score:.2f}" if score is not None else ""
+    facts += ", trained on the drawings of --sample: it does not work on photos" if config.get("sample") else ""
+    return f"{'the bundled one' if path == BUNDLED else path} ({facts})"
 
 
 def check_size(image_size: int | None) -> None:
-    """Refuses a square that is too small for the network, or larger than any; None is the checkpoint's own.
-
-    Raises:
-        UserError: it is out of range.
-    """
-    if image_size is not None and image_size not in range(SMALLEST_INPUT, LARGEST_INPUT + 1):
-        limits = f"from {SMALLEST_INPUT} to {LARGEST_INPUT} pixels"
-        raise UserError(f"an image size of {image_size} is out of range: {limits}")
+    """Raises UserError if an image size is out of the network's range; None, the checkpoint's own, is accepted."""
+    if image_size is not None and image_size not in range(MIN_IMAGE_SIZE, MAX_IMAGE_SIZE + 1):
+        raise UserError(f"an image size of {image_size} is out of range: from {MIN_IMAGE_SIZE} to {MAX_IMAGE_SIZE}")
 
 
 class Cutter:
-    """Cuts the persons out of photos: `rgba = cut(photo)`.
-
-    Args:
-        image_size: pixels, the side of the square that photos are fitted into.
-        amp: whether to compute in float16 on a CUDA GPU.
-        about: the model in a line, for a person.
-        drawings: the folder of those that it was trained on (`trainer.py --sample`): photos are foreign to it.
-    """
+    """Cuts the persons out of photos: `rgba = cut(photo)`. `load` makes one; several threads may use it at once."""
 
     def __init__(
-        self,
-        model: UNetAutoencoder,
-        image_size: int,
-        device: torch.device,
-        amp: bool = True,
-        about: str = "",
-        drawings: str | None = None,
+        self, model: UNetAutoencoder, image_size: int, device: torch.device, use_float16: bool, description: str = ""
     ):
-        if not isinstance(image_size, int) or image_size < SMALLEST_INPUT:
-            raise ValueError(f"an image size of {image_size} pixels")
         self.model = model.eval().to(device, memory_format=utils.memory_format(device))
-        self.image_size, self.device = image_size, device
-        self.about, self.drawings = about, drawings
-        # Of the two halves the one with the finer mantissa: it draws alpha in steps of 1/2048, bfloat16 of 1/256.
-        self.amp_dtype = torch.float16 if amp and device.type == "cuda" else None
-        # A GPU is given one batch at a time, whichever thread brings it; on a CPU every thread computes for itself.
-        self._turn = contextlib.nullcontext() if device.type == "cpu" else threading.Lock()
+        self.image_size, self.device, self.description = image_size, device, description
+        # Not bfloat16: its mantissa is shorter, and alpha near 1 would come in steps of 1/256 instead of 1/2048.
+        self.amp_dtype = torch.float16 if use_float16 and device.type == "cuda" else None
+        # A GPU computes one batch at a time, whichever thread brings it; on a CPU each thread computes for itself.
+        self._gpu_lock = contextlib.nullcontext() if device.type == "cpu" else threading.Lock()
 
-    def __call__(
-        self, photo: str | Path | Image.Image | np.ndarray, keep_background_colours: bool = False
-    ) -> np.ndarray:
-        """A photo to uint8 RGBA (H, W, 4): the persons as straight alpha, the colours its own but at soft edges.
+    def __call__(self, photo: str | Path | Image.Image | np.ndarray) -> np.ndarray:
+        """Returns the cutout of a photo: uint8 RGBA (H, W, 4), alpha straight, colours its own except at soft edges.
 
-        Args:
-            photo: what `open_photo` takes.
-            keep_background_colours: where alpha is 0, which they are gone from otherwise.
-
-        Raises:
-            PhotoError: the photo cannot be read.
+        The photo is a path, a Pillow image or a uint8 array (H, W, 3 or 4). Raises PhotoError if it cannot be read.
         """
         photo = open_photo(photo)
         square, metadata = letterbox(photo.rgb, self.image_size)
-        alpha = alpha_of(self.probabilities([square])[0], square, metadata, photo.rgb)
+        alpha = refine_alpha(self.probabilities([square])[0], square, metadata, photo.rgb)
         opacity = to_opacity(alpha, photo.alpha)
-        colours = foreground(photo.rgb, opacity, square, metadata, photo.alpha, not keep_background_colours)
-        return to_rgba(colours, opacity)
+        return to_rgba(estimate_foreground(photo, opacity, square, metadata, hide_background=True), opacity)
 
     def probabilities(self, squares: list[np.ndarray]) -> np.ndarray:
-        """uint8 RGB squares (S, S, 3) to the probabilities of a person, float32 (N, S, S)."""
-        found = self._computed(squares, self.amp_dtype)
-        if self.amp_dtype is not None and not np.isfinite(found).all():  # beyond float16's 65,504
-            found = self._computed(squares, None)
-        return found
+        """Returns each pixel's probability of a person, float32 (N, S, S), for uint8 RGB squares (S, S, 3)."""
+        probabilities = self._predict(squares, self.amp_dtype)
+        if self.amp_dtype is not None and not np.isfinite(probabilities).all():  # beyond float16's 65,504
+            probabilities = self._predict(squares, None)
+        return probabilities
 
     @torch.inference_mode()
-    def _computed(self, squares: list[np.ndarray], dtype: torch.dtype | None) -> np.ndarray:
-        """The probabilities. A GPU is waited for out of turn: it goes on with the next thread's photos meanwhile."""
-        pinned = self.device.type == "cuda"
-        batch = stacked(squares, pinned)
-        with self._turn, torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-            images = batch.to(self.device, non_blocking=pinned).permute(0, 3, 1, 2)
-            arrived = fetch(self.model.predict(images.float().div_(255))[:, 3].float())
-        return arrived()
-
-
-# From and to page-locked memory a CUDA GPU copies by itself; otherwise the thread waits for all that it has been given.
-
-
-def stacked(squares: list[np.ndarray], pinned: bool) -> Tensor:
-    """uint8 squares (S, S, 3) as one batch (N, S, S, 3)."""
-    batch = torch.empty((len(squares), *squares[0].shape), dtype=torch.uint8, pin_memory=pinned)
-    np.stack(squares, out=batch.numpy())
-    return batch
-
-
-def fetch(values: Tensor) -> Callable[[], np.ndarray]:
-    """Begins to copy values from a CUDA GPU; what is returned waits for them. From elsewhere they are there at once."""
-    if values.device.type != "cuda":
-        return values.cpu().numpy
-    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    host.copy_(values, non_blocking=True)
-    # Not the current device's stream: each thread begins with GPU 0. Blocking: an event that spins would take a core.
-    done = torch.cuda.current_stream(values.device).record_event(torch.cuda.Event(blocking=True))
-
-    def arrived() -> np.ndarray:
-        done.synchronize()
-        return host.numpy()
-
-    return arrived
+    def _predict(self, squares: list[np.ndarray], dtype: torch.dtype | None) -> np.ndarray:
+        on_cuda = self.device.type == "cuda"
+        batch = torch.from_numpy(np.stack(squares))
+        if on_cuda:  # only pinned memory is copied while the GPU computes
+            batch = batch.pin_memory()
+        with self._gpu_lock, torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            images = batch.to(self.device, non_blocking=on_cuda).permute(0, 3, 1, 2)
+            probabilities = self.model.predict(images.float().div_(255))[:, 3].float()
+        return probabilities.cpu().numpy()  # waits for the GPU outside the lock: the next thread's batch can start

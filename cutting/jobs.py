@@ -1,4 +1,4 @@
-"""Which photos there are, the file that each becomes, and what of that is still to be done."""
+"""Decides which photos become which files, and which of these are still to be made."""
 
 from __future__ import annotations
 
@@ -7,56 +7,49 @@ import os
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
 
-from cutting.photos import readable_extensions, what_helps
+from cutting.photos import decoder_advice, readable_extensions
 from cutting.png import read_note
 from utils import UserError
 
-Job = tuple[Path, Path]  # a photo and what is made of it
-THERE = "made already"  # why an output is kept
-OF_ANOTHER = "made of another photo"
-FOREIGN = "not made by predict.py or changed since"
-BESIDE = f"beside the photos and {FOREIGN}"
+Job = tuple[Path, Path]  # a photo and its output
+# Why an output is kept:
+UP_TO_DATE = "made already (--overwrite to replace)"
+OF_ANOTHER = "made of another photo (--overwrite to replace)"
+FOREIGN = "not made by predict.py or changed since (--overwrite to replace)"
+BESIDE_INPUT = "beside the photos, not made by predict.py or changed since (--output FILE --overwrite to replace)"
 
 
 def plan(arguments: list[str], output: Path) -> tuple[list[Job], list[Path]]:
-    """What is to be done, decided by the photos' names alone, so that a second run decides alike; and what cannot be.
+    """Returns the jobs for photos and folders of photos, and the photos of kinds that cannot be read here.
 
-    Raises:
-        UserError: no such path, no photo in a folder, two outputs of one name, an output among the photos, a file as
-            output of several.
+    Raises UserError if a path does not exist, a folder holds no photo, or an output would do harm.
     """
-    names: dict[Path, Path] = {}  # in the output folder, by photo
-    unknown = {}
+    names: dict[Path, Path] = {}  # photo: its path below the output folder
+    unreadable: dict[Path, None] = {}
+    folders = [Path(argument) for argument in arguments if os.path.isdir(argument)]
     for argument in map(Path, arguments):
-        if os.path.isdir(argument):
+        if argument in folders:
             photos, others = photos_in(argument, output)
             if not photos and not others:
                 raise UserError(f"there is no photo in {argument}")
             names |= {photo: photo.relative_to(argument) for photo in photos}
-            unknown |= dict.fromkeys(others)
+            unreadable |= dict.fromkeys(others)
         elif os.path.isfile(argument):
             names[argument] = Path(argument.name)
         else:
             raise UserError(f"there is no photo or folder {argument}")
     jobs = [(photo, output / name) for photo, name in with_png(names).items()]
     if names_a_file(output):
-        if len(jobs) != 1 or any(map(os.path.isdir, arguments)):
+        if len(jobs) != 1 or folders:
             raise UserError(f"--output {output} is the name of one file: give one photo, or name a folder")
         jobs = [(photo, output) for photo in names]
-    refuse_collisions(jobs)
-    for folder in filter(os.path.isdir, arguments):
-        refuse_mixing(folder, jobs, output)
-    return jobs, list(unknown)
+    check_outputs(jobs, folders, output)
+    return jobs, list(unreadable)
 
 
 def names_a_file(output: Path) -> bool:
-    """Whether it is a PNG that is to be written, not a folder for them.
-
-    Raises:
-        UserError: it is a file of another kind.
-    """
+    """Returns whether --output names a PNG rather than a folder; raises UserError for a picture of another kind."""
     extension = output.suffix.lower()
     if os.path.isdir(output) or extension not in readable_extensions():
         return False
@@ -66,121 +59,90 @@ def names_a_file(output: Path) -> bool:
 
 
 def photos_in(folder: Path, output: Path) -> tuple[list[Path], list[Path]]:
-    """The photos in a folder and its subfolders, and those of kinds that cannot be read here.
+    """Returns a folder's photos, also those of its subfolders, and those of kinds that cannot be read here.
 
-    Without hidden ones and those in the output folder.
-
-    Raises:
-        UserError: the folder cannot be opened.
+    Hidden ones and those in the output folder are left out. Raises UserError if the folder cannot be opened.
     """
-    files, closed = files_under(folder, output)
+    output, files, errors = os.path.realpath(output), [], []
+    for parent, subfolders, names in os.walk(folder, onerror=errors.append, followlinks=True):
+        paths = [Path(parent, name) for name in sorted(subfolders) if name[0] != "."]
+        subfolders[:] = [path.name for path in paths if os.path.realpath(path) != output and not loops(path, folder)]
+        files += [Path(parent, name) for name in sorted(names) if name[0] != "."]
+    closed = [Path(error.filename) for error in errors]
     if folder in closed:
         raise UserError(f"{folder} cannot be opened")
-    # What cannot be opened goes on the list as well, a folder or a link: reading it fails, and is named and counted.
+    # Folders and links that cannot be opened are listed too: reading them fails, and is reported and counted.
     readable = readable_extensions()
     photos = [file for file in files if file.suffix.lower() in readable or not os.path.exists(file)]
-    return photos + closed, [file for file in files if what_helps(file)]
+    return photos + closed, [file for file in files if decoder_advice(file)]
 
 
-def files_under(folder: Path, output: Path) -> tuple[list[Path], list[Path]]:
-    """The files in a folder, its subfolders and those that are linked there; and the folders that cannot be opened."""
-    output, files, closed = os.path.realpath(output), [], []
-    for place, folders, names in os.walk(folder, onerror=closed.append, followlinks=True):
-        shown = [Path(place, name) for name in sorted(folders) if name[0] != "."]
-        folders[:] = [path.name for path in shown if os.path.realpath(path) != output and not leads_back(path, folder)]
-        files += [Path(place, name) for name in sorted(names) if name[0] != "."]
-    return files, [Path(error.filename) for error in closed]
-
-
-def leads_back(path: Path, folder: Path) -> bool:
-    """Whether a linked folder holds one that it was reached through, and so itself again and again."""
+def loops(path: Path, top: Path) -> bool:
+    """Returns whether a linked folder contains one on the way to it from `top`, and so itself again and again."""
     if not path.is_symlink():
         return False
-    passed = [Path(os.path.realpath(place)) for place in path.parents if place == folder or folder in place.parents]
-    target = Path(os.path.realpath(path))
-    return any(target == place or target in place.parents for place in passed)
+    passed = (Path(os.path.realpath(parent)) for parent in path.parents if parent.is_relative_to(top))
+    return any(folder.is_relative_to(os.path.realpath(path)) for folder in passed)
 
 
 def with_png(names: dict[Path, Path]) -> dict[Path, Path]:
-    """a.jpg becomes a.png; beside another a it becomes a.jpg.png. No difference by capitals: some disks know none."""
-    short = {photo: name.with_suffix(".png") for photo, name in names.items()}
-    count = Counter(str(name).casefold() for name in short.values())
-    full = {photo: name.with_name(name.name + ".png") for photo, name in names.items()}
-    return {photo: short[photo] if count[str(short[photo]).casefold()] == 1 else full[photo] for photo in names}
+    """Renames a.jpg to a.png, or to a.jpg.png if another photo becomes a.png too; or A.png, the same on some disks."""
+    stems = {photo: str(name.with_suffix("")).casefold() for photo, name in names.items()}
+    count = Counter(stems.values())
+    return {photo: name.with_suffix(".png") if count[stems[photo]] == 1 else name.with_name(f"{name.name}.png")
+            for photo, name in names.items()}  # fmt: skip
 
 
-def refuse_collisions(jobs: list[Job]) -> None:
-    """Two photos must not become one file, and none be overwritten, over links or on disks without capitals neither."""
+def check_outputs(jobs: list[Job], folders: list[Path], output: Path) -> None:
+    """Raises UserError if an output is that of two photos, overwrites one, or is put among them."""
     first: dict[Path, Path] = {}
     photos = {os.path.realpath(photo).casefold() for photo, _ in jobs}
-    for photo, output in jobs:
-        if first.setdefault(output, photo) != photo:
-            raise UserError(f"{first[output]} and {photo} would both become {output}: do them apart")
-        if os.path.realpath(output).casefold() in photos:
-            raise UserError(f"{output} would overwrite the photo of that name: choose another --output")
-
-
-def refuse_mixing(folder: str, jobs: list[Job], output: Path) -> None:
-    """Outputs that lie among the photos of a folder would be taken for photos by the next run."""
-    inside, output = Path(os.path.realpath(folder)), Path(os.path.realpath(output))
-    if inside not in output.parents and any(inside in Path(os.path.realpath(made)).parents for _, made in jobs):
-        raise UserError(f"--output {output} would mix the results with the photos of {folder}: choose another")
-
-
-# --- what is there already --------------------------------------------------------------------------------
-
-
-class Origin(NamedTuple):
-    """What an output was made of and how; it is noted in the output."""
-
-    how: str  # by which model, in which style
-    photo: str  # a digest of the photo's length and time, which cost no reading
-    place: str  # a digest of where the photo lay
-
-    def note(self) -> str:
-        return "; ".join(self)
-
-
-def origin_of(photo: Path, how: str) -> Origin:
-    state = ""
-    with suppress(OSError):  # whoever reads the photo will say so
-        found = os.stat(photo)
-        state = f"{found.st_size} {found.st_mtime_ns}"
-    return Origin(how, digest(state), digest(os.path.realpath(photo)))
-
-
-def digest(text: str) -> str:
-    return hashlib.blake2b(os.fsencode(text), digest_size=6).hexdigest()
-
-
-def remaining(jobs: list[Job], how: str, overwrite: bool, by_name: bool) -> tuple[list[Job], dict[str, list[Path]]]:
-    """What is to be done, given what is there already; and the outputs that stay, by the reason.
-
-    Args:
-        how: by which model and in which style.
-        overwrite: whatever is there is made again, but for files beside the photos that are not from predict.py.
-        by_name: these as well: the user has named the file.
-    """
-    folders = set() if by_name else {os.path.realpath(photo.parent) for photo, _ in jobs}
-    todo, kept = [], {}
     for photo, made in jobs:
-        if reason := why_kept(photo, made, how, overwrite, os.path.realpath(made.parent) in folders):
-            kept.setdefault(reason, []).append(made)
+        if first.setdefault(made, photo) != photo:
+            raise UserError(f"{first[made]} and {photo} would both become {made}: do them apart")
+        if os.path.realpath(made).casefold() in photos:
+            raise UserError(f"{made} would overwrite the photo of that name: choose another --output")
+    if os.path.realpath(output) in map(os.path.realpath, folders):
+        raise UserError(f"--output {output} would mix the results with the photos of that folder: choose another")
+
+
+# --- what exists already ----------------------------------------------------------------------------------
+
+
+def origin(photo: Path, how: str) -> tuple[str, str, str]:
+    """Returns what an output's note holds: how it is made, digests of the photo's size and time and of its path."""
+    state = ""
+    with suppress(OSError):  # whoever reads the photo reports it
+        stat = os.stat(photo)
+        state = f"{stat.st_size} {stat.st_mtime_ns}"
+    digests = [hashlib.blake2b(os.fsencode(text), digest_size=6) for text in (state, os.path.realpath(photo))]
+    return how, digests[0].hexdigest(), digests[1].hexdigest()
+
+
+def split_jobs(jobs: list[Job], how: str, overwrite: bool, by_name: bool) -> tuple[list[Job], dict[str, list[Path]]]:
+    """Returns the jobs that are to be done, and the outputs that are kept, by the reason.
+
+    `how` says by which model and in which style outputs are made, `by_name` whether the user has named the output file.
+    """
+    todo, kept = [], {}
+    for photo, output in jobs:
+        if why := why_kept(photo, output, how, overwrite, by_name):
+            kept.setdefault(why, []).append(output)
         else:
-            todo.append((photo, made))
+            todo.append((photo, output))
     return todo, kept
 
 
-def why_kept(photo: Path, made: Path, how: str, overwrite: bool, beside: bool) -> str:
-    """The reason for which an output stays; "" where it is to be made, or to be made again."""
-    if not os.path.exists(made):
+def why_kept(photo: Path, output: Path, how: str, overwrite: bool, by_name: bool) -> str:
+    """Returns the reason for which an output is kept, or "" if it is to be made."""
+    if not os.path.exists(output):
         return ""
-    noted = read_note(made).split("; ")
-    if len(noted) != len(Origin._fields):
-        return BESIDE if beside else "" if overwrite else FOREIGN
+    noted, now = read_note(output).split("; "), origin(photo, how)
+    if len(noted) != 3:  # beside the photos it may be one itself: then --overwrite is not enough
+        beside_input = not by_name and os.path.realpath(output.parent) == os.path.realpath(photo.parent)
+        return BESIDE_INPUT if beside_input else "" if overwrite else FOREIGN
     if overwrite:
         return ""
-    before, now = Origin(*noted), origin_of(photo, how)
-    if before.photo != now.photo:
-        return "" if before.place == now.place else OF_ANOTHER  # it has changed since, or was never this one
-    return THERE if before.how == now.how else ""
+    if noted[1] == now[1]:
+        return UP_TO_DATE if noted[0] == how else ""
+    return "" if noted[2] == now[2] else OF_ANOTHER  # the same path: its photo has changed

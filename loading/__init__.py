@@ -1,1 +1,1 @@
-"""From disk to a sample: what stands behind `datasets.py`."""
+"""Reads the data from disk and makes samples of them: the package behind `datasets.py`."""

@@ -1,4 +1,4 @@
-"""COCO's annotation file: which photos show persons, and what is not to be trusted in it."""
+"""Reads COCO's annotation files: which photos show persons, and what of the file cannot be trusted."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import re
 from pathlib import Path
+from textwrap import shorten
 from typing import Annotated, Any
 
 import msgspec
@@ -13,19 +14,16 @@ import msgspec
 from loading.headers import MAX_PIXELS
 from utils import UserError
 
-MAX_SIDE = 2**20  # of a photo: more is taken for a broken record, not for a photo
-NAMED_IN_ERROR = 100  # categories: COCO has 80
+MAX_SIDE = 2**20  # pixels
+MAX_LISTED = 1000  # characters of category names in an error: COCO's 80 have 650
 
 
 class DataError(UserError):
     """The data on disk cannot be used; the message is one line for the user."""
 
 
-_Id = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]  # what an array can hold
-
-
-class Photo(msgspec.Struct, gc=False):
-    id: _Id
+class PhotoRecord(msgspec.Struct, gc=False):
+    id: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]  # the index keeps it as int64
     file_name: str
     width: int
     height: int
@@ -34,7 +32,7 @@ class Photo(msgspec.Struct, gc=False):
 class Annotation(msgspec.Struct, gc=False):
     image_id: int
     category_id: int
-    segmentation: msgspec.Raw = msgspec.Raw(b"null")  # parsed only for persons: most of the file is not
+    segmentation: msgspec.Raw = msgspec.Raw(b"null")  # parsed for persons only: most of the file is not theirs
 
 
 class Category(msgspec.Struct, gc=False):
@@ -44,29 +42,57 @@ class Category(msgspec.Struct, gc=False):
 
 
 class CocoFile(msgspec.Struct, gc=False):
-    images: list[Photo]
+    images: list[PhotoRecord]
     annotations: list[Annotation]
     categories: list[Category]
 
 
 _coco_file = msgspec.json.Decoder(CocoFile)
 
-
-Person = tuple[Photo, list[msgspec.Raw]]  # a photo with persons: their segmentations
-LeftOut = dict[str, list[str]]  # names by the reason, in which {s} is the plural's
+AnnotatedPhoto = tuple[PhotoRecord, list[msgspec.Raw]]  # with the persons' segmentations
+LeftOut = dict[str, list[str]]  # reason, with {s} for the plural -> names of what is left out for it
 
 
 def with_example(reason: str, names: list[str]) -> str:
-    """A reason with its first example; a name may hold a line's end."""
-    return f"{reason.format(s='s' * (len(names) != 1))} ({in_one_line(names[0])}{', ...' * (len(names) > 1)})"
-
-
-def in_one_line(name: str) -> str:
-    return repr(name)[1:-1]
+    """Returns a reason in its singular or plural, with the first of its names: "photos not on disk (a.jpg, ...)"."""
+    example = repr(names[0])[1:-1]  # a file's name may hold line breaks
+    return f"{reason.format(s='s' * (len(names) != 1))} ({example}{', ...' * (len(names) > 1)})"
 
 
 def describe_left_out(left_out: dict[str, int]) -> str:
+    """Returns what a person index leaves out as text: "2 photos not on disk (a.jpg, ...), ..."."""
     return ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+
+
+def read_persons(annotations: Path, left_out: LeftOut, category: str = "person") -> list[AnnotatedPhoto]:
+    """Returns the photos with persons and the persons' segmentations, as copies: the file's content can be freed.
+
+    What cannot be used joins `left_out`. Several categories that stand for persons are separated by commas.
+
+    Raises:
+        DataError: it is not a COCO annotation file, has no such category, or names a photo outside its folder.
+    """
+    coco = _parse(annotations)
+    is_wanted = _match_categories(coco.categories, category, annotations, left_out)
+    photos = _photos_by_id(coco.images, left_out)
+    segmentations: dict[int, list[msgspec.Raw]] = {}
+    unclear: set[int] = set()
+    for annotation in coco.annotations:
+        if annotation.category_id not in is_wanted:
+            continue
+        if annotation.image_id not in photos:
+            left_out["annotation{s} of an unknown photo"].append(f"image_id {annotation.image_id}")
+        elif is_wanted[annotation.category_id]:
+            segmentations.setdefault(annotation.image_id, []).append(annotation.segmentation)
+        else:
+            unclear.add(annotation.image_id)
+    usable = {image_id: photos[image_id] for image_id in segmentations if photos[image_id]}
+    reason = "photo{s} with an object that is a person by its supercategory only"
+    left_out[reason] += [photo.file_name for image_id, photo in usable.items() if image_id in unclear]
+    chosen = [(photo, segmentations[image_id]) for image_id, photo in usable.items() if image_id not in unclear]
+    for photo, _ in chosen:
+        safe_name(photo, annotations)
+    return chosen
 
 
 def _parse(annotations: Path) -> CocoFile:
@@ -79,7 +105,8 @@ def _parse(annotations: Path) -> CocoFile:
         except msgspec.DecodeError as error:
             if isinstance(error, msgspec.ValidationError) or not re.search(b"NaN|Infinity", text):
                 raise
-        # Python's json writes and reads them. As null they do no harm where nobody looks; elsewhere the key is named.
+        # Python's json module writes and reads these numbers. As null they are harmless in fields that are not read;
+        # elsewhere the error names the field.
         return _coco_file.decode(json.dumps(json.loads(text, parse_constant=lambda _: None)))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{annotations} is cut short or not a COCO annotation file: {error}") from None
@@ -87,93 +114,55 @@ def _parse(annotations: Path) -> CocoFile:
         raise DataError(f"{annotations} does not fit into the memory") from None
 
 
-def read_persons(annotations: Path, left_out: LeftOut, category: str = "person") -> list[Person]:
-    """The photos with persons and their persons' segmentations, as copies: the rest of the file can go.
-
-    Args:
-        category: what is to be taken for a person; several names are separated by commas.
-
-    Raises:
-        DataError: not a COCO annotation file, or one without such a category.
-    """
-    coco = _parse(annotations)
-    is_named = _categories(coco.categories, category, annotations, left_out)
-    photos = _photos_by_id(coco.images, left_out)
-    grouped: dict[int, list[msgspec.Raw]] = {}
-    unclear: set[int] = set()
-    for annotation in coco.annotations:
-        if (is_person := is_named.get(annotation.category_id)) is None:
-            continue
-        if annotation.image_id not in photos:
-            left_out["annotation{s} of an unknown photo"].append(f"image_id {annotation.image_id}")
-        elif is_person:
-            grouped.setdefault(annotation.image_id, []).append(annotation.segmentation)
-        else:
-            unclear.add(annotation.image_id)
-    usable = {image_id: photos[image_id] for image_id in grouped if photos[image_id]}
-    reason = "photo{s} with what is a person by its supercategory alone"
-    left_out[reason] += [photo.file_name for image_id, photo in usable.items() if image_id in unclear]
-    return [(photo, grouped[image_id]) for image_id, photo in usable.items() if image_id not in unclear]
-
-
-def wanted_names(category: str) -> list[str]:
-    """The categories of a text that names one, or several between commas."""
+def split_names(category: str) -> list[str]:
+    """Returns the names in a text that has one, or several separated by commas."""
     return [name.strip() for name in category.split(",") if name.strip()]
 
 
-def _categories(categories: list[Category], wanted: str, annotations: Path, left_out: LeftOut) -> dict[int, bool]:
-    """True for the categories of the wanted names; False for what has such a name as its supercategory alone.
+def _match_categories(categories: list[Category], wanted: str, path: Path, left_out: LeftOut) -> dict[int, bool]:
+    """Returns the ids of the wanted categories as True, and those that match by their supercategory only as False.
 
     The latter may be a man or a helmet: that depends on the tool that wrote the file.
     """
     names = {category.name.strip() for category in categories}
-    taken = {name: _spellings(name, names) for name in wanted_names(wanted)}
-    missing, chosen = [name for name, found in taken.items() if not found], set().union(*taken.values())
+    matches = {name: {other for other in names if other.casefold() == name.casefold()} for name in split_names(wanted)}
+    missing, chosen = [name for name in matches if not matches[name]], set().union(*matches.values())
     if not chosen:
-        raise DataError(f"{annotations} has no category named {' or '.join(map(repr, missing))}: it has "
-                        f"{_listed(sorted(names))}; --category names another, or several: a,b")  # fmt: skip
-    left_out["name{s} in --category that the file has not"] += missing
-    named = {category.id for category in categories if category.name.strip() in chosen}
-    if clash := named & {category.id for category in categories if category.name.strip() not in chosen}:
-        raise DataError(f"{annotations} has one id for {wanted!r} and another category, {min(clash)}")
-    folded = {name.casefold() for name in taken}
-    kin = {it.id for it in categories if str(it.supercategory).strip().casefold() in folded}
-    return {number: number in named for number in named | kin}
+        listed = shorten(", ".join(sorted(names)), MAX_LISTED, placeholder=" ...") or "none"
+        raise DataError(f"{path} has no category named {' or '.join(map(repr, missing))}: it has {listed}; "
+                        "--category names another, or several: a,b")  # fmt: skip
+    left_out["--category name{s} that the file does not have"] += missing
+    ids = {category.id for category in categories if category.name.strip() in chosen}
+    if shared := ids & {category.id for category in categories if category.name.strip() not in chosen}:
+        raise DataError(f"{path} has one id for {wanted!r} and another category, {min(shared)}")
+    folded = {name.casefold() for name in matches}
+    related = {category.id for category in categories if str(category.supercategory).strip().casefold() in folded}
+    return {category_id: category_id in ids for category_id in ids | related}
 
 
-def _spellings(wanted: str, names: set[str]) -> set[str]:
-    """The names that differ from the wanted one in case at most. With a capital it means just itself where it is there.
-
-    So 'cat' is 'Cat' and 'CAT' as well, and 'CAT' beside a 'Cat' is the scan.
-    """
-    if wanted in names and wanted != wanted.casefold():
-        return {wanted}
-    return {name for name in names if name.casefold() == wanted.casefold()}
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - NAMED_IN_ERROR} more" * (len(names) > NAMED_IN_ERROR)
-    return (", ".join(map(in_one_line, names[:NAMED_IN_ERROR])) or "none") + more
-
-
-def _photos_by_id(images: list[Photo], left_out: LeftOut) -> dict[int, Photo | None]:
-    """None for an id that no photo can be had by."""
-    photos: dict[int, Photo | None] = {}
+def _photos_by_id(images: list[PhotoRecord], left_out: LeftOut) -> dict[int, PhotoRecord | None]:
+    """Returns the photos by id, None for an id that cannot be used."""
+    photos: dict[int, PhotoRecord | None] = {}
     for photo in images:
-        sides = sorted((photo.width, photo.height))
         first = photos.setdefault(photo.id, photo)
-        if first != photo:  # nobody can tell whose the persons are
-            left_out["photo{s} under an id that another has"] += [it.file_name for it in (first, photo) if it]
+        if first != photo:  # which of the two its annotations belong to is unknown
+            left_out["photo{s} with the id of another photo"] += [each.file_name for each in (first, photo) if each]
             photos[photo.id] = None
-        elif sides[0] <= 0 or sides[1] > MAX_SIDE or sides[0] * sides[1] > MAX_PIXELS:
-            left_out["photo record{s} of an impossible size"].append(photo.file_name)
+        elif not is_possible_size(photo.width, photo.height):
+            left_out["photo record{s} with an impossible size"].append(photo.file_name)
             photos[photo.id] = None
     return photos
 
 
-def safe_name(photo: Photo, annotations: Path) -> str:
+def is_possible_size(width: int, height: int) -> bool:
+    """Returns whether a photo may have this size; others are taken for broken records."""
+    return 0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE and width * height <= MAX_PIXELS
+
+
+def safe_name(photo: PhotoRecord, annotations: Path) -> str:
+    """Returns the file name of a photo; raises a DataError if it may lead out of the photo folder."""
     name = photo.file_name
-    parts = name.replace("\\", "/").split("/")
-    if ".." in parts or not parts[-1] or os.path.isabs(name) or re.match("[A-Za-z]:|.*\0", name):
+    folders = name.replace("\\", "/").split("/")
+    if ".." in folders or not folders[-1] or os.path.isabs(name) or re.match("[A-Za-z]:|.*\0", name):
         raise DataError(f"{annotations} names a photo outside the photo folder: {name!r}")
     return name

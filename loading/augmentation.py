@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # before its import: it would ask the network
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # before its import, which would ask the network
 
 import albumentations as A
 import cv2
@@ -18,9 +18,9 @@ from loading.letterbox import to_rgba
 
 
 def augmentations() -> list:
-    """The augmentations, applied in this order to the letterboxed square. Add or remove one by its line.
+    """Returns the augmentations, applied in this order to the letterboxed square. Add or remove one by its line.
 
-    Any of albumentations' transforms will do that keeps the photo's size and its dtype, uint8.
+    Any of albumentations' transforms may be one that keeps the photo's size and its dtype, uint8.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="ShiftScaleRotate is a special case of Affine")
@@ -35,7 +35,7 @@ def augmentations() -> list:
 
 
 class ShiftScaleRotate(A.ShiftScaleRotate):
-    """albumentations' own, drawn in one go: OpenCV warps an RGBA image in less than half the time of RGB and A.
+    """albumentations' own, as one warp of an RGBA image: OpenCV takes less than half the time of RGB and A.
 
     The pixels are the same. A sample at 384 takes 10 % less time for it, a cached one 26 % (medians of 30 rounds).
     """
@@ -50,24 +50,23 @@ class ShiftScaleRotate(A.ShiftScaleRotate):
 
 
 class Augmenter:
-    """Applies `augmentations()` to a square photo and its mask; what comes out depends on the seed alone."""
+    """Applies `augmentations()` to a square photo and its mask; the result depends on them and on the seed only."""
 
     def __init__(self) -> None:
         self._transforms = A.Compose(augmentations(), mask_interpolation=cv2.INTER_LINEAR)
-        # One pair of generators for the whole list: set_random_seed() would give each transform the same
-        # seed, so that a photo that is flipped would always be rotated as well.
-        self._bits, self._dice = np.random.PCG64(), random.Random()
-        self._transforms.set_random_state(np.random.Generator(self._bits), self._dice)
+        # One pair of generators for the whole list: set_random_seed() would give each transform the same seed, so
+        # that a photo that is flipped would always be rotated as well.
+        self._np_bits, self._py_rng = np.random.PCG64(), random.Random()
+        self._transforms.set_random_state(np.random.Generator(self._np_bits), self._py_rng)
 
     def __call__(self, photo: np.ndarray, mask: np.ndarray, seed: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 (S, S, 3) and (S, S) to the same, maybe the very same arrays; the mask is interpolated, not yet cut.
+        """Returns an augmented photo, uint8 (S, S, 3), and mask (S, S), interpolated and not yet thresholded.
 
-        `seed` is any list of non-negative numbers.
-
-        Raises:
-            TypeError: a transform changed a shape or a dtype.
+        They may be the arrays that were given. A TypeError says that a transform changed a shape or a dtype.
         """
-        self._seed(seed)
+        self._py_rng.seed(repr(seed))  # hashed by SHA-512, in a fifth of the time of numpy's SeedSequence
+        state = {"state": self._py_rng.getrandbits(128), "inc": 1}
+        self._np_bits.state = {"bit_generator": "PCG64", "state": state, "has_uint32": 0, "uinteger": 0}
         out = {"image": photo, "mask": mask}
         for transform in self._transforms.transforms:
             out = transform(**out)
@@ -75,8 +74,3 @@ class Augmenter:
             if (after.shape, after.dtype) != (before.shape, before.dtype):
                 raise TypeError(f"augmentations() made {after.dtype} {after.shape} of {before.dtype} {before.shape}")
         return out["image"], out["mask"]
-
-    def _seed(self, numbers: list[int]) -> None:
-        self._dice.seed(repr(numbers))  # hashed by SHA-512; a fifth of the time of numpy's SeedSequence
-        state = {"state": self._dice.getrandbits(128), "inc": 1}
-        self._bits.state = {"bit_generator": "PCG64", "state": state, "has_uint32": 0, "uinteger": 0}

@@ -1,4 +1,4 @@
-"""Letterboxed photos and their masks, kept on disk once and memory-mapped by every process."""
+"""Keeps letterboxed photos and their masks in one file, which all processes memory-map."""
 
 from __future__ import annotations
 
@@ -16,23 +16,19 @@ import numpy as np
 from tqdm import tqdm
 
 from loading.annotations import DataError
-from utils import flush
+from utils import fsync
 
-CACHE_VERSION = 1  # of a file's content; another version is made anew
-CHUNK = 256  # photos between two moments at which what is made is safe from a kill and from a power cut
+CACHE_VERSION = 1  # of the file's content; a file of another version is made again
+CHUNK = 256  # photos per fsync: no more are lost by a kill or a power cut
 
 Pixels = tuple[np.ndarray, np.ndarray]  # photo uint8 (height, width, 3) and mask (height, width), 0 or 255
 
 
 class PhotoCache:
-    """One split's photos at one size, without the square's padding.
+    """One split's photos at one size, without the square's padding; `sizes` are their (width, height).
 
-    The file holds a stamp a photo (int64), which is 0 until its row is there, and then the rows: RGB, a byte each,
-    and the mask, a bit a pixel. A stamp says which state of the photo's file the row was made from.
-
-    Args:
-        path: the file.
-        sizes: (width, height) of each photo in it.
+    The file holds a stamp for each photo (int64), then a row for each: RGB, a byte each, and the mask, a bit a pixel.
+    A stamp tells which state of the photo's file its row was made from; 0: there is no row.
     """
 
     def __init__(self, path: Path, sizes: np.ndarray):
@@ -46,62 +42,57 @@ class PhotoCache:
         return PhotoCache, (self.path, self.sizes)  # a spawned worker maps the file again instead of copying it
 
     def get(self, index: int) -> Pixels | None:
-        """A photo and its mask, the photo as a read-only view; None where there is no row: it could not be made."""
+        """Returns a photo, as a read-only view, and its mask; None if the photo could not be read for the cache."""
         if not self._stamps[index]:
             return None
         width, height = self.sizes[index].tolist()
-        pixels, offset = width * height, int(self._offsets[index])
-        row = np.frombuffer(self._bytes, np.uint8, row_bytes(pixels), offset)
+        pixels, (start, end) = width * height, self._offsets[index : index + 2].tolist()
+        row = np.frombuffer(self._bytes, np.uint8, end - start, start)
         mask = np.unpackbits(row[3 * pixels :], count=pixels).reshape(height, width)
         return row[: 3 * pixels].reshape(height, width, 3), np.negative(mask, out=mask)  # 1 becomes 255
 
 
-def row_bytes(pixels: int) -> int:
-    return 3 * pixels + (pixels + 7) // 8
-
-
 def row_offsets(sizes: np.ndarray) -> np.ndarray:
-    """Where each row starts in the file and, last, where the file ends: int64 (N + 1,)."""
-    lengths = row_bytes(sizes.prod(axis=1, dtype=np.int64))
+    """Returns where each row begins in the file and, last, the file's length: int64 (N + 1,)."""
+    pixels = sizes.prod(axis=1, dtype=np.int64)
+    lengths = 3 * pixels + (pixels + 7) // 8
     return np.concatenate([[0], lengths.cumsum()]) + 8 * len(sizes)
 
 
 def open_cache(
     name: str, state: str, folders: list[Path], files: list[Path], sizes: np.ndarray,
-    draw: Callable[[int], Pixels], threads: int,
+    make: Callable[[int], Pixels], threads: int,
 ) -> PhotoCache:  # fmt: skip
-    """Opens a cache, and first makes what is missing in it or was made from a photo that has changed since.
+    """Opens a cache, and first makes the rows that are missing or whose photo has changed.
 
     Args:
-        name: of the split and the image size; one file is kept of each name.
-        state: what the rows depend on besides the photos' files; another state is another file.
+        name: of the split and the image size; one file is kept of each.
+        state: what the rows depend on besides the photos' files.
         folders: where the file may lie, best first.
         files: of the photos.
-        sizes: (width, height) of each photo as `draw` gives it.
-        draw: makes the pixels of one photo; a DataError leaves its row out.
-        threads: that draw at a time.
+        sizes: (width, height) of each photo as `make` returns it.
+        make: returns the pixels of the photo at an index, in threads; if it raises a DataError, the row stays missing.
 
     Raises:
-        DataError: no room for it on the disk, or no folder that can be written.
+        DataError: no folder can be written, or the disk is full.
     """
     key = sha256(repr((CACHE_VERSION, state)).encode()).hexdigest()[:16]
-    path = _place(f"{name}.{key}.photos", folders, int(row_offsets(sizes)[-1]))
-    for file in path.parent.iterdir():
-        if file.name.startswith(f"{name}.") and file.suffix == ".photos" and file != path:
-            file.unlink(missing_ok=True)  # of another state
-    stamps = np.fromfile(path, np.int64, len(files))
-    wanted = np.array([_stamp(file) for file in files], np.int64)
-    missing = np.flatnonzero((stamps != wanted) | (wanted == 0))
-    if (wanted[missing] != 0).any() or stamps[missing].any():
+    path = _find_or_create(f"{name}.{key}.photos", folders, int(row_offsets(sizes)[-1]))
+    for other in path.parent.glob("*.photos"):
+        if other.name.startswith(f"{name}.") and other != path:
+            other.unlink(missing_ok=True)  # of another state
+    stamps = np.array([_stamp(file) for file in files], np.int64)
+    outdated = np.flatnonzero(np.fromfile(path, np.int64, len(files)) != stamps)
+    if len(outdated):
         try:
-            _fill(path, missing, wanted, sizes, draw, threads)
+            _fill(path, outdated, stamps, sizes, make, threads)
         except OSError as error:
             raise DataError(f"the cache {path} cannot be written: {error.strerror}; what is made stays") from None
     return PhotoCache(path, sizes)
 
 
-def _place(name: str, folders: list[Path], size: int) -> Path:
-    """The file where there is one, else a new one, all holes, in the first folder that can be written."""
+def _find_or_create(name: str, folders: list[Path], size: int) -> Path:
+    """Returns the file if there is one, else a new one, all holes, in the first folder that can be written."""
     paths = [folder / name for folder in folders]
     for path in paths:
         if path.is_file() and path.stat().st_size == size:
@@ -109,18 +100,18 @@ def _place(name: str, folders: list[Path], size: int) -> Path:
     for path in paths:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "ab") as file:  # not "wb": another run may just have made it, and have rows in it
+            with open(path, "ab") as file:  # not "wb": another run may have made it just now, and have rows in it
                 if file.tell() != size:
                     file.truncate(0)
                 file.truncate(size)
-        except OSError:  # a folder that is read-only: the next one may do
+        except OSError:  # a read-only folder: the next one may do
             continue
         return path
     raise DataError(f"the cache cannot be kept in {' or '.join(map(str, folders))}: make one of them writable")
 
 
 def _stamp(file: Path) -> int:
-    """The state of a photo's file as a positive int64; 0 where it cannot be told."""
+    """Returns the state of a photo's file as a positive int64; 0 if there is no such file."""
     try:
         stat = os.stat(file)
     except OSError:
@@ -129,33 +120,29 @@ def _stamp(file: Path) -> int:
 
 
 def _fill(
-    path: Path, missing: np.ndarray, wanted: np.ndarray, sizes: np.ndarray, draw: Callable[[int], Pixels], threads: int
+    path: Path, indices: np.ndarray, stamps: np.ndarray, sizes: np.ndarray, make: Callable[[int], Pixels], threads: int
 ) -> None:
     offsets = row_offsets(sizes)
-    _check_room(path, int(np.diff(offsets)[missing].sum()))
-    bar = tqdm(desc=f"caching {path.name.split('.')[0]}", total=len(wanted), initial=len(wanted) - len(missing),
+    needed, free = np.diff(offsets)[indices].sum(), shutil.disk_usage(path.parent).free
+    space = f"{needed / 1e9:.2f} GB for letterboxed photos in {path.parent}, where {free / 1e9:.2f} GB are free"
+    if needed > free:
+        raise DataError(f"--cache needs {space}: make room, or train without it")
+    print(f"The cache takes {space} (once: it is kept)", flush=True)
+    bar = tqdm(desc=f"caching {path.name.split('.')[0]}", total=len(stamps), initial=len(stamps) - len(indices),
                unit="photo", disable=not sys.stderr.isatty())  # fmt: skip
     with open(path, "r+b", buffering=0) as file, ThreadPoolExecutor(threads) as pool, bar:
-        _write_stamps(file.fileno(), missing, np.zeros_like(missing))
-        for chunk in np.split(missing, range(CHUNK, len(missing), CHUNK)):
-            made = list(pool.map(lambda index: _write_row(file.fileno(), int(offsets[index]), draw, index), chunk))
-            flush(file.fileno())  # the rows before the stamps that vouch for them
-            _write_stamps(file.fileno(), chunk, wanted[chunk] * made)
+        _write_stamps(file.fileno(), indices, np.zeros_like(indices))
+        for chunk in np.split(indices, range(CHUNK, len(indices), CHUNK)):
+            made = list(pool.map(lambda index: _write_row(file.fileno(), int(offsets[index]), make, index), chunk))
+            fsync(file.fileno())  # the rows before their stamps, which declare them complete
+            _write_stamps(file.fileno(), chunk, stamps[chunk] * made)
             bar.update(len(chunk))
 
 
-def _check_room(path: Path, needed: int) -> None:
-    free = shutil.disk_usage(path.parent).free
-    sizes = f"{needed / 1e9:.2f} GB for letterboxed photos in {path.parent}, where {free / 1e9:.2f} GB are free"
-    if needed > free:
-        raise DataError(f"--cache needs {sizes}: make room, or train without it")
-    print(f"The cache takes {sizes} (once: it is kept)", flush=True)
-
-
-def _write_row(descriptor: int, offset: int, draw: Callable[[int], Pixels], index: int) -> bool:
-    """Whether the photo could be drawn; one that cannot is met again, and named, by whoever asks for the sample."""
+def _write_row(descriptor: int, offset: int, make: Callable[[int], Pixels], index: int) -> bool:
+    """Writes a row; returns False if the photo cannot be read, which is reported when its sample is asked for."""
     try:
-        photo, mask = draw(int(index))
+        photo, mask = make(int(index))
     except DataError:
         return False
     _write(descriptor, photo.tobytes() + np.packbits(mask).tobytes(), offset)
@@ -169,4 +156,4 @@ def _write_stamps(descriptor: int, indices: np.ndarray, stamps: np.ndarray) -> N
 
 def _write(descriptor: int, content: bytes, offset: int) -> None:
     if os.pwrite(descriptor, content, offset) != len(content):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # the kernel writes what fits, and says no word
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # a full disk takes what fits, without an error

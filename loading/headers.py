@@ -1,11 +1,11 @@
-"""What the headers of photos say: their sizes, and how EXIF turns them where they are shown."""
+"""Reads the headers of photos: their sizes, and the orientation in their EXIF data."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,16 +13,16 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-MAX_PIXELS = 2**28  # of a photo: more is taken for a broken one
-PHOTO_KINDS = ("PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")  # that OpenCV reads, JPEG apart
-JPEG_START = b"\xff\xd8"
-JPEG_EXIF, JPEG_SCAN = b"Exif\0\0", b"\xda"
-EXIF = {b"\x89PNG": (b"eXIf", 4), b"RIFF": (b"EXIF", 8)}  # by the file's start, the mark and its length
-ORIENTATION, SHORT = 0x0112, 3  # EXIF's tag and its type
-HEAD, LAST_SEGMENT = 2**16, 2**20  # bytes: EXIF is no longer and as a rule begins before; before there it must
-MOST = 2**25  # bytes that are read of a file to learn its size
-FEW = 10  # of so many photos one is a few
-EXAMINED, THREADS = 2000, 16  # files that are opened, evenly spread, to learn whether any is turned; those at a time
+MAX_PIXELS = 2**28  # of a photo; a larger one is taken for damaged
+PHOTO_FORMATS = ("PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")  # that OpenCV reads, besides JPEG
+UNREADABLE_BY_PILLOW = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")  # it names them, but cannot decode them itself
+JPEG_START, JPEG_EXIF, JPEG_SCAN = b"\xff\xd8", b"Exif\0\0", b"\xda"
+EXIF_CHUNKS = {b"\x89PNG": (b"eXIf", 4), b"RIFF": (b"EXIF", 8)}  # by the file's start: the mark and its length
+ORIENTATION, SHORT = 0x0112, 3  # EXIF's tag and its data type
+HEAD_BYTES, MAX_EXIF_OFFSET = 2**16, 2**20  # EXIF data are no longer than the first, and must begin before the second
+MAX_HEADER_BYTES = 2**25  # read of a file to learn its size
+THREADS = 16  # on a network disk they wait most of the time
+SAMPLED_FILES = 2000  # opened to learn whether any of a set has an orientation
 
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns above this and refuses above its double
 
@@ -30,21 +30,21 @@ Size = tuple[int, int]  # width, height
 
 
 def claimed_size(encoded: np.ndarray) -> Size | None:
-    """The (width, height) in the header of an encoded photo, uint8 (bytes,); None where there is no such header."""
+    """Returns the (width, height) in the header of an encoded photo, uint8 (bytes,); None if it has no such header."""
     try:
         if encoded[:2].tobytes() == JPEG_START:  # a tenth of the time that Pillow takes
             height, width, *_ = simplejpeg.decode_jpeg_header(encoded, strict=False)
             return width, height
-        with Image.open(io.BytesIO(encoded), formats=PHOTO_KINDS) as image:
+        with Image.open(io.BytesIO(encoded), formats=PHOTO_FORMATS) as image:
             return image.size
     except Exception:  # whatever a damaged header makes one of these readers raise
         return None
 
 
 def orientation(encoded: bytes) -> int:
-    """EXIF's: 3 a half turn, 6 and 8 quarter turns, 2, 4, 5 and 7 mirrored; 1 as stored, or nothing is said.
+    """Returns the EXIF orientation, 1 to 8: 3 is a half turn, 6 and 8 quarter turns, 2, 4, 5 and 7 mirrored.
 
-    A TIFF has none here: every reader turns it as it says. Pillow would warn of every oddity.
+    It is 1 for photos without one, and for a TIFF: every reader applies that by itself.
     """
     exif = _exif(encoded)
     order = "<" if exif.startswith(b"II") else ">"
@@ -59,89 +59,50 @@ def orientation(encoded: bytes) -> int:
 
 def _exif(encoded: bytes) -> bytes:
     if not encoded.startswith(JPEG_START):
-        mark, length = EXIF.get(encoded[:4], (b"", len(encoded)))
-        at = encoded.find(mark)
-        return encoded[at + length : at + length + HEAD].removeprefix(JPEG_EXIF) if at >= 0 else b""
-    at = _exif_place(encoded)
-    return encoded[at + 10 : at + 10 + HEAD] if encoded[at + 4 : at + 10] == JPEG_EXIF else b""
+        mark, length = EXIF_CHUNKS.get(encoded[:4], (b"", len(encoded)))
+        start = encoded.find(mark)
+        return encoded[start + length : start + length + HEAD_BYTES].removeprefix(JPEG_EXIF) if start >= 0 else b""
+    start = _jpeg_exif_offset(encoded)
+    return encoded[start + 10 : start + 10 + HEAD_BYTES] if encoded[start + 4 : start + 10] == JPEG_EXIF else b""
 
 
-def _exif_place(encoded: bytes) -> int:
-    """Where a JPEG's EXIF begins, or the segments before its picture end; beyond what was read, if they lead there."""
-    at = 2
-    while at < LAST_SEGMENT and encoded[at : at + 1] == b"\xff" and encoded[at + 4 : at + 10] != JPEG_EXIF:
-        kind = encoded[at + 1 : at + 2]
-        if kind == JPEG_SCAN:
+def _jpeg_exif_offset(encoded: bytes) -> int:
+    """Returns where a JPEG's EXIF segment begins, or where the segments end that were read."""
+    offset = 2
+    while offset < MAX_EXIF_OFFSET and encoded[offset : offset + 1] == b"\xff":
+        kind = encoded[offset + 1 : offset + 2]
+        if kind == JPEG_SCAN or encoded[offset + 4 : offset + 10] == JPEG_EXIF:
             break
-        at += 1 if kind == b"\xff" else 2 + int.from_bytes(encoded[at + 2 : at + 4], "big")
-    return at
+        offset += 1 if kind == b"\xff" else 2 + int.from_bytes(encoded[offset + 2 : offset + 4], "big")
+    return offset
 
 
 def shown_size(stored: Size, orientation: int) -> Size:
+    """Returns the size of a photo once its orientation is applied."""
     return stored[::-1] if orientation > 4 else stored
 
 
-def which_way_up(
-    files: Sequence[str], sizes: Sequence[Size], fits: Callable[[int, Size], bool]
-) -> tuple[bool | None, dict[int, Size | None]]:
-    """Whether a set was annotated on the photos as shown, not as stored: told by those that a quarter turn resizes.
-
-    Some annotation tools write the stored size beside outlines drawn on the photo as shown. Where the outlines give
-    that away, they decide.
-
-    Args:
-        sizes: of the files, in the annotation file.
-        fits: whether the outlines of the photo at a place lie inside a size.
-
-    Returns:
-        The answer, None where no photo tells or they disagree; by their places the sizes of the turned photos that
-        need it, None where there is none.
-    """
-    turned = {place: both for place, both in _turned(files).items() if sizes[place] in both}
-    by_size = {place: sizes[place] == shown for place, (stored, shown) in turned.items() if stored != shown}
-    inside = {place: [fits(place, size) for size in turned[place]] for place in by_size}
-    by_outline = {place: shown for place, (stored, shown) in inside.items() if stored != shown}
-    against = sum(by_size[place] != shown for place, shown in by_outline.items())
-    misled = against > max(len(by_outline) - against, len(by_size) / FEW)  # and not by a careless outline or two
-    told = {*(by_outline if misled else by_size).values()}
-    is_shown = told.pop() if len(told) == 1 else None
-    needed = {place: both for place, both in turned.items() if misled or place not in by_size}
-    return is_shown, {place: None if is_shown is None else both[is_shown] for place, both in needed.items()}
-
-
-def _turned(files: Sequence[str]) -> dict[int, tuple[Size, Size]]:
-    """The sizes, stored and shown, of the files that EXIF turns, by their places; a few tell whether there are any."""
-    found = _look_at(files, range(0, len(files), len(files) // EXAMINED + 1))
-    return _look_at(files, range(len(files))) if found else {}
-
-
-def _look_at(files: Sequence[str], places: range) -> dict[int, tuple[Size, Size]]:
-    """In threads, which on a network disk wait most of the time; each has a share, since to hand out costs more."""
-
-    def look(share: range) -> list[tuple[int, tuple[Size, Size]]]:
-        return [(place, both) for place in share if (both := _both_sizes(files[place]))]
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        shares = pool.map(look, (places[k::THREADS] for k in range(THREADS)))
-        return dict(sorted(found for share in shares for found in share))
-
-
-def _both_sizes(path: str) -> tuple[Size, Size] | None:
-    """None for a photo that is not turned."""
-    return both_sizes(path, turned_alone=True)
-
-
-def both_sizes(path: str | Path, turned_alone: bool = False) -> tuple[Size, Size] | None:
-    """Stored and shown; None for a photo that cannot be read, as whoever reads it will say, or is not turned."""
+def read_header(path: str | Path) -> tuple[Size, int] | None:
+    """Returns a photo's size as stored, and its EXIF orientation; None if it cannot be read."""
     with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:
-        encoded = file.read(HEAD)
-        if encoded.startswith(JPEG_START) and _exif_place(encoded) >= len(encoded):
-            encoded += file.read(LAST_SEGMENT)
-        is_turned = encoded[8:12] == b"WEBP" or orientation(encoded) > 1  # of WebP that stands at the end
-        if turned_alone and not is_turned:
-            return None
-        if is_turned or not claimed_size(np.frombuffer(encoded, np.uint8)):
-            encoded += file.read(MOST)
-        turn, stored = orientation(encoded), claimed_size(np.frombuffer(encoded, np.uint8))
-        return (stored, shown_size(stored, turn)) if stored and (turn > 1 or not turned_alone) else None
+        encoded = file.read(HEAD_BYTES)
+        if encoded.startswith(JPEG_START) and _jpeg_exif_offset(encoded) >= len(encoded):
+            encoded += file.read(MAX_EXIF_OFFSET)
+        size = claimed_size(np.frombuffer(encoded, np.uint8))
+        if encoded[8:12] == b"WEBP" or not size:  # WebP has its EXIF data at the end
+            encoded += file.read(MAX_HEADER_BYTES)
+            size = claimed_size(np.frombuffer(encoded, np.uint8))
+        return (size, orientation(encoded)) if size else None
     return None
+
+
+def find_rotated(files: Sequence[str]) -> dict[int, tuple[Size, Size]]:
+    """Returns the sizes, stored and shown, of the photos with an orientation, by index; {} if a sample has none."""
+    for step in (len(files) // SAMPLED_FILES + 1, 1):
+        indices = range(0, len(files), step)
+        with ThreadPoolExecutor(THREADS) as pool:
+            headers = [*pool.map(read_header, (files[i] for i in indices))]
+        rotated = {i: header for i, header in zip(indices, headers, strict=True) if header and header[1] > 1}
+        if step == 1 or not rotated:
+            break
+    return {i: (size, shown_size(size, turn)) for i, (size, turn) in rotated.items()}

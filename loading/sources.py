@@ -4,133 +4,109 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
 
-from loading.annotations import DataError
+from loading.annotations import DataError, split_names
 from loading.cache import PhotoCache, open_cache
-from loading.index import index_of, index_places
-from loading.layout import AS_COCO, Choices, Layout, find_layout
-from loading.letterbox import fitted_size, letterbox, pad, placement, to_rgba, unpadded
+from loading.index import index_candidates, index_of
+from loading.layout import DEFAULT_OPTIONS, DataOptions, Layout, find_layout
+from loading.letterbox import fitted_size, letterbox, placement, to_rgba, unpadded
 from loading.reading import read_photo
-from utils import usable_cores
+from loading.workers import usable_cores
 
 
 class Source:
     """One root's photos of a split that show at least one person, with their masks.
 
     Args:
-        layout: where they lie.
-        image_size: the side in pixels of the squares.
-        name: what a list calls the photo folder.
-
-    Attributes:
-        photos: the photo folder.
-        index: what is known of the photos, in their order here.
-        cache: the letterboxed photos on disk, after `keep_cache`.
-
-    Raises:
-        DataError: the data cannot be used.
+        layout: where they lie; a DataError if they cannot be used.
+        image_size: the side of the squares in pixels.
+        name: what the photo folder is called in lists.
     """
 
     def __init__(self, layout: Layout, image_size: int, name: str):
-        self.layout, self.photos, self.index, self.image_size = layout, layout.photos, index_of(layout), image_size
-        self.name = name
-        self._folders = [self.index.path.parent, *(it.parent for it in index_places(layout.home, layout.index))]
+        self.layout, self.image_size, self.name = layout, image_size, name
+        self.root, self.photos = layout.root, layout.photos
+        self.index = index_of(layout)
         self.cache: PhotoCache | None = None
 
     def __len__(self) -> int:
         return len(self.index)
 
-    @property
-    def root(self) -> Path:
-        """What was named as the data."""
-        return self.layout.root
+    def path(self, local_index: int) -> Path:
+        return self.photos / self.index.file_name(local_index)
 
-    def path(self, place: int) -> Path:
-        return self.photos / self.index.file_name(place)
+    def photo(self, local_index: int) -> np.ndarray:
+        """Returns the photo as uint8 RGB (height, width, 3); raises a DataError if it cannot be read."""
+        return read_photo(self.path(local_index), self.index.size(local_index), self.index.exif_applied)
 
-    def photo(self, place: int) -> np.ndarray:
-        """uint8 RGB (height, width, 3); a DataError where it cannot be read."""
-        return read_photo(self.path(place), self.index.size(place), self.index.is_shown)
+    def original(self, local_index: int) -> np.ndarray:
+        """Returns the photo and its mask before any resizing: uint8 RGBA (height, width, 4)."""
+        return to_rgba(self.photo(local_index), self.index.alpha(local_index))
 
-    def original(self, place: int) -> np.ndarray:
-        """The photo and its mask before any resizing: uint8 RGBA (height, width, 4)."""
-        return to_rgba(self.photo(place), self.index.alpha(place))
-
-    def square(self, place: int) -> tuple[np.ndarray, np.ndarray, dict]:
-        """The letterboxed photo, uint8 (S, S, 3), its mask (S, S), 0 or 255, and the metadata of `letterbox`."""
-        fitted = self.cache.get(place) if self.cache is not None else None
-        if fitted is None:
-            photo, metadata = letterbox(self.photo(place), self.image_size)
-            return photo, letterbox(self.index.alpha(place), self.image_size)[0], metadata
-        metadata = placement(self.index.size(place), self.image_size)
-        photo, mask = (pad(image, metadata["padding"], self.image_size) for image in fitted)
+    def square(self, local_index: int) -> tuple[np.ndarray, np.ndarray, dict]:
+        """Returns the letterboxed photo, uint8 (S, S, 3), its mask (S, S), 0 or 255, and `letterbox`'s metadata."""
+        size, cached = self.image_size, self.cache.get(local_index) if self.cache is not None else None
+        if cached is None:
+            photo, metadata = letterbox(self.photo(local_index), size)
+            return photo, letterbox(self.index.alpha(local_index), size)[0], metadata
+        metadata = placement(self.index.size(local_index), size)
+        photo, mask = np.zeros((size, size, 3), np.uint8), np.zeros((size, size), np.uint8)
+        for square, fitted in zip((photo, mask), cached, strict=True):
+            unpadded(square, metadata["padding"])[...] = fitted
         return photo, mask, metadata
 
-    def keep_cache(self) -> None:
-        """Keeps the letterboxed photos on disk from now on; a DataError where they do not fit."""
-        everything, size = range(len(self)), self.image_size
+    def use_cache(self) -> None:
+        """Keeps the letterboxed photos on disk from now on; raises a DataError if they do not fit."""
 
-        def draw(place: int) -> tuple[np.ndarray, np.ndarray]:
-            photo, mask, metadata = self.square(place)
+        def make(local_index: int) -> tuple[np.ndarray, np.ndarray]:
+            photo, mask, metadata = self.square(local_index)
             return unpadded(photo, metadata["padding"]), unpadded(mask, metadata["padding"])
 
+        candidates = index_candidates(self.layout.index_folder, self.layout.index_name)
         self.cache = open_cache(
-            name=f"{self.index.path.stem}.{size}",
-            state=repr((self.index.fingerprint, self.index.is_shown)),
-            folders=list(dict.fromkeys(self._folders)),
-            files=[self.path(place) for place in everything],
-            sizes=np.array([fitted_size(self.index.size(place), size) for place in everything]),
-            draw=draw,
+            name=f"{self.index.path.stem}.{self.image_size}",
+            state=repr((self.index.fingerprint, self.index.exif_applied)),
+            folders=list(dict.fromkeys(path.parent for path in (self.index.path, *candidates))),
+            files=[self.path(i) for i in range(len(self))],
+            sizes=np.array([fitted_size(self.index.size(i), self.image_size) for i in range(len(self))]),
+            make=make,
             threads=usable_cores(),
         )
 
 
-# --- several roots ----------------------------------------------------------------------------------------
-
-
 def open_sources(
-    root: str | Path, split: str, image_size: int, splits: Sequence[str] = (), choices: Choices = AS_COCO
+    root: str | Path, split: str, image_size: int, splits: Sequence[str] = (), options: DataOptions = DEFAULT_OPTIONS
 ) -> list[Source]:
-    """A source for each root that has the split, in the order given.
+    """Returns a source for each root that has the split, in the order given; the others must have another of `splits`.
 
     The photo folder decides whether a root has it: COCO's archive of annotations holds those of both splits.
 
-    Args:
-        root: the data root, or several as `data_roots` takes them.
-        splits: a root without the split may have one of these instead, if another root has the split; and as
-            `find_layout` takes them.
-
     Raises:
-        DataError: a root has none of them, or one is named twice; the data of one cannot be used.
+        DataError: a root has none of the splits or is named twice, or its data cannot be used.
     """
-    roots = data_roots(root) if not choices.annotations else [Path(choices.photos)]
-    elsewhere = [it for it in roots if not (it / split).exists() and any((it / o).exists() for o in splits)]
-    chosen = [it for it in roots if it not in elsewhere] or roots
+    roots = data_roots(root) if not options.annotations else [Path(options.photos)]
+    has_split = [(path / split).exists() or not any((path / other).exists() for other in splits) for path in roots]
+    chosen = [*compress(roots, has_split)] or roots
+    layouts = [find_layout(path, split, splits, options) for path in chosen]
     several = len(roots) > 1  # photos of two roots may have the same split and name
-    layouts = [find_layout(it, split, splits, choices) for it in chosen]
-    return [Source(it, image_size, str(it.photos) if several else it.photos.name) for it in layouts]
+    return [Source(each, image_size, str(each.photos) if several else each.photos.name) for each in layouts]
 
 
-def shared_folders(*parts: Sequence[Source]) -> list[Path]:
-    """The photo folders of which the same photos are in two data sets."""
-    places = [{(os.path.realpath(it.photos), it.layout.part): it.photos for it in sources} for sources in parts]
-    return [folder for place, folder in places[0].items() if any(place in others for others in places[1:])]
+def shared_folders(train: Sequence[Source], val: Sequence[Source]) -> list[Path]:
+    """Returns the photo folders of which the same photos are trained on and validated."""
+    validated = {(os.path.realpath(source.photos), source.layout.subset) for source in val}
+    return [source.photos for source in train if (os.path.realpath(source.photos), source.layout.subset) in validated]
 
 
 def data_roots(text: str | Path) -> list[Path]:
-    """The folders of a text that names one, or several between commas; one whose own name has commas is that one.
-
-    Raises:
-        DataError: the same folder twice.
-    """
-    names = [name.strip() for name in str(text).split(",") if name.strip()]
+    """Returns the folders in a text: one, whose name may have commas, or several separated by commas."""
+    names = split_names(str(text))
     if "," not in str(text) or not names or os.path.isdir(text):
         return [Path(text)]
-    places = [os.path.realpath(name) for name in names]
-    for number, name in enumerate(names):
-        if places[number] in places[:number]:
-            raise DataError(f"the data root {name} is named twice in {text}")
+    if len({os.path.realpath(name) for name in names}) < len(names):
+        raise DataError(f"a data root is named twice in {text}")
     return [Path(name) for name in names]

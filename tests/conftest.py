@@ -1,39 +1,35 @@
-"""Data that the tests make for themselves, and the genuine photos where they lie beside the project."""
+"""What all tests run with: caches of their own, small data and models, processes that end with the test."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
+import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from http.server import ThreadingHTTPServer
 from pathlib import Path
+from uuid import uuid4
 
-import cv2
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from pycocotools import mask as coco_mask
+from helpers import *  # noqa: F403 - tests may import them from here as well
+from helpers import ROOT, SHARED, save_random_model, sharpen, write_split
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from cutting.cutter import Cutter, load
-from loading.annotations import DataError
 from models import UNetAutoencoder
-from training import checkpoints
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # tests that import onnxruntime do so before the tool that sets it
+# Of whoever launched the tests; a training would take itself for one of several processes.
+LAUNCH_VARIABLES = ("TORCHELASTIC_", "PET_", "SLURM_", "RANK", "LOCAL_", "WORLD_SIZE", "MASTER_")
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
-
-torch.set_num_threads(1)  # the figures must not depend on the cores, and threads spin on a busy machine
+torch.set_num_threads(1)  # results must not depend on the cores, and threads spin on a busy machine
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
-    """No test reads or writes the user's cache folders."""
+    """Keeps tests out of the user's cache folders."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
 
@@ -65,140 +61,66 @@ def coco_root(tmp_path) -> Path:
     return root
 
 
-def write_split(root: Path, split: str, count: int, first_id: int) -> dict:
-    """Writes photos of noise with bright blobs for persons, drawn as polygons and as both kinds of RLE."""
-    rng = np.random.default_rng(first_id)
-    images, annotations = [], []
-    for image_id in range(first_id, first_id + count + 1):
-        height, width = ((48, 64), (64, 48), (50, 50))[image_id % 3]
-        photo = rng.integers(0, 120, (height, width, 3), dtype=np.uint8)
-        images.append({"id": image_id, "file_name": f"{image_id:012d}.jpg", "width": width, "height": height})
-        if image_id < first_id + count:
-            annotations += _persons(photo, image_id, len(annotations) + first_id * 1000)
-        write_photo(root / split / f"{image_id:012d}.jpg", photo)
-    categories = [{"id": 1, "name": "person"}, {"id": 18, "name": "dog"}]
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    write_annotations(root, split, content)
-    return content
+@pytest.fixture
+def tiny(monkeypatch):
+    """Trainings train `tiny_runs.Tiny` in place of the U-Net and draw no curves; each may have two loader workers."""
+    import tiny_runs  # imports trainer.py, which few tests need
+
+    tiny_runs.make_tiny(monkeypatch.setattr)
 
 
-def _persons(photo: np.ndarray, image_id: int, first_id: int) -> list[dict]:
-    """A polygon, an uncompressed crowd and a compressed RLE by turns, and a dog that is no person."""
-    height, width = photo.shape[:2]
-    blob = np.zeros((height, width), np.uint8)
-    cv2.circle(blob, (width // 2 - 4, height // 2 + 3), 12, 1, -1)
-    photo[blob > 0] = (230, 200, 170)
-    polygon = [[width / 2 - 16.5, 8.0, width / 2 + 2, 10.25, width / 2 - 3, height - 6.0]]
-    points = np.array(polygon[0]).reshape(-1, 2).round().astype(np.int32)
-    cv2.fillPoly(photo, [points], (240, 210, 180))
-    kinds = [
-        {"segmentation": polygon, "iscrowd": 0},
-        {"segmentation": uncompressed_rle(blob), "iscrowd": 1},
-        {"segmentation": compressed_rle(blob), "iscrowd": 0},
-    ]
-    chosen = [kinds[image_id % 3], kinds[(image_id + 1) % 3]]
-    dog = {"segmentation": [[1, 1, 9, 1, 9, 9]], "iscrowd": 0}
-    shared = {"image_id": image_id, "area": 100.0, "bbox": [0, 0, 10, 10]}
-    persons = [{"id": first_id + n, "category_id": 1, **shared, **kind} for n, kind in enumerate(chosen)]
-    return [*persons, {"id": first_id + 2, "category_id": 18, **shared, **dog}]
+@pytest.fixture
+def learning_rates() -> Iterator[list[float]]:
+    """The learning rate of each optimiser step in this process, of its first parameter group."""
+    rates = []
+    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    yield rates
+    hook.remove()
 
 
-def uncompressed_rle(mask: np.ndarray) -> dict:
-    """Column by column, zeros first: counted out here, not by pycocotools."""
-    counts, value = [0], 0
-    for pixel in mask.T.ravel():
-        if pixel != value:
-            counts.append(0)
-            value = pixel
-        counts[-1] += 1
-    return {"counts": counts, "size": list(mask.shape)}
+# --- processes --------------------------------------------------------------------------------------------
 
 
-def compressed_rle(mask: np.ndarray) -> dict:
-    encoded = coco_mask.encode(np.asfortranarray(mask))
-    return {"counts": encoded["counts"].decode(), "size": encoded["size"]}
+@pytest.fixture
+def start_process() -> Iterator[Callable[..., subprocess.Popen]]:
+    """Starts Python with arguments, from the project's folder, its output in a pipe.
+
+    The process has a group of its own. At the test's end it is killed with all its descendants, also those in sessions
+    of their own, as torchrun's are: each has inherited an environment variable that names this test.
+    """
+    mark, processes = uuid4().hex, []
+
+    def start(*arguments: object, **environment: str) -> subprocess.Popen:
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCH_VARIABLES)}
+        paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
+        environ = {**inherited, **paths, **environment, "STARTED_BY_TEST": mark}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        command = [sys.executable, *map(str, arguments)]
+        processes.append(subprocess.Popen(command, cwd=ROOT, env=environ, start_new_session=True, **pipes))
+        processes[-1].descendants = lambda: _pids_with(f"STARTED_BY_TEST={mark}")
+        return processes[-1]
+
+    yield start
+    while pids := _pids_with(f"STARTED_BY_TEST={mark}"):
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    for process in processes:
+        process.kill()  # where there is no /proc
+        process.wait()
+        process.stdout.close()
 
 
-def save_random_model(path: Path, epoch: int = 1, change: Callable[[dict], object] = lambda state: None) -> Path:
-    """A checkpoint of a small model by torch's present dice, its weights changed before they are saved."""
-    config = {"encoder": "resnet18", "use_attention": True, "image_size": 64}
-    state = UNetAutoencoder("resnet18", pretrained=False).state_dict()
-    change(state)
-    checkpoints.save({"epoch": epoch, "config": config, "model": state, "metrics": {}}, path)
-    return path
+def _pids_with(variable: str) -> list[int]:
+    pids = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # another user's, or one that has just ended
+            if variable.encode() in path.read_bytes().split(b"\0"):
+                pids.append(int(path.parent.name))
+    return pids
 
 
-def sharpen(state: dict) -> None:
-    """Or alpha would be about one half everywhere."""
-    state["decoder.head.conv.weight"] *= 50
-
-
-def write_photo(path: Path, rgb: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    assert cv2.imwrite(str(path), cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))
-
-
-def write_annotations(root: Path, split: str, content: dict) -> Path:
-    path = root / "annotations" / f"instances_{split}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content))
-    return path
-
-
-def edit(root: Path, change: Callable[[dict], object], keep_time: bool = False, split: str = "train2017") -> Path:
-    path = root / "annotations" / f"instances_{split}.json"
-    content, time = json.loads(path.read_text()), path.stat().st_mtime_ns
-    change(content)
-    write_annotations(root, split, content)
-    os.utime(path, ns=(time, time if keep_time else time + 10**9))  # a fast test stays within a tick of the clock
-    return path
-
-
-def persons_of(content: dict, image_id: int) -> list[dict]:
-    return [a for a in content["annotations"] if a["image_id"] == image_id and a["category_id"] == 1]
-
-
-def add_person(content: dict, segmentation: object, image_id: int = 1) -> None:
-    content["annotations"].append({"id": 1, "image_id": image_id, "category_id": 1, "segmentation": segmentation})
-
-
-def refusal(call: Callable, *args: object) -> str:
-    with pytest.raises(DataError) as caught:
-        call(*args)
-    assert len(str(caught.value).splitlines()) == 1
-    return str(caught.value)
-
-
-def fresh_python(code: str, *args: object) -> list[str]:
-    environment = {k: v for k, v in os.environ.items() if k != "NO_ALBUMENTATIONS_UPDATE"}
-    command, folder = [sys.executable, "-c", code, *map(str, args)], Path(__file__).resolve().parents[1]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True).stdout.splitlines()
-
-
-@contextlib.contextmanager
-def serving(server: ThreadingHTTPServer) -> Iterator[None]:
-    """Lets it answer at `url` in a thread; what its handler leaves stalled waits for `release`."""
-    server.stalled, server.release = threading.Event(), threading.Event()
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield
-    server.release.set()
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-# --- cutting ----------------------------------------------------------------------------------------------
-
-PICTURE = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
-PICTURE = cv2.resize(PICTURE, (70, 50), interpolation=cv2.INTER_CUBIC)
-
-
-def save_picture(path: Path, picture: np.ndarray = PICTURE, **options: object) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(path, **options)
-    return path
+# --- models -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")

@@ -11,11 +11,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import save_picture
+from helpers import save_picture
 
 from models import ENCODERS
 from trainer import Config
-from training.settings import flag
+from training.command_line import flag
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = ("README.md", "README.es.md")
@@ -58,8 +58,7 @@ def flags_of(script: str) -> set[str]:
     if script == "trainer.py":
         names = {flag(name) for name in vars(Config) if not name.startswith("_")}
         return names | {name.replace("--", "--no-", 1) for name in names} | {"--help"}
-    sources = [ROOT / script, *(ROOT / script).parent.glob("*.py")] if "bench" in script else [ROOT / script]
-    return {"--help", *re.findall(r'"(--[\w-]+)"', "".join(path.read_text() for path in sources))}
+    return {"--help", "--version", *re.findall(r'"(--[\w-]+)"', (ROOT / script).read_text())}
 
 
 def rows(text: str) -> list[list[str]]:
@@ -75,7 +74,7 @@ def sections(text: str) -> list[str]:
 
 def test_every_command_names_a_script_and_flags_that_it_has(text):
     found = commands(text)
-    assert len(found) > 20
+    assert len(found) > 15
     for command in found:
         words = shlex.split(command)
         place = next(n for n, word in enumerate(words) if SCRIPT.fullmatch(word))
@@ -90,7 +89,7 @@ def test_every_flag_and_file_that_is_named_exists(text):
     named = {option for span in spans(text) for option in re.findall(r"(?<!\w)--[a-z][\w-]*", span)}
     assert named <= known
     for span in spans(text):
-        if re.fullmatch(r"(\w+/)*\w+\.py|(loading|training|cutting|tools)/(bench/)?(\w+\.md)?|requirements\S*", span):
+        if re.fullmatch(r"(\w+/)*\w+\.py|(loading|training|cutting|tools)/(\w+\.md)?|requirements\S*", span):
             assert (ROOT / span).exists(), span
     for link in re.findall(r"\]\(([^)#]+)\)", text):
         assert (ROOT / link).exists(), link
@@ -147,7 +146,7 @@ def test_the_lines_of_python_run(tmp_path, small_checkpoint, monkeypatch):
     assert found["rgba"].shape == (50, 70, 4)
 
 
-@pytest.mark.parametrize(("name", "lines"), [("README.md", 220), ("README.es.md", 235)])
+@pytest.mark.parametrize(("name", "lines"), [("README.md", 180), ("README.es.md", 180)])
 def test_it_stays_short(name, lines):
     assert len(read(name).splitlines()) < lines
 

@@ -1,1 +1,1 @@
-"""What a run needs between its steps: what stands behind `trainer.py`."""
+"""The package behind `trainer.py`: settings, launching, the pieces of a step, checkpoints, logging."""

@@ -1,156 +1,175 @@
-"""Where a run goes on: which checkpoint, with which settings, and whether on the same data."""
+"""Where a run starts from: the checkpoint and settings of --resume, the weights of --start-from."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Collection
 from pathlib import Path
+from typing import TypeVar
 
 from datasets import COCOPersonDataset
 from loading.sources import data_roots
-from training.checkpoints import is_ours, newest_usable
+from models import CheckpointError, UNetAutoencoder, model_weights, read_checkpoint
+from training.checkpoints import RunFolder, newest_usable, same_launcher
+from training.command_line import flag
 from training.run import REQUIRED
-from training.settings import flag
-from utils import CheckpointError, UserError, read_checkpoint
+from utils import Processes, UserError, run_on_rank0
+
+Settings = TypeVar("Settings")
+Checkpoint = tuple[Path, dict]  # a file and its content
 
 NEWEST = "newest"  # what a bare --resume means
-# What no checkpoint says: what this start goes on from, where it writes, and on which of this machine's devices, which
-# has to be known before the processes meet and can ask the main one for its checkpoint.
-OF_THIS_START = ("resume", "checkpoint_dir", "run_name", "device")
-# Settings that a continued run must share with the one before it, or it would be another run.
+# Settings that are always this start's: a checkpoint neither knows where it lies now nor this machine's devices.
+NOT_RESTORED = ("resume", "checkpoint_dir", "run_name", "device")
+# Settings that a resumed run must share with the one before it, or it would be another run.
 SAME_WHEN_RESUMED = (
-    *("encoder", "use_attention", "image_size", "train_split", "val_split", "category", "val_share", "sample", "seed"),
-    *("restart_period", "restart_mult", "accumulate"),
+    *("encoder", "use_attention", "image_size", "train_split", "val_split", "category", "val_fraction", "sample"),
+    *("seed", "restart_period", "restart_mult", "grad_accum_steps"),
 )
-THE_DATA = ("data_root", "annotations", "photos")  # one of them that is said stands for all: the data may have moved
-# What a checkpoint that is older than a setting was trained with, where that is not the default.
-BEFORE = {"decoder_rate": 1.0, "average_decay": 0.0, "contour_weight": 0.0, "copy_paste": 0.0}
-OF_THE_BEGINNING = ("pretrained", "encoder_weights", "start_from")  # nothing to be changed later
+DATA_FIELDS = ("data_root", "annotations", "photos")  # one explicit flag of them stands for all: data may have moved
+INIT_ONLY = ("pretrained", "encoder_weights", "start_from")  # what a run began from cannot change later
 
 
 class ResumeError(UserError):
-    """What is to be gone on with is another run."""
+    """The checkpoint belongs to another run than the one that was asked for."""
 
 
-def contents(*datasets: COCOPersonDataset) -> dict[str, str]:
-    """By annotation file what there is to train on and to validate, wherever it lies: a resume must find it again."""
-    return {it.sources[0].layout.label: content_of(it) for it in datasets}
+def find_start(
+    config: Settings, explicit: Collection[str], processes: Processes, folder: RunFolder
+) -> tuple[Settings, Checkpoint | None]:
+    """Returns the settings of this start, and the checkpoint to resume from, if any; rank 0's disk decides.
 
-
-def content_of(dataset: COCOPersonDataset) -> str:
-    """Root by root, in the order that makes the samples."""
-    found = (f"{len(source)} photos of checksum {source.index.checksum()}" for source in dataset.sources)
-    return ", ".join(found)
-
-
-def find_checkpoint(folder: Path, resume: str, defaults: dict) -> tuple[Path, dict] | None:
-    """What --resume, or a restart, goes on from; nothing where there is nothing yet: one command serves for ever.
-
-    Args:
-        folder: of the run.
-        resume: the setting.
-        defaults: of the settings, for a checkpoint that is older than some of them.
-
-    Returns:
-        The checkpoint's path and content, or None.
-
-    Raises:
-        CheckpointError: the given file cannot be used.
+    `explicit` names the settings of `config` that replace a checkpoint's: the flags on the command line.
     """
-    found = asked_for(folder, resume)
-    if found is None:
+
+    def find() -> tuple[dict, Checkpoint | None]:
+        folder.claim_existing()
+        wanted = dataclasses.asdict(config)
+        checkpoint = find_checkpoint(folder.path, config.resume, dataclasses.asdict(type(config)()))
+        if checkpoint is None:
+            return wanted, None
+        settings = merge_settings(checkpoint, wanted, explicit)
+        print(resume_message(checkpoint, settings, wanted, processes.world_size), flush=True)
+        return settings, checkpoint
+
+    settings, checkpoint = run_on_rank0(find, processes)
+    own = {name: getattr(config, name) for name in NOT_RESTORED}
+    return type(config)(**settings | own), checkpoint
+
+
+def find_checkpoint(folder: Path, resume: str, defaults: dict) -> Checkpoint | None:
+    """Returns the checkpoint that `resume` ("", `NEWEST` or a file) means, with defaults for settings that it lacks."""
+    checkpoint = resolve_checkpoint(folder, resume)
+    if checkpoint is None:
         return None
-    path, content = found
+    path, content = checkpoint
     if not content.keys() >= REQUIRED:
-        raise CheckpointError(f"{path} holds a model only, no state of a training: resume from last.pth")
-    content["config"] = defaults | BEFORE | content["config"]
-    return found
+        raise CheckpointError(f"{path} holds a model only, or is of an older version: resume from a last.pth of this "
+                              f"one, or begin a new run with its weights (--start-from {path})")  # fmt: skip
+    content["config"] = defaults | content["config"]
+    return checkpoint
 
 
-def asked_for(folder: Path, resume: str) -> tuple[Path, dict] | None:
-    """The checkpoint that the setting means, or the newest of a run that torchrun has started anew."""
-    # torchrun --max-restarts has started this run anew after a process of it died: not a given file for a second time.
-    again = "TORCHELASTIC_RUN_ID" in os.environ and is_ours(folder)
-    if not (resume or again):
+def resolve_checkpoint(folder: Path, resume: str) -> Checkpoint | None:
+    """Returns the checkpoint that --resume means, or the newest of a run that torchrun has restarted."""
+    # torchrun --max-restarts restarted this run after a process died: it must not return to a file named at the start.
+    restarted = "TORCHELASTIC_RUN_ID" in os.environ and same_launcher(folder)
+    if not (resume or restarted):
         return None
     named = resume not in ("", NEWEST)
-    found = newest_usable(folder) if again or not named else None
-    if found is None and named:
-        found = Path(resume), read_checkpoint(resume)
-    if found is None:
+    checkpoint = newest_usable(folder) if restarted or not named else None
+    if checkpoint is None and named:
+        checkpoint = Path(resume), read_checkpoint(resume)
+    if checkpoint is None:
         print(f"nothing to resume in {folder}: starting from the beginning", flush=True)
-    return found
+    return checkpoint
 
 
-def settings_to_go_on_with(found: tuple[Path, dict], settings: dict, typed: Collection[str]) -> dict:
-    """The checkpoint's settings, but for those of this start and those that were typed, which are changes.
-
-    Args:
-        found: the checkpoint.
-        settings: what the run would have if it began now.
-        typed: the names of those of them that the user has said for this start, and not in the file.
-
-    Raises:
-        ResumeError: some of these must not change; all are named at once.
-    """
-    before, changes = found[1]["config"], {*typed} - {*OF_THE_BEGINNING}
-    if not changes.isdisjoint(THE_DATA):
-        changes |= {*THE_DATA}
-    changes |= {*OF_THIS_START}
+def merge_settings(checkpoint: Checkpoint, settings: dict, explicit: Collection[str]) -> dict:
+    """Returns the checkpoint's settings with the changes of this start: `NOT_RESTORED` and the explicit ones."""
+    before, changes = checkpoint[1]["config"], {*explicit} - {*INIT_ONLY}
+    if not changes.isdisjoint(DATA_FIELDS):
+        changes |= {*DATA_FIELDS}
+    changes |= {*NOT_RESTORED}
     now = {name: value if name in changes else before[name] for name, value in settings.items()}
     names = [*SAME_WHEN_RESUMED]
-    if (before["decoder_rate"] == 1) != (now["decoder_rate"] == 1) and not one_rate(before):
-        names.append("decoder_rate")  # to 1, or away from it: the optimiser has one group of weights, or two
-    refuse_changes(found[0], {flag(name): (before[name], now[name]) for name in names})
+    if (before["decoder_lr_mult"] == 1) != (now["decoder_lr_mult"] == 1) and starts_from_imagenet(before):
+        names.append("decoder_lr_mult")  # to 1, or away from it: the optimiser has one group of weights, or two
+    refuse_changes(checkpoint[0], {flag(name): (before[name], now[name]) for name in names})
     return now
 
 
-def one_rate(config: dict) -> bool:
-    """Whether encoder and decoder learn equally fast, whatever the setting of the decoder's."""
-    return not config["pretrained"] or bool(config["start_from"])
+def starts_from_imagenet(settings: dict) -> bool:
+    """Returns whether a run starts with a trained encoder and a random decoder."""
+    return settings["pretrained"] and not settings["start_from"]
 
 
-def refuse_other_data(found: tuple[Path, dict], settings: dict, *datasets: COCOPersonDataset) -> None:
-    """Compares what there is to train on and to validate; the first difference says enough.
-
-    Raises:
-        ResumeError: it is not what the checkpoint was trained beside.
-    """
-    (path, content), now = found, contents(*datasets)
+def refuse_other_data(checkpoint: Checkpoint, settings: dict, *datasets: COCOPersonDataset) -> None:
+    """Raises a ResumeError if the photos or masks are not those that the checkpoint was trained with."""
+    (path, content), now = checkpoint, describe_data(*datasets)
     advice = ": restore it, or begin a new run"
     refuse_changes(path, {"the training photos:": (content["photos"], len(datasets[0]))}, advice)
     single = settings["annotations"]
     roots = [Path(single).parent] if single else data_roots(settings["data_root"])
-    for name, then in (content.get("data") or {}).items():  # an older one knows the number of photos alone
+    for name, before in (content["data"] or {}).items():
         files = ", ".join(str(root / name) for root in roots)
-        refuse_changes(path, {f"{files}:": (then, now.get(name))}, advice)
+        refuse_changes(path, {f"{files}:": (before, now.get(name))}, advice)
+
+
+def describe_data(*datasets: COCOPersonDataset) -> dict[str, str]:
+    """Returns the number of photos and a checksum of their names, sizes and masks, by annotation file."""
+    return {
+        dataset.sources[0].layout.label: ", ".join(
+            f"{len(source)} photos of checksum {source.index.checksum()}" for source in dataset.sources
+        )
+        for dataset in datasets
+    }
 
 
 def refuse_changes(path: Path, pairs: dict[str, tuple], advice: str = "") -> None:
-    """Raises a ResumeError where, of what a name stands for, the value of before and today's differ."""
-    others = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-    if others:
-        then = ", ".join(f"{name} {pair[0]}" for name, pair in others.items())
-        now = ", ".join(str(pair[1]) for pair in others.values())
-        raise ResumeError(f"{path} was trained with {then} and cannot go on with {now}{advice}")
+    """Raises a ResumeError with all pairs of a value before and now that differ, by what they are of."""
+    changed = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    if changed:
+        before = ", ".join(f"{name} {pair[0]}" for name, pair in changed.items())
+        now = ", ".join(str(pair[1]) for pair in changed.values())
+        raise ResumeError(f"{path} was trained with {before} and cannot go on with {now}{advice}")
 
 
-def described(found: tuple[Path, dict], settings: dict, in_the_file: dict, processes: int) -> str:
-    """Where a run goes on, what has changed since, and what has not though this file would have it so.
-
-    Args:
-        settings: with which it goes on.
-        in_the_file: those that it would have if it began now.
-        processes: their number.
-    """
-    path, content = found
-    names = [name for name in settings if name not in ("resume", *OF_THE_BEGINNING)]
-    before, now, file = ({name: it[name] for name in names} for it in (content["config"], settings, in_the_file))
+def resume_message(checkpoint: Checkpoint, settings: dict, defaults: dict, world_size: int) -> str:
+    """Returns the line that says where a run resumes, what has changed since, and which defaults do not apply."""
+    path, content = checkpoint
+    names = [name for name in settings if name not in ("resume", *INIT_ONLY)]
+    before = content["config"]
     text = f"going on from {path}, after epoch {content['epoch']}"
     text += f", step {content['step']}" if content["step"] else ""
-    text += "".join(f", {name} {before[name]} is now {now[name]}" for name in names if before[name] != now[name])
-    then = content.get("world_size", processes)
-    if then != processes:
-        text += f", processes {then} is now {processes} (so not bit for bit the run that it would have been)"
-    kept = ", ".join(f"{name} {now[name]} ({file[name]})" for name in names if now[name] != file[name])
-    return text + (f"; from the checkpoint, and not from the defaults: {kept}" if kept else "")
+    text += "".join(f", {name} {before[name]} is now {settings[name]}" for name in names
+                    if before[name] != settings[name])  # fmt: skip
+    if content["world_size"] != world_size:
+        text += (f", processes {content['world_size']} is now {world_size} "
+                 "(so not bit for bit the run that it would have been)")  # fmt: skip
+    kept = [f"{name} {settings[name]} ({defaults[name]})" for name in names if settings[name] != defaults[name]]
+    return text + (f"; from the checkpoint, and not from the defaults: {', '.join(kept)}" if kept else "")
+
+
+MODEL_FIELDS = ("encoder", "use_attention", "image_size")  # settings that trained weights need again
+
+
+def settings_of(path: Path) -> dict:
+    """Returns the settings that a trained model's weights need; none for a file that is not there."""
+    if not path.exists():  # a resumed run no longer needs it, and a new one will say so
+        return {}
+    config = read_checkpoint(path)["config"]
+    return {name: config[name] for name in MODEL_FIELDS if name in config}
+
+
+def load_weights(model: UNetAutoencoder, path: Path) -> None:
+    """Loads the weights of a checkpoint, in whatever precision they were saved."""
+    content = read_checkpoint(path)
+    try:
+        model.load_state_dict(model_weights(content))
+    except (RuntimeError, TypeError, AttributeError):  # what PyTorch says lists every tensor
+        config = content["config"]
+        gates = "with" if config.get("use_attention", True) else "without"
+        raise CheckpointError(f"the weights in {path} are those of {config.get('encoder')} {gates} attention gates: "
+                              "another --encoder or --use-attention does not fit them") from None  # fmt: skip

@@ -1,4 +1,4 @@
-"""What is trained and how far it has come: the state of a run, as it is saved and gone on with."""
+"""The state of a run between two steps: what is trained, how far it has come, what a checkpoint holds of it."""
 
 from __future__ import annotations
 
@@ -8,203 +8,223 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.amp import GradScaler
-from torch.optim import Adam
+from torch.optim import Optimizer
 
-from loading.unreadable import TolerantDataset
-from training.board import Board
-from training.schedule import Schedule
-from training.step import FiniteGuard, Tally
-from training.weights import WeightAverage, keep_statistics
-from utils import CheckpointError, LossCalculator, Processes, from_all
+from loading.unreadable import SkipUnreadable
+from models import CheckpointError
+from training.epoch_metrics import EpochMetrics
+from training.loggers import Logger, Progress, log_all
+from training.optim import FiniteGuard, ModelEma, Schedule, freeze_batchnorm
+from utils import VERSION, LossCalculator, Processes, all_gather_list, reason
 
-STATEFUL = ("model", "optimizer", "scheduler", "scaler")
-NUMBERS = ("learning_rate", "best_iou", "history", "broken_in_a_row", "keeps_statistics")
-REQUIRED = {*STATEFUL, "config", "epoch", "step", "tallies", "photos", "learning_rate", "best_iou", "history"}
+STATEFUL = ("model", "optimizer", "scaler")  # the EMA as well, if there is one
+PLAIN = ("schedule_epoch", "learning_rate", "history", "skipped_in_a_row")
+# Of a checkpoint that a run can resume from.
+REQUIRED = {"epoch", "step", "partial_metrics", "config", "photos", "optimizer_class", *STATEFUL, *PLAIN}
+# How an optimiser computes its step: this program's choice, not a checkpoint's.
+OPTIMIZER_OPTIONS = ("fused", "foreach", "capturable", "differentiable")
 
 
 @dataclass
 class Run:
-    """A training between two steps. `checkpoint` is all that it goes on from, `restore` the way back."""
+    """A training between two steps. `checkpoint` returns all that it resumes from, `restore` takes it back."""
 
     processes: Processes
-    settings: dict  # by name, the values that its checkpoints tell
+    settings: dict  # by name; its checkpoints hold them
     model: nn.Module
-    parallel_model: nn.Module  # the same, wrapped where several processes share the work
+    ddp_model: nn.Module  # the same, wrapped where several processes train it together, or compiled
     criterion: LossCalculator
-    optimizer: Adam
+    optimizer: Optimizer
     scheduler: Schedule
     scaler: GradScaler
-    amp_dtype: torch.dtype | None
-    parts: int = 1  # that a batch is computed in, one after another, where the GPU's memory does not hold all of it
-    keeps_statistics: bool = False  # BatchNorm of what came trained uses what it was trained with
-    average: WeightAverage | None = None  # of the weights over the steps
-    board: Board = dataclasses.field(default_factory=Board)  # where TensorBoard's figures go, if anywhere
-    dataset: TolerantDataset | None = None  # of the training, which knows the photos that could not be read
-    data: dict[str, str] | None = None  # what there is to train on and to validate: `resuming.contents`
-    source: Path | None = None  # the checkpoint that it goes on from
+    amp_dtype: torch.dtype | None = None
+    ema: ModelEma | None = None
+    micro_batches: int = 1  # that a batch is split into, where the GPU's memory does not hold all of it
+    frozen_bn: bool = False  # whether the pretrained part's BatchNorm keeps its statistics
+    loggers: list[Logger] = dataclasses.field(default_factory=list)  # on rank 0: where metrics go
+    dataset: SkipUnreadable | None = None  # of the training; it knows the photos that could not be read
+    data: dict[str, str] | None = None  # what there is to train on and to validate: `resuming.describe_data`
+    source: Path | None = None  # the checkpoint that it resumed from
+    steps_per_epoch: int = 0  # optimiser steps
 
     epochs_done: int = 0
-    step: int = 0  # of the epoch that has begun, so many are done
-    tally: Tally | None = None  # and these are its figures so far
-    guard: FiniteGuard | None = None
-    bad_photos: list[int] = dataclasses.field(default_factory=list)  # that this epoch had met when it was stopped
-    skipped: int = 0  # steps of it, when it was stopped
-    broken_in_a_row: int = 0  # of the last steps, so many had no finite loss or gradient
-    learning_rate: float = 0.0  # of the last step
-    best_iou: float = -1.0
-    history: list[dict] = dataclasses.field(default_factory=list)
+    step: int = 0  # optimiser steps done of the current epoch
+    metrics: EpochMetrics | None = None  # of the current epoch so far
+    guard: FiniteGuard | None = None  # of the current epoch
+    skipped: int = 0  # steps of the current epoch that were skipped before this start
+    skipped_in_a_row: int = 0  # steps that were skipped since the last good one, before this epoch or start
+    unreadable: list[int] = dataclasses.field(default_factory=list)  # photos, met in this epoch before this start
+    schedule_epoch: float = 0.0  # the epoch with its fraction by which the learning rates are set
+    learning_rate: float = 0.0  # the encoder's, of the last step
+    history: list[dict] = dataclasses.field(default_factory=list)  # a row an epoch
 
     @property
     def device(self) -> torch.device:
         return self.processes.device
 
     @property
-    def evaluated(self) -> nn.Module:
-        """The model that is measured and saved: that of the averaged weights, where they are averaged."""
-        return self.model if self.average is None else self.average.module
+    def eval_model(self) -> nn.Module:
+        """The model that is validated and saved: the EMA's, if there is one."""
+        return self.model if self.ema is None else self.ema.module
 
     @property
-    def came_trained(self) -> nn.Module:
-        """All of the model where it started from another one's weights, else its encoder."""
+    def pretrained_module(self) -> nn.Module:
+        """What started from trained weights: the whole model with `start_from`, else its encoder."""
         return self.model if self.settings.get("start_from") else self.model.encoder
 
-    def broken(self) -> int:
-        """The most steps in a row without a finite number, as far as that is known without waiting for a GPU."""
-        return self.guard.most_in_a_row if self.guard else self.broken_in_a_row
+    @property
+    def best_metric(self) -> str:
+        """The column of the history by which the best model is picked."""
+        return f"val_{self.settings['best_metric']}"
+
+    def best_row(self) -> dict | None:
+        """Returns the history's row of the epoch that best_model.pth is of; None before the first epoch."""
+        return next((row for row in reversed(self.history) if row["best"]), None)
+
+    def most_skipped_in_a_row(self) -> int:
+        """Returns the longest streak of skipped steps, as far as it is known without waiting for a GPU."""
+        return self.guard.most_in_a_row if self.guard else self.skipped_in_a_row
 
     # --- an epoch ---
 
     def begin_epoch(self) -> None:
-        """Or what is left of one."""
+        """Starts an epoch, or what is left of one."""
         self.model.train()
-        if self.keeps_statistics:
-            keep_statistics(self.came_trained)
-        self.tally = self.tally or Tally(self.criterion, self.device)
-        self.guard = FiniteGuard(self.model, self.device, self.skipped, self.broken_in_a_row)
+        if self.frozen_bn:
+            freeze_batchnorm(self.pretrained_module)
+        self.metrics = self.metrics or EpochMetrics(self.criterion, self.device)
+        self.guard = FiniteGuard(self.model, self.device, self.skipped, self.skipped_in_a_row)
         if self.dataset is not None:
-            self.dataset.go_on(self.bad_photos)
+            self.dataset.continue_epoch(self.unreadable)
 
-    def end_step(self, epoch: int, steps: int, fetch_every: int) -> None:
-        """Counts a step and moves the learning rate on, for which a step that was skipped does not count.
+    @property
+    def global_step(self) -> int:
+        """Optimiser steps since the run's beginning."""
+        return self.epochs_done * self.steps_per_epoch + self.step
 
-        Args:
-            epoch: that it belongs to, from 0.
-            steps: of the whole epoch.
-            fetch_every: steps after which a GPU is waited for, to learn what was skipped, as after the epoch's last; a
-                CPU tells at once.
+    def count_step(self, fetch_every: int) -> float:
+        """Counts a step and returns the epoch with its fraction, in which skipped steps do not count.
+
+        A GPU is waited for every `fetch_every` steps, to learn what was skipped, and after the epoch's last.
         """
         self.step += 1
-        if self.average is not None:
-            self.average.update(self.model)
-        if self.device.type == "cpu" or self.step % fetch_every == 0 or self.step == steps:
+        if self.device.type == "cpu" or self.step % fetch_every == 0 or self.step == self.steps_per_epoch:
             self.guard.fetch()
         self.learning_rate = self.scheduler.get_last_lr()[0]
-        self.scheduler.step(epoch + (self.step - self.guard.skipped) / steps)
+        self.schedule_epoch = self.epochs_done + (self.step - self.guard.skipped) / self.steps_per_epoch
+        return self.schedule_epoch
 
-    def end_training(self) -> dict[str, float]:
-        """The figures of an epoch whose steps are done, over all processes."""
+    def log_step(self, progress: Progress, loss: Tensor, terms: dict[str, Tensor], every: int) -> None:
+        """Logs the loss and its terms on rank 0 every `every` steps, for which it waits for the device."""
+        if not self.processes.is_rank0 or self.global_step % every:
+            return
+        values = torch.stack([loss.detach(), *terms.values()]).tolist()
+        named = {f"step/{name}": value for name, value in zip(("loss", *terms), values, strict=True)}
+        for loggers in ([progress], self.loggers):  # of which one that fails is removed
+            log_all(loggers, named | {"step/learning_rate": self.learning_rate}, self.global_step)
+
+    def training_metrics(self) -> dict[str, float]:
+        """Returns the training metrics of an epoch whose steps are done, over all processes."""
         self.guard.fetch()
-        encoder, decoder = self.scheduler.base_lrs[0], self.scheduler.base_lrs[-1]  # one and the same for one group
-        rates = {"learning_rate": self.learning_rate, "decoder_learning_rate": self.learning_rate * decoder / encoder}
-        return {**self.tally.compute(), **rates, "skipped_steps": self.guard.skipped}
+        encoder, decoder = self.scheduler.base_lrs[0], self.scheduler.base_lrs[-1]  # the same for a single group
+        lrs = {"learning_rate": self.learning_rate, "decoder_learning_rate": self.learning_rate * decoder / encoder}
+        return {**self.metrics.compute(), **lrs, "skipped_steps": self.guard.skipped}
 
-    def end_epoch(self, row: dict) -> None:
-        """Once it is validated as well."""
-        self.broken_in_a_row = self.guard.in_a_row
-        self.epochs_done, self.step, self.tally, self.guard = self.epochs_done + 1, 0, None, None
-        self.bad_photos, self.skipped = [], 0
-        self.history.append(row)
+    def end_epoch(self, row: dict, has_best: bool) -> bool:
+        """Ends an epoch that is validated, with its row of the history. Returns whether it is the best so far.
 
-    # --- what is saved ---
+        If there is no best_model.pth, as after going back, it is the best, whatever earlier epochs had.
+        """
+        best = self.best_row() if has_best else None
+        is_best = best is None or row[self.best_metric] > best[self.best_metric]
+        self.skipped_in_a_row = self.guard.skipped_in_a_row
+        self.epochs_done, self.step, self.metrics, self.guard = self.epochs_done + 1, 0, None, None
+        self.unreadable, self.skipped = [], 0
+        self.history.append(row | {"best": int(is_best)})
+        return is_best
 
-    def _parts(self) -> dict[str, Any]:
-        """What has a state of its own."""
-        parts = {name: getattr(self, name) for name in STATEFUL}
-        return parts if self.average is None else parts | {"average": self.average}
+    # --- checkpoints ---
 
-    def checkpoint(self, tallies: list[dict] | None = None) -> dict:
-        """Everything that a run goes on from; `tallies` are the `unfinished` of all processes."""
-        place = {"epoch": self.epochs_done, "step": self.step, "tallies": tallies or []}
-        parts = {name: part.state_dict() for name, part in self._parts().items()}
-        numbers = {name: getattr(self, name) for name in NUMBERS}
-        photos = len(self.dataset) if self.dataset is not None else 0
-        run = {"config": self.settings, "data": self.data, "photos": photos, "world_size": self.processes.world_size}
-        return {**place, **run, **parts, **numbers}
+    def _stateful(self) -> dict[str, Any]:
+        objects = {name: getattr(self, name) for name in STATEFUL}
+        return objects if self.ema is None else objects | {"ema": self.ema}
 
-    def result(self, metrics: dict[str, float]) -> dict:
-        """What best_model.pth holds: enough to predict with, and what it is worth."""
-        model = self.evaluated.state_dict()
-        return {"epoch": self.epochs_done, "config": self.settings, "model": model, "metrics": metrics}
+    def checkpoint(self, partial_metrics: list[dict] | None = None) -> dict:
+        """Returns everything that a run resumes from; in mid-epoch with `gather_partial_metrics`' result."""
+        return {
+            "epoch": self.epochs_done, "step": self.step, "partial_metrics": partial_metrics or [],
+            "version": VERSION, "config": self.settings, "data": self.data, "world_size": self.processes.world_size,
+            "photos": len(self.dataset) if self.dataset is not None else 0,
+            "optimizer_class": type(self.optimizer).__name__,
+            **{name: it.state_dict() for name, it in self._stateful().items()},
+            **{name: getattr(self, name) for name in PLAIN},
+        }  # fmt: skip
 
-    def unfinished(self) -> list[dict]:
-        """All processes' figures of an epoch that has begun; none between two epochs."""
-        if self.tally is None:
+    def best_model(self, metrics: dict[str, float]) -> dict:
+        """Returns what best_model.pth holds: the validated model, its settings and its metrics."""
+        model = self.eval_model.state_dict()
+        return {"version": VERSION, "epoch": self.epochs_done, "config": self.settings, "model": model,
+                "metrics": metrics}  # fmt: skip
+
+    def gather_partial_metrics(self) -> list[dict]:
+        """Returns all processes' metrics of the current epoch; an empty list between two epochs."""
+        if self.metrics is None:
             return []
         self.guard.fetch()
-        self.broken_in_a_row = self.guard.in_a_row
-        bad_photos = self.dataset.bad() if self.dataset is not None else []
-        return from_all([{**self.tally.state(), "skipped": self.guard.skipped, "bad_photos": bad_photos}])
+        self.skipped_in_a_row = self.guard.skipped_in_a_row
+        unreadable = self.dataset.unreadable() if self.dataset is not None else []
+        own = {**self.metrics.state_dict(), "skipped": self.guard.skipped, "unreadable": unreadable}
+        return all_gather_list([own])
 
     def restore(self, source: Path, content: dict) -> None:
-        """Takes over a checkpoint, the content of that file.
-
-        Raises:
-            CheckpointError: it does not fit this model.
-        """
+        """Restores a checkpoint's content; raises a CheckpointError if it does not fit the model or the optimiser."""
         self.source = source
+        before, now = content["optimizer_class"], type(self.optimizer).__name__
+        if before != now:
+            raise CheckpointError(f"{source} was trained with {before} and cannot go on with {now}: restore "
+                                  "build_optimizer, or begin a new run with --start-from")  # fmt: skip
         try:
             self._restore(content)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            reason = str(error).splitlines()[0]
-            raise CheckpointError(f"the checkpoint does not fit this program's model: {reason}") from None
+            raise CheckpointError(f"the checkpoint does not fit this program's model: {reason(error)}") from None
 
     def _restore(self, content: dict) -> None:
-        rates, decays = self.scheduler.base_lrs, [group["weight_decay"] for group in self.optimizer.param_groups]
-        for group, decay in zip(content["optimizer"]["param_groups"], decays, strict=True):
-            group["fused"] = self.optimizer.defaults["fused"]  # how the step is computed is this program's business
-            group["weight_decay"] = decay  # and this is a setting, as the rates are
-        for name, part in self._parts().items():
-            if content.get(name):  # a scaler or an average that there was not has no state, and starts anew
-                part.load_state_dict(content[name])
-        if self.average is not None and not content.get("average"):
-            self.average.module.load_state_dict(content["model"])
-        self._lay_out_moments()
-        for name in NUMBERS:
-            setattr(self, name, content.get(name, getattr(self, name)))  # an older one lacks the newer of them
-        self.epochs_done, tallies = content["epoch"], content["tallies"]
-        photos_done = content["step"] * len(tallies) * photos_a_step(content["config"])
-        self.step = photos_done // (self.processes.world_size * photos_a_step(self.settings))
-        if tallies:
-            self._restore_figures(tallies)
-        self._follow_settings(rates, content["config"])
+        for group, own in zip(content["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True):
+            group |= {name: own[name] for name in ("weight_decay", *OPTIMIZER_OPTIONS) if name in own}
+        for name, stateful in self._stateful().items():
+            if content.get(name):  # a scaler or an EMA that is new has no state there
+                stateful.load_state_dict(content[name])
+        if self.ema is not None and not content.get("ema"):
+            self.ema.module.load_state_dict(content["model"])
+        self._match_memory_format()
+        for name in PLAIN:
+            setattr(self, name, content[name])
+        self.scheduler.step(self.schedule_epoch)  # by the learning rates and the number of epochs of this start
+        self.epochs_done, partial = content["epoch"], content["partial_metrics"]
+        photos_done = content["step"] * len(partial) * photos_per_step(content["config"])
+        self.step = photos_done // (self.processes.world_size * photos_per_step(self.settings))
+        if partial:
+            self._restore_metrics(partial)
 
-    def _follow_settings(self, rates: list[float], before: dict) -> None:
-        """Other learning rates than those of before, and another number of epochs, are gone on with."""
-        if rates != self.scheduler.base_lrs:
-            self.scheduler.take_rates(rates)
-        planned, epochs = before.get("num_epochs"), self.settings.get("num_epochs")
-        if epochs != planned and epochs > self.epochs_done and not self.settings["restart_period"]:
-            self.scheduler.end_with(epochs, planned, self.epochs_done)
+    def _match_memory_format(self) -> None:
+        """Lays out the optimiser's moments like their weights: a fused Adam expects one format for both."""
+        for weights, state in self.optimizer.state.items():
+            for name, values in state.items():
+                if isinstance(values, Tensor) and values.shape == weights.shape and values.stride() != weights.stride():
+                    state[name] = torch.empty_like(weights).copy_(values)
 
-    def _lay_out_moments(self) -> None:
-        """Like their weights: they come in the layout of the run that saved them; a fused Adam expects one for all."""
-        for weights, moments in self.optimizer.state.items():
-            for name, values in moments.items():
-                if name != "step" and values.stride() != weights.stride():
-                    moments[name] = torch.empty_like(weights).copy_(values)
-
-    def _restore_figures(self, tallies: list[dict]) -> None:
-        """Each process its own, or the main one all where their number changed."""
+    def _restore_metrics(self, partial: list[dict]) -> None:
+        """Restores each process's own metrics, or all on rank 0 where the number of processes has changed."""
         world_size, rank = self.processes.world_size, self.processes.rank
-        same, self.tally = len(tallies) == world_size, Tally(self.criterion, self.device)
-        for state in tallies[rank : rank + 1] if same else tallies if self.processes.is_main else []:
-            self.tally.add(state)
-            self.bad_photos = self.bad_photos + state.get("bad_photos", [])  # an older checkpoint does not know them
-        self.skipped = tallies[0]["skipped"]
+        same, self.metrics = len(partial) == world_size, EpochMetrics(self.criterion, self.device)
+        for state in partial[rank : rank + 1] if same else partial if self.processes.is_rank0 else []:
+            self.metrics.add(state)
+            self.unreadable = self.unreadable + state["unreadable"]
+        self.skipped = partial[0]["skipped"]
 
 
-def photos_a_step(settings: dict) -> int:
-    """Of one process."""
-    return settings["batch_size"] * settings["accumulate"]
+def photos_per_step(settings: dict) -> int:
+    """Returns the photos of an optimiser step of one process."""
+    return settings["batch_size"] * settings["grad_accum_steps"]

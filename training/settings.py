@@ -6,149 +6,80 @@ import argparse
 import ast
 import contextlib
 import dataclasses
-import difflib
 import inspect
 import io
 import os
-import sys
 import textwrap
 import tokenize
 from collections.abc import Callable
-from typing import NoReturn, TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
-from utils import UserError
+from models import ENCODERS, MAX_IMAGE_SIZE, MIN_IMAGE_SIZE
+from training.command_line import OneLineParser, UsageError, flag
+from utils import SCORES
 
 Settings = TypeVar("Settings")
-KINDS = {"bool": bool, "int": int, "float": float, "str": str}
-
-
-class UsageError(UserError):
-    """A command line, or a default in the file, that cannot be understood."""
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """A mistake gets one line and exit code 2, without the usage of thirty flags before it."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
-
-    def parse_args(self, args: list[str], namespace: argparse.Namespace | None = None) -> argparse.Namespace:
-        """As argparse does it, but an unknown flag is answered with the one that was meant.
-
-        Raises:
-            UsageError: an unknown flag, a value of a wrong type, or something that is missing.
-        """
-        known, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            flags = [option for option in self._option_string_actions if "_" not in option]  # that is tolerated
-            meant = resembling(dashed(unknown[0]).split("=")[0], flags)
-            hint = f"did you mean {meant}?" if meant else "--help lists them all"
-            raise UsageError(f"unknown argument {unknown[0]}: {hint}")
-        return known
-
-
-def answer(program: str, work: Callable[[], object]) -> int:
-    """Does a command's work. Returns its exit code: 0, or 2 for a user's mistake, which gets one line."""
-    try:
-        work()
-    except UserError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def resembling(name: str, flags: list[str]) -> str:
-    """The flag of these initials (--lr), with this word in it (--epochs), or misspelt so (it or a word); "" if none."""
-    words = {flag: flag.strip("-").split("-") for flag in flags}
-    by_initials = [flag for flag in flags if "".join(word[:1] for word in words[flag]) == name.strip("-")]
-    by_word = [flag for flag in flags if name.strip("-") in words[flag]]
-    misspelt = difflib.get_close_matches(name, flags, n=1, cutoff=0.75)
-    by_part = [flag for flag in flags if difflib.get_close_matches(name.strip("-"), words[flag], cutoff=0.75)]
-    return next((found[0] for found in (by_initials, by_word, misspelt, by_part) if len(found) == 1), "")
+TYPES = {"bool": bool, "int": int, "float": float, "str": str}
 
 
 def read_settings(
     argv: list[str], settings: type[Settings], description: str,
     presets: dict[str, Callable[[object], dict]], special: dict[str, dict],
-) -> Settings:  # fmt: skip
-    """The settings: the defaults, a preset's over them, the flags over both.
+) -> tuple[Settings, set[str]]:  # fmt: skip
+    """Returns the settings: the defaults, a preset's over them, the flags over both; and the names of the flags.
 
-    Args:
-        argv: the arguments, without the program's name.
-        settings: a dataclass of bool, int, float and str fields; `# --- title` above a field begins a group of --help.
-        description: of the program, in its first line.
-        presets: by the field that turns each on; each makes its settings of that field's value.
-        special: more of argparse's options, by field.
-
-    Raises:
-        UsageError: an unknown flag, or a value of a wrong type, in `argv` or as a default.
+    `# --- title` above a field of the dataclass begins a group of --help. A preset is a function of the value of the
+    field that turns it on, and returns settings; `special` has further options of argparse, by field.
     """
-    parser, argv = parser_of(settings, description, special), [dashed(argument) for argument in argv]
-    given = parser.parse_args(argv)
-    for name, preset in presets.items():
-        if value := getattr(given, name):
-            parser.set_defaults(**preset(value))
-    return settings(**vars(parser.parse_args(argv)))
-
-
-def typed_in(argv: list[str], settings: type, special: dict[str, dict]) -> set[str]:
-    """The fields that a command line names itself: neither a default nor a preset is among them."""
-    unset = object()
+    parser, unset = build_parser(settings, description, special), object()
     names = argparse.Namespace(**{field.name: unset for field in dataclasses.fields(settings)})
-    given = parser_of(settings, "", special).parse_args([dashed(argument) for argument in argv], names)
-    return {name for name, value in vars(given).items() if value is not unset}
+    explicit = {name: value for name, value in vars(parser.parse_args(argv, names)).items() if value is not unset}
+    values = checked_defaults(settings)
+    for name, preset in presets.items():
+        if value := explicit.get(name, values[name]):
+            values |= preset(value)
+    return settings(**values | explicit), {*explicit}
 
 
-def parser_of(settings: type, description: str, special: dict[str, dict]) -> OneLineParser:
+def build_parser(settings: type, description: str, special: dict[str, dict]) -> OneLineParser:
+    """Returns a parser with a flag for every field."""
     first_line = (description or "").strip().partition("\n")[0]  # there is none under python -OO
-    parser = OneLineParser(usage="%(prog)s [--SETTING VALUE ...]", description=first_line, allow_abbrev=False)
+    parser = OneLineParser(usage="%(prog)s [--SETTING VALUE ...]", description=first_line)
     defaults, groups = checked_defaults(settings), {}
-    for name, (title, comment) in described(settings).items():
+    for name, (title, comment) in field_help(settings).items():
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
-        groups[title].add_argument(flag(name), **flag_options(defaults[name], comment), **special.get(name, {}))
+        groups[title].add_argument(
+            flag(name), **flag_options(name, defaults[name], comment) | special.get(name, {})
+        )
     return parser
 
 
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def dashed(argument: str) -> str:
-    """--batch_size=8 as --batch-size=8; values and file names are left alone."""
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument.partition("=")
-    return name.replace("_", "-") + equals + value
-
-
-def flag_options(default: object, comment: str) -> dict:
-    """argparse's options of a setting."""
-    kind = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {"type": type(default)}
-    return {"default": default, "help": f"{comment.replace('%', '%%')} (%(default)s)".strip(), **kind}
-
-
-# --- the file that a user edits ---------------------------------------------------------------------------
+def flag_options(name: str, default: object, comment: str) -> dict:
+    """Returns argparse's options of a setting; its help ends with the choices and the default, if it has them."""
+    kind = {"type": type(default), "metavar": {int: "N", float: "X", str: "TEXT"}.get(type(default))}
+    kind = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else kind
+    notes = [", ".join(CHOICES[name])] if name in CHOICES else []
+    notes += [f"default {default}"] if default != "" and "{" not in str(default) else []  # a device for every rank
+    text = f"{comment} ({'; '.join(notes)})" if notes else comment
+    return {"default": default, "help": text.replace("%", "%%"), **kind}
 
 
 def checked_defaults(settings: type) -> dict[str, object]:
-    """Each default in its field's type: people write 8.0 for an integer, 1 for a float, a Path for a text.
-
-    Raises:
-        UsageError: it is of another type, or a field has lost its own.
-    """
+    """Returns each default in its field's type: people write 8.0 for an integer, 1 for a float, a Path for a text."""
     fields = {field.name: field for field in dataclasses.fields(settings)}
     for name, value in vars(settings).items():
         if name not in fields and not name.startswith("_") and not hasattr(value, "__get__"):
-            kinds = " or ".join(KINDS)
-            raise UsageError(f"{settings.__name__}.{name} has lost its type: write `{name}: int = ...` ({kinds})")
-    return {name: in_its_type(f"{settings.__name__}.{name}", field) for name, field in fields.items()}
+            raise UsageError(f"{settings.__name__}.{name} has lost its type: write `{name}: int = ...`, for example")
+    return {name: coerce_default(f"{settings.__name__}.{name}", field) for name, field in fields.items()}
 
 
-def in_its_type(name: str, field: dataclasses.Field) -> object:
-    value, kind = field.default, KINDS.get(getattr(field.type, "__name__", field.type))
+def coerce_default(name: str, field: dataclasses.Field) -> object:
+    """Returns a field's default in the field's type."""
+    value, kind = field.default, TYPES.get(getattr(field.type, "__name__", field.type))
     if kind is None:
-        raise UsageError(f"{name} is of the type {field.type}: settings are {', '.join(KINDS)}")
+        raise UsageError(f"{name} is of the type {field.type}: settings are {', '.join(TYPES)}")
     if kind is str and isinstance(value, os.PathLike):
         value = os.fspath(value)
     if isinstance(value, kind) and isinstance(value, bool) == (kind is bool):  # Python takes True for a 1
@@ -161,13 +92,9 @@ def in_its_type(name: str, field: dataclasses.Field) -> object:
     raise UsageError(f"{name} is {value!r}, and it has to be of the type {kind.__name__}")
 
 
-def described(settings: type) -> dict[str, tuple[str, str]]:
-    """By field the title of its group and the comment beside it, "" where it has none."""
-    found = dict.fromkeys((field.name for field in dataclasses.fields(settings)), ("settings", ""))
-    try:
-        source = textwrap.dedent(inspect.getsource(settings))
-    except OSError:  # a program that was packed without its source
-        return found
+def field_help(settings: type) -> dict[str, tuple[str, str]]:
+    """Returns by field the title of its group and the comment beside it, "" where it has none."""
+    source, help_texts = textwrap.dedent(inspect.getsource(settings)), {}
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
     titles = {row: text.strip("- ") for row, text in comments.items() if text.startswith("---")}
@@ -175,5 +102,46 @@ def described(settings: type) -> dict[str, tuple[str, str]]:
         if isinstance(node, ast.AnnAssign):
             beside = [comments[row] for row in range(node.lineno, node.end_lineno + 1) if row in comments]
             above = [title for row, title in titles.items() if row < node.lineno]
-            found[node.target.id] = (above[-1] if above else "settings", beside[-1] if beside else "")
-    return found
+            help_texts[node.target.id] = (above[-1] if above else "settings", beside[-1] if beside else "")
+    return help_texts
+
+
+CHOICES = {"encoder": ENCODERS, "precision": ("auto", "float32", "bfloat16"), "best_metric": tuple(SCORES)}
+LIMITS = {  # smallest and largest value of each number
+    "image_size": (MIN_IMAGE_SIZE, MAX_IMAGE_SIZE), "batch_size": (1, 65536), "grad_accum_steps": (1, 65536),
+    "copy_paste": (0, 1), "num_workers": (0, 1024), "val_fraction": (0.001, 0.999),
+    "max_unreadable_fraction": (0, 1), "num_epochs": (1, 10**6), "learning_rate": (1e-12, 10),
+    "decoder_lr_mult": (1, 1000), "weight_decay": (0, 1), "restart_period": (0, 10**6), "restart_mult": (1, 100),
+    "grad_clip": (0, 1e6), "ema_decay": (0, 1 - 1e-9), "seed": (0, 2**32 - 1), "save_every_minutes": (0, 1e6),
+    "keep_checkpoints": (0, 10**6), "log_every": (1, 10**6),
+}  # fmt: skip
+WEIGHT_LIMITS = (0, 1e6)  # of every term of the loss
+
+
+def check(config: Any) -> None:
+    """Raises a UsageError if a setting, or two of them together, cannot be; before anything is read or written."""
+    weights = [name for name in vars(config) if name.endswith("_weight")]
+    for name, (low, high) in (LIMITS | dict.fromkeys(weights, WEIGHT_LIMITS)).items():
+        value = getattr(config, name)
+        if not low <= value <= high:
+            raise UsageError(f"{flag(name)} {value} is out of range: from {low} to {high}")
+    for name, choices in CHOICES.items():
+        if getattr(config, name) not in choices:
+            raise UsageError(f"{flag(name)} {getattr(config, name)} is not known: there are {', '.join(choices)}")
+    if bool(config.annotations) != bool(config.photos):
+        raise UsageError("--annotations and --photos go together: a COCO-format file, and the folder of its photos")
+    if config.annotations and config.data_root != type(config).data_root:
+        raise UsageError("--annotations and --data-root (or --sample) both name the data: choose one")
+    if config.encoder_weights and not config.pretrained:
+        raise UsageError("--encoder-weights needs --pretrained, which --no-pretrained or --sample has turned off")
+    if config.encoder_weights and config.start_from:
+        raise UsageError("--encoder-weights and --start-from both name the weights to start from: choose one")
+    folder = Path(config.checkpoint_dir, config.run_name).resolve()
+    if config.start_from and Path(config.start_from).resolve().parent == folder:
+        raise UsageError(f"--start-from {config.start_from} lies in the run's own folder, whose files a new run moves "
+                         "aside: give it a --run-name")  # fmt: skip
+    if {*config.run_name} & {*"/\\"} or config.run_name in (".", ".."):
+        raise UsageError(f"--run-name {config.run_name} is not the name of a folder: --checkpoint-dir takes a path")
+    if config.batch_size == 1 and config.image_size == MIN_IMAGE_SIZE:
+        raise UsageError(f"--batch-size 1 at --image-size {MIN_IMAGE_SIZE} leaves BatchNorm a single value: "
+                         "make one of them larger")  # fmt: skip

@@ -1,38 +1,186 @@
-"""Photos as OpenCV reads them, in the orientation of their annotations, or refused by name."""
+"""Photos as Pillow and OpenCV read them, and the orientation that a set was annotated in."""
 
 from __future__ import annotations
 
 import io
 import struct
-import zlib
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from conftest import refusal, write_photo
-from PIL import Image
+from helpers import refusal, write_annotations
+from PIL import Image, ImageOps
 
 from datasets import COCOPersonDataset
+from loading import headers
+from loading.headers import orientation
 from loading.reading import read_photo
 
 TRAIN, FIRST = "train2017", "000000000001.jpg"  # width 48, height 64 in `coco_root`
+UNDONE = {1: None, 2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+          4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90,
+          7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270}  # fmt: skip
+WIDE, TALL, SQUARE = (96, 72), (72, 96), (80, 80)
 
 
-@pytest.mark.parametrize(("annotated", "quarter_turns"), [((64, 48), 0), ((48, 64), -1)])
-def test_a_turned_photo_is_read_in_the_orientation_of_its_annotation(tmp_path, annotated, quarter_turns):
-    photo = np.zeros((48, 64, 3), np.uint8)
-    photo[:16, :20, 0] = 250
-    write_photo(tmp_path / "stored.jpg", photo)
-    tags = struct.pack(">2sHIHHHIHHI", b"MM", 42, 8, 1, 0x0112, 3, 1, 6, 0, 0)  # orientation 6: shown turned right
-    exif = b"\xff\xe1" + struct.pack(">H", len(tags) + 8) + b"Exif\0\0" + tags
-    stored = (tmp_path / "stored.jpg").read_bytes()
-    (tmp_path / "turned.jpg").write_bytes(stored[:2] + exif + stored[2:])
-    expected = np.rot90(read_photo(tmp_path / "stored.jpg", (64, 48)), quarter_turns)
-    assert np.array_equal(read_photo(tmp_path / "turned.jpg", annotated), expected)
+@pytest.fixture
+def content() -> dict:
+    return {"images": [], "annotations": [], "categories": [{"id": 1, "name": "person"}]}
+
+
+def add(
+    content: dict, root: Path, name: str, size: tuple, turn: int, exif_applied: bool = True,
+    low: float = 0.9, **record: object,
+) -> None:  # fmt: skip
+    """Adds a photo with a person, neither symmetric nor in the middle, that reaches down to `low` of the height.
+
+    It has the size as annotated, and an orientation; `record` overrides what the annotations say of it.
+    """
+    corners = [(0.1, 0.15), (0.5, 0.15), (0.5, 0.4), (0.7, low), (0.1, low)]
+    person = [value for x, y in corners for value in (x * size[0], y * size[1])]
+    frame = np.full((*size[::-1], 3), 90, np.uint8)
+    cv2.fillPoly(frame, [np.array(person).reshape(-1, 2).astype(np.int32)], (240, 40, 40))
+    photo, exif = Image.fromarray(frame), Image.Exif()
+    if exif_applied and UNDONE[turn] is not None:
+        photo = photo.transpose(UNDONE[turn])
+    exif[headers.ORIENTATION] = turn
+    path = root / TRAIN / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    photo.save(path, quality=95, exif=exif.tobytes())
+    if exif_applied:
+        assert ImageOps.exif_transpose(Image.open(path)).size == size
+    number = len(content["images"]) + 1
+    content["images"].append({"id": number, "file_name": name, "width": size[0], "height": size[1]} | record)
+    content["annotations"].append({"image_id": number, "category_id": 1, "segmentation": [person]})
+
+
+def opened(content: dict, root: Path, **options: object) -> COCOPersonDataset:
+    write_annotations(root, TRAIN, content)
+    return COCOPersonDataset(root, TRAIN, 80, **options)
+
+
+def checked_names(dataset: COCOPersonDataset) -> list[str]:
+    """Returns the names of the photos, after checking that all masks lie on the persons."""
+    for i in range(len(dataset)):
+        red, _, blue, alpha = cv2.split(dataset.original(i).astype(np.int32))
+        person, mask = (red > 170) & (blue < 110), alpha > 0
+        assert (person & mask).sum() > 0.8 * (person | mask).sum(), dataset.file_name(i)
+    return [dataset.file_name(i) for i in range(len(dataset))]
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_every_orientation_is_found_and_applied_as_pillow_applies_it(content, tmp_path, kind, turn):
+    add(content, tmp_path, f"a.{kind}", WIDE, turn)
+    add(content, tmp_path, f"b.{kind}", TALL, 6)
+    assert orientation((tmp_path / TRAIN / f"a.{kind}").read_bytes()) == turn
+    assert checked_names(opened(content, tmp_path)) == [f"a.{kind}", f"b.{kind}"]
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_a_damaged_orientation_counts_as_none(order):
+    def photo(tag: int, kind: int, value: int, directory: int = 8) -> bytes:
+        marks = b"II" if order == "<" else b"MM"
+        entry = struct.pack(f"{order}HHIHH", tag, kind, 1, value, 0)
+        return b"\xff\xd8\xff\xe1\0\x22Exif\0\0" + marks + struct.pack(f"{order}HIH", 42, directory, 1) + entry
+
+    good = photo(0x0112, 3, 6)
+    others = [(0x0112, 3, 0), (0x0112, 3, 9), (0x0112, 3, 65535), (0x0112, 2, 6), (0x0111, 3, 6), (0x0112, 3, 6, 2**31)]
+    assert orientation(good) == 6
+    assert {orientation(photo(*other)) for other in others} == {1}
+    behind = good[:2] + b"\xff\xed\xff\xff" + bytes(2**16 - 3) + good[2:]  # a segment that Photoshop writes
+    assert orientation(behind) == 6
+    assert orientation(good[:2] + b"\xff\xe1\0\2" * 10**7) == 1
+    assert {orientation(good[:length]) for length in range(len(good) - 2)} == {1}
+
+
+def test_exif_behind_other_segments_is_found_by_the_index_as_by_the_reader(content, tmp_path):
+    for name, turn in (("turned.jpg", 6), ("half.jpg", 3)):
+        add(content, tmp_path, name, WIDE, turn)
+        plain = (tmp_path / TRAIN / name).read_bytes()
+        between = b"\xff\xed\xff\xff" + bytes(65533) + b"\xff"  # a long segment, and a fill byte before the next
+        (tmp_path / TRAIN / name).write_bytes(plain[:2] + between + plain[2:])
+    assert checked_names(opened(content, tmp_path)) == ["turned.jpg", "half.jpg"]
+
+
+@pytest.mark.parametrize("exif_applied", [True, False])
+def test_photos_that_a_quarter_turn_resizes_decide_for_the_others(content, tmp_path, capsys, exif_applied):
+    names = [f"{turn}_{size[0]}.jpg" for turn in range(1, 9) for size in (WIDE, SQUARE)]
+    for name in names:
+        add(content, tmp_path, name, WIDE if "96" in name else SQUARE, int(name[0]), exif_applied)
+    dataset = opened(content, tmp_path)
+    assert checked_names(dataset) == names
+    assert (dataset.index.exif_applied, dataset.index.left_out) == (exif_applied, {})
+    printed = capsys.readouterr().out.splitlines()[-1]
+    assert printed.startswith("10 photos (")
+    assert ("rotated pixels" if exif_applied else "stored pixels") in printed
+
+
+@pytest.mark.parametrize(("turn", "size"), [(3, WIDE), (2, TALL), (6, SQUARE)])
+def test_where_no_photo_decides_the_rotated_ones_are_left_out_and_counted(content, tmp_path, turn, size):
+    add(content, tmp_path, "upright.jpg", WIDE, 1)
+    add(content, tmp_path, "turned.jpg", size, turn)
+    dataset = opened(content, tmp_path)
+    assert checked_names(dataset) == ["upright.jpg"]
+    reason = "photo with an EXIF orientation that the annotations may or may not follow (turned.jpg)"
+    assert dataset.index.left_out == {reason: 1}
+    content["images"].pop(0)
+    assert reason in refusal(opened, content, tmp_path)
+
+
+def test_where_the_deciding_photos_disagree_the_others_are_left_out(content, tmp_path):
+    add(content, tmp_path, "shown.jpg", TALL, 6, True)
+    add(content, tmp_path, "stored.jpg", WIDE, 8, False)
+    add(content, tmp_path, "half.jpg", WIDE, 3, True)
+    add(content, tmp_path, "square.jpg", SQUARE, 6, False)
+    dataset = opened(content, tmp_path)
+    assert checked_names(dataset) == ["shown.jpg", "stored.jpg"]
+    assert [*dataset.index.left_out.values()] == [2]
+
+
+@pytest.mark.parametrize("exif_applied", [True, False])
+def test_rotated_photos_whose_outlines_contradict_their_sizes_are_left_out(content, tmp_path, exif_applied):
+    """A tool draws on the photo as shown and writes the stored size, or the other way round."""
+    wrong = {"width": WIDE[0], "height": WIDE[1]}
+    add(content, tmp_path, "whole.jpg", TALL, 6, exif_applied, **wrong)
+    add(content, tmp_path, "inside.jpg", TALL, 8, exif_applied, low=0.7, **wrong)  # fits both sizes
+    add(content, tmp_path, "half.jpg", WIDE, 3, exif_applied)
+    add(content, tmp_path, "upright.jpg", TALL, 1)
+    dataset = opened(content, tmp_path)
+    assert checked_names(dataset) == ["upright.jpg"]
+    assert [*dataset.index.left_out.values()] == [3]
+
+
+def test_one_careless_outline_of_many_does_not_make_the_sizes_doubtful(content, tmp_path):
+    for number in range(12):
+        add(content, tmp_path, f"{number}.jpg", WIDE, 6)
+    content["annotations"][0]["segmentation"][0][3] = 1.2 * WIDE[1]  # it reaches over a side
+    dataset = opened(content, tmp_path)
+    assert dataset.index.exif_applied
+    assert len(dataset) == 12
+
+
+def test_of_a_large_set_a_sample_tells_whether_any_photo_is_rotated(content, tmp_path, monkeypatch):
+    opened_files, read = [], headers.read_header
+    monkeypatch.setattr(headers, "read_header", lambda path: (opened_files.append(Path(path).name), read(path))[1])
+    monkeypatch.setattr(headers, "SAMPLED_FILES", 3)
+    for number in range(10):
+        add(content, tmp_path, f"{number}.jpg", WIDE, 3 if number == 7 else 1)
+    dataset = opened(content, tmp_path)
+    assert sorted(opened_files) == ["0.jpg", "4.jpg", "8.jpg"]
+    assert (len(dataset), dataset.index.left_out) == (10, {})
+    assert "7.jpg" in refusal(dataset.original, 7)  # a rotated photo beside the sample is refused when it is read
+    add(content, tmp_path, "10.jpg", SQUARE, 1)
+    add(content, tmp_path, "11.jpg", TALL, 6)
+    content["images"].insert(0, content["images"].pop())
+    content["annotations"].insert(0, content["annotations"].pop())
+    assert len(checked_names(opened(content, tmp_path))) == 12
+    assert {*opened_files} == {f"{number}.jpg" for number in range(12)}
 
 
 def jpegs() -> dict[str, bytes]:
-    """A photo of 47 x 61 pixels as JPEGs of every kind, whole and damaged."""
+    """Returns a photo of 47 x 61 pixels as JPEGs of every kind, whole and damaged."""
     pixels = np.random.default_rng(0).integers(0, 256, (61, 47, 3), np.uint8)
     photo = Image.fromarray(cv2.GaussianBlur(pixels, (5, 5), 0))
 
@@ -57,31 +205,27 @@ def test_a_jpeg_is_read_as_opencv_reads_it(tmp_path, kind):
     photo = tmp_path / "photo.jpg"
     photo.write_bytes(jpegs()[kind])
     expected = cv2.imread(str(photo), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
-    if kind == "cut in half":  # which imread takes for whole
+    if kind == "cut in half":  # imread takes it for whole
         assert "cannot be read" in refusal(read_photo, photo, (47, 61))
     else:
         assert np.array_equal(read_photo(photo, (47, 61)), expected)
 
 
-def png_of_zeros(width: int, height: int) -> bytes:
-    """A hundred of them, whatever the size says."""
-    chunks = [b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT" + zlib.compress(bytes(100))]
-    framed = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in [*chunks, b"IEND"]]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
+UNUSABLE = {
+    "empty": b"", "text": b"a text", "a damaged PNG": cv2.imencode(".png", np.eye(64, 48))[1].tobytes()[:-60],
+    "another size": cv2.imencode(".jpg", np.zeros((65, 48), np.uint8))[1].tobytes(),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "content",
-    [None, b"", b"a text", png_of_zeros(48, 64), png_of_zeros(10**5, 10**5),
-     cv2.imencode(".jpg", np.zeros((65, 48), np.uint8))[1].tobytes()],
-    ids=["a folder", "empty", "text", "damaged", "beyond OpenCV", "48 x 65"],
-)  # fmt: skip
-def test_a_photo_that_cannot_be_used_is_named_when_it_is_read(coco_root, content, request):
+@pytest.mark.parametrize("kind", UNUSABLE)
+def test_an_unusable_photo_is_named_when_it_is_read(coco_root, kind):
     dataset = COCOPersonDataset(coco_root, TRAIN, image_size=32)
     photo = coco_root / TRAIN / FIRST
+    photo.write_bytes(UNUSABLE[kind])
+    why = "is 48 x 65 pixels, its annotation says 48 x 64" if kind == "another size" else "cannot be read: not an image"
+    assert f"the photo {photo} {why}" in refusal(dataset.__getitem__, 0)
     photo.unlink()
-    assert str(photo) in refusal(dataset.__getitem__, 0)
-    photo.mkdir() if content is None else photo.write_bytes(content)
-    sizes = ("48 x 65", "48 x 64") if "48 x 65" in request.node.name else ()
-    assert all(text in refusal(dataset.__getitem__, 0) for text in (str(photo), *sizes))
+    assert f"the photo {photo} cannot be read: No such file" in refusal(dataset.__getitem__, 0)
+    photo.mkdir()
+    assert f"the photo {photo} cannot be read: Is a directory" in refusal(dataset.__getitem__, 0)
     assert dataset[1].shape == (4, 32, 32)

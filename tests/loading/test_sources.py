@@ -1,20 +1,114 @@
-"""Several roots as one set: against the data sets of each root alone."""
+"""Where data are looked for: data without a split against hashes worked out here, several roots against each alone."""
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import shutil
+import unicodedata
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import add_person, edit, refusal, write_split
+from helpers import add_person, edit, refusal, write_split
 
 from datasets import COCOPersonDataset, letterbox, to_sample
 from loading.augmentation import Augmenter
+from loading.layout import DataOptions, Subset
 from loading.sources import data_roots
 
 TRAIN, VAL = "train2017", "val2017"
+
+
+@pytest.fixture
+def export(coco_root) -> DataOptions:
+    """The training photos of `coco_root` as an annotation tool writes them: one file in the folder of the photos."""
+    folder = coco_root.parent / "export"
+    shutil.copytree(coco_root / TRAIN, folder)
+    shutil.copy(coco_root / "annotations" / f"instances_{TRAIN}.json", folder / "_annotations.coco.json")
+    return DataOptions(annotations=str(folder / "_annotations.coco.json"), photos=str(folder), val_fraction=0.3)
+
+
+def opened(options: DataOptions, split: str = TRAIN, splits: tuple = (), **more: object) -> COCOPersonDataset:
+    return COCOPersonDataset("data/coco", split, 48, other_splits=splits, options=options, **more)
+
+
+def both(options: DataOptions, **more: object) -> list[COCOPersonDataset]:
+    return [opened(options, split, **more) for split in (TRAIN, VAL)]
+
+
+def names_of(dataset: COCOPersonDataset) -> list[str]:
+    return [dataset.file_name(i) for i in range(len(dataset))]
+
+
+def position(name: str) -> float:
+    return int(hashlib.sha256(name.encode()).hexdigest()[:12], 16) / 16**12
+
+
+def test_a_single_file_is_split_by_the_names_of_its_photos(coco_root, export):
+    whole = COCOPersonDataset(coco_root, TRAIN, 48)
+    train, val = both(export)
+    names = [f"{number:012d}.jpg" for number in range(1, 11)]
+    assert names_of(val) == [name for name in names if position(name) < 0.3]
+    assert names_of(train) == [name for name in names if position(name) >= 0.3]
+    assert 0 < len(val) < len(train)
+    samples = {dataset.file_name(i): dataset[i] for dataset in (train, val) for i in range(len(dataset))}
+    assert all(torch.equal(samples[whole.file_name(i)], whole[i]) for i in range(10))
+
+
+def test_each_subset_and_fraction_has_an_index_and_a_cache_of_its_own(export, capsys):
+    caches = [dataset.sources[0].cache.path for dataset in both(export, cache=True)]
+    assert [dataset.sources[0].cache.path for dataset in both(export, cache=True)] == caches
+    assert capsys.readouterr().out.count("Reading") == 2  # the index does not change the folder that it lies in
+    assert len({path.name for path in caches if path.exists()}) == 2
+    other = shutil.copytree(export.photos, Path(export.photos).with_name("other"))
+    (other / names_of(opened(export))[0]).unlink()
+    for changes in ({"val_fraction": 0.6}, {"photos": str(other)}):
+        assert [*map(len, both(export._replace(**changes)))] != [*map(len, both(export))]
+
+
+def test_what_is_left_out_is_counted_in_one_subset_only(export):
+    for number in range(1, 6):
+        (Path(export.photos) / f"{number:012d}.jpg").unlink()
+    assert sum(sum(dataset.index.left_out.values()) for dataset in both(export)) == 5
+
+
+def test_a_photo_stays_in_its_subset_when_others_come_and_on_every_disk():
+    names = [f"{folder}/é{n}.jpg" for folder in ("a", "b") for n in range(2000)]
+    val, train = Subset("validation", 0.1), Subset("training", 0.1)
+    chosen = {name for name in names if val.contains(name)}
+    assert chosen == {name for name in names if position(name) < 0.1}
+    assert 320 < len(chosen) < 480
+    assert all(val.contains(name) != train.contains(name) for name in names)
+    assert chosen == {name for name in names if val.contains(unicodedata.normalize("NFD", name))}
+    assert chosen < {name for name in names if Subset("validation", 0.2).contains(name)}
+
+
+@pytest.mark.parametrize(
+    ("fraction", "split", "words"),
+    [(0.001, VAL, "is for validation: their names decide, with --val-fraction 0.001; try a larger one"),
+     (0.999, TRAIN, "is for training: their names decide, with --val-fraction 0.999; try a smaller one")],
+)  # fmt: skip
+def test_a_subset_without_a_photo_is_refused(export, fraction, split, words):
+    message = refusal(opened, export._replace(val_fraction=fraction), split)
+    assert message == f"of 10 photos in {export.photos} none {words}"
+
+
+@pytest.mark.parametrize(
+    ("split", "splits", "words"),
+    [("val", (), f"no split val: what is made of them is {TRAIN} to train on, and {VAL} to validate"),
+     ("a", ("a", "a"), "--train-split and --val-split are both a")],
+)  # fmt: skip
+def test_the_name_of_a_split_tells_which_subset_is_meant(export, split, splits, words):
+    assert words in refusal(opened, export, split, splits)
+    assert len(opened(export, "val", ("a", "val"))) == len(opened(export, VAL))
+
+
+def test_missing_files_are_named_with_their_flags(export):
+    advice = ": --annotations names a file, --photos its photos' folder"
+    assert refusal(opened, export._replace(photos="none")) == f"there is no folder none{advice}"
+    folder = export._replace(annotations=export.photos)
+    assert refusal(opened, folder) == f"there is no file {export.photos}{advice}"
 
 
 @pytest.fixture
@@ -30,37 +124,29 @@ def test_the_samples_are_those_of_the_roots_in_their_order(coco_root, other, cac
     options = {"image_size": 48, "store_metadata": True}
     both = COCOPersonDataset(f"{other}, {coco_root}", TRAIN, cache=cache, **options)
     alone = [COCOPersonDataset(root, TRAIN, **options) for root in (other, coco_root)]
-    expected = [sample for dataset in alone for sample in dataset]
-    found = list(pickle.loads(pickle.dumps(both)))  # as a spawned worker gets it
-    assert (len(both), len(found)) == (16, 16)
-    for (sample, metadata), (same, told) in zip(found, expected, strict=True):
-        assert torch.equal(sample, same)
-        assert metadata == told
-    names = [f"{n:012d}.jpg" for n in (*range(3, 9), *range(1, 11))]
-    assert [both.file_name(i) for i in range(16)] == names
-    assert [both.image_id(i) for i in range(16)] == [int(name[:12]) for name in names]
-    assert [both.path(i) for i in (5, 6)] == [other / TRAIN / names[5], coco_root / TRAIN / names[6]]
-    largest = [part.largest_person(i) for part in alone for i in range(len(part))]
-    assert [both.largest_person(i) for i in range(16)] == largest
-    assert len(set(largest)) == 2
-    assert (both.original(7)[..., 3] == both.alpha(7)).all()
+    received = list(pickle.loads(pickle.dumps(both)))  # as a spawned worker gets it
+    assert len(both) == len(received) == 16
+    for index, (sample, metadata) in enumerate(received):
+        dataset, i = (alone[0], index) if index < 6 else (alone[1], index - 6)
+        assert torch.equal(sample, dataset[i][0])
+        assert metadata == dataset[i][1]
+        for method in ("file_name", "image_id", "path", "largest_person"):
+            assert getattr(both, method)(index) == getattr(dataset, method)(i)
+        assert (both.original(index)[..., 3] == both.alpha(index)).all()
     assert len({both.name(i) for i in range(16)}) == 16
-    assert [bool([*root.glob(".silueta/*.photos")]) for root in (other, coco_root)] == [cache, cache]
+    assert both.largest_person(2) != both.largest_person(1)
 
 
 def test_photos_of_two_roots_have_augmentations_of_their_own(coco_root, tmp_path):
     shutil.copytree(coco_root, tmp_path / "twin")
-    alone = COCOPersonDataset(coco_root, TRAIN, 48, augment=True, seed=3)
-    both = COCOPersonDataset(f"{coco_root},{tmp_path / 'twin'}", TRAIN, 48, augment=True, seed=3)
-    for dataset in (alone, both):
-        dataset.set_epoch(2)
-    augment, samples = Augmenter(), list(both)
-    assert all(map(torch.equal, alone, samples[:10]))
-    assert sum(map(torch.equal, samples[:10], samples[10:])) < 5
-    for index in range(10, 20):
-        square, _ = letterbox(alone.original(index - 10), 48)
-        photo, mask = augment(square[..., :3].copy(), square[..., 3].copy(), [3, 2, index])
-        assert torch.equal(samples[index], to_sample(photo, mask))
+    roots = (coco_root, f"{coco_root},{tmp_path / 'twin'}")
+    alone, both = (COCOPersonDataset(root, TRAIN, 48, augment=True, seed=3) for root in roots)
+    both.set_epoch(2)
+    square, _ = letterbox(alone.original(7), 48)
+    for index in (7, 17):
+        photo, mask = Augmenter()(square[..., :3].copy(), square[..., 3].copy(), [3, 2, index])
+        assert torch.equal(both[index], to_sample(photo, mask))
+    assert sum(torch.equal(both[i], both[i + 10]) for i in range(10)) < 5
 
 
 def test_a_text_names_one_folder_or_several(tmp_path, monkeypatch):
@@ -72,30 +158,26 @@ def test_a_text_names_one_folder_or_several(tmp_path, monkeypatch):
     assert data_roots(tmp_path) == [tmp_path]
 
 
-@pytest.mark.parametrize("second", ["coco", "./coco", "other/../coco", "link"])
-def test_the_same_root_twice_is_refused(second, coco_root, other, monkeypatch):
+def test_the_same_root_twice_is_refused(coco_root, other, monkeypatch):
     monkeypatch.chdir(coco_root.parent)
     Path("link").symlink_to("coco")
-    assert f"{second} is named twice" in refusal(COCOPersonDataset, f"coco,other,{second}", TRAIN)
+    for text in ("coco,other,coco", "coco,other/../coco", "link,coco"):
+        assert refusal(COCOPersonDataset, text, TRAIN) == f"a data root is named twice in {text}"
 
 
 def test_a_root_may_lack_a_split_only_if_it_has_another(coco_root, other, tmp_path):
-    def opened(split: str, *roots: Path, others: tuple = (TRAIN, VAL)) -> list[Path]:
-        dataset = COCOPersonDataset(",".join(map(str, roots)), split, 48, other_splits=others)
+    def folders(split: str, *roots: Path, splits: tuple = (TRAIN, VAL)) -> list[Path]:
+        dataset = COCOPersonDataset(",".join(map(str, roots)), split, 48, other_splits=splits)
         return [source.photos for source in dataset.sources]
 
-    assert opened(VAL, other, coco_root) == [coco_root / VAL]
-    assert opened(TRAIN, other, coco_root) == [other / TRAIN, coco_root / TRAIN]
-    lacking = other / "annotations" / f"instances_{VAL}.json"
-    assert f"no COCO data: {lacking} is missing. Expected are" in refusal(opened, VAL, other)
+    assert folders(VAL, other, coco_root) == [coco_root / VAL]
+    assert folders(TRAIN, other, coco_root) == [other / TRAIN, coco_root / TRAIN]
+    lacking = f"no COCO data: {other / 'annotations' / f'instances_{VAL}.json'} is missing. Expected are"
     shutil.copytree(other, tmp_path / "third")
-    assert f"no COCO data: {lacking} is missing. Expected are" in refusal(opened, VAL, other, tmp_path / "third")
-    assert str(lacking) in refusal(lambda: opened(VAL, coco_root, other, others=()))
-    none = tmp_path / "none"
-    write_split(none, "test2017", 1, first_id=1)
-    for split in (TRAIN, VAL):
-        message = refusal(opened, split, coco_root, none)
-        assert message == refusal(opened, split, none)
-        assert message.startswith(f"no COCO data: {none / 'annotations' / f'instances_{split}.json'} is missing")
-    (other / VAL).mkdir()  # photos without annotations are no lack that is passed over
-    assert str(lacking) in refusal(opened, VAL, coco_root, other)
+    for roots in ((other,), (other, tmp_path / "third")):
+        assert lacking in refusal(folders, VAL, *roots)
+    assert lacking in refusal(lambda: folders(VAL, coco_root, other, splits=()))
+    (tmp_path / "none").mkdir()
+    assert str(tmp_path / "none") in refusal(folders, VAL, coco_root, tmp_path / "none")
+    (other / VAL).mkdir()  # photos without annotations are not passed over
+    assert lacking in refusal(folders, VAL, coco_root, other)

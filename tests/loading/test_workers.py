@@ -1,24 +1,19 @@
-"""How a loader's worker starts, and what it begins with."""
+"""How loader workers start and end, and the cores that there are for them."""
 
 from __future__ import annotations
 
 import os
 import platform
 import signal
-import subprocess
 import sys
-from contextlib import suppress
-from pathlib import Path
 
 import cv2
 import pytest
 import torch
-from conftest import fresh_python
+from helpers import fresh_python
 
 from datasets import make_loader
 from loading import workers
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class Probe(torch.utils.data.Dataset):
@@ -31,17 +26,17 @@ class Probe(torch.utils.data.Dataset):
         return torch.tensor([cv2.getNumThreads(), signal.getsignal(signal.SIGINT) == signal.SIG_IGN])
 
 
-def test_workers_keep_to_one_thread_ignore_ctrl_c_and_leave_the_dice_of_the_model_alone(request):
+def test_workers_have_one_thread_ignore_ctrl_c_and_leave_the_global_generator_alone(request):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it already
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
-    dice, threads = torch.get_rng_state(), cv2.getNumThreads()
+    state, threads = torch.get_rng_state(), cv2.getNumThreads()
     for training in (True, False):
         assert torch.cat(list(make_loader(Probe(), 2, 2, training))).tolist() == [[1, 1]] * 4
-    assert torch.equal(torch.get_rng_state(), dice)
+    assert torch.equal(torch.get_rng_state(), state)
     assert cv2.getNumThreads() == threads
 
 
-NUMBERS = """
+SCRIPT = """
 import multiprocessing, os, signal, sys
 import torch
 import datasets
@@ -51,8 +46,6 @@ class Numbers(torch.utils.data.Dataset):
     seed, __len__, set_epoch = 0, lambda self: 4, lambda self, epoch: None
     def __getitem__(self, index): return torch.tensor(index)
 
-"""
-STARTED = NUMBERS + """
 def hit_while_starting(worker):
     server = {os.getppid()} - {multiprocessing.parent_process().pid}  # a fork server, or none
     for process in (os.getpid(), *server):
@@ -61,53 +54,34 @@ def hit_while_starting(worker):
     workers.start_loader_worker(worker)
 
 if __name__ == "__main__":
-    multiprocessing.set_start_method(sys.argv[1])
-    datasets.start_loader_worker = hit_while_starting
+    start, how = sys.argv[1:]
+    multiprocessing.set_start_method(start)
+    if how == "signalled":
+        datasets.start_loader_worker = hit_while_starting
     loader = datasets.make_loader(Numbers(), 2, 2, training=False)
-    print([batch.tolist() for batch in datasets.batches(loader, 0)])
-    print(signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, []))
-    ended = loader._iterator._workers[0]
-    ended.terminate()
-    ended.join(30)
-    print(ended.exitcode)
+    print([batch.tolist() for batch in datasets.batches(loader, 0)], flush=True)
+    if how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "signalled":
+        print(signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, []))
+        ended = loader._iterator._workers[0]
+        ended.terminate()
+        ended.join(60)
+        print(ended.exitcode)
 """
+# How a program with loader workers ends, and what it prints beside its samples.
+OUTCOMES = {"signalled": (0, ["False", "0"]), "killed": (-signal.SIGKILL, []), "left behind": (0, [])}
+STARTS = ["fork", *(pytest.param(start, marks=pytest.mark.slow) for start in ("spawn", "forkserver"))]
 
 
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="nothing tells who sent a signal")
-@pytest.mark.parametrize("start", ["fork", "spawn", "forkserver"])
-def test_a_signal_to_all_does_not_end_a_worker_that_is_just_starting_and_the_trainings_own_does(start, tmp_path):
-    script = tmp_path / "started.py"
-    script.write_text(STARTED)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(script), start]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.stdout.splitlines() == ["[[0, 1], [2, 3]]", "False", "0"], done.stderr
-
-
-KILLED = NUMBERS + """
-if __name__ == "__main__":
-    multiprocessing.set_start_method(sys.argv[1])
-    loader = datasets.make_loader(Numbers(), 2, 2, training=False)
-    list(datasets.batches(loader, 0))
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems have other start methods")
-@pytest.mark.parametrize("start", ["fork", "spawn", "forkserver"])
-def test_no_worker_outlives_a_training_that_was_killed(start, tmp_path):
-    script = tmp_path / "killed.py"
-    script.write_text(KILLED)
-    process = subprocess.Popen(
-        [sys.executable, str(script), start], env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE,
-        start_new_session=True,
-    )  # fmt: skip
-    try:
-        process.communicate(timeout=60)  # the pipe closes with the last of the processes
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
+@pytest.mark.parametrize("how", OUTCOMES)
+@pytest.mark.parametrize("start", STARTS)
+def test_workers_survive_signals_to_all_processes_and_end_with_the_training(start, how, tmp_path, start_process):
+    (tmp_path / "program.py").write_text(SCRIPT)
+    process = start_process(tmp_path / "program.py", start, how, PYTHONWARNINGS="ignore")
+    output = process.communicate(timeout=240)[0]  # the pipe closes with the last of the processes
+    assert (process.returncode, output.splitlines()) == (OUTCOMES[how][0], ["[[0, 1], [2, 3]]", *OUTCOMES[how][1]])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have other start methods")
@@ -116,9 +90,9 @@ def test_where_a_fork_may_hang_the_workers_of_several_processes_are_not_forked(m
     for may_hang, usual, changed in cases:
         monkeypatch.setattr(workers, "FORK_MAY_HANG", may_hang)
         monkeypatch.setattr(workers, "get_start_method", lambda allow_none, usual=usual: usual)
-        alone, shared = (make_loader(Probe(), 2, 1, False, 0, size).multiprocessing_context for size in (1, 2))
+        alone, several = (make_loader(Probe(), 2, 1, False, 0, size).multiprocessing_context for size in (1, 2))
         assert alone is None
-        assert (shared is not None and shared.get_start_method() == "forkserver") is changed
+        assert (several is not None and several.get_start_method() == "forkserver") is changed
     assert make_loader(Probe(), 2, 0, False, 0, 2).multiprocessing_context is None
 
 
@@ -135,14 +109,24 @@ def test_a_worker_keeps_the_memory_that_it_has_freed():
     assert fresh_python(code) == ["True"]  # 8192 pages otherwise
 
 
-def test_a_program_that_leaves_its_loader_behind_ends_at_once():
-    """Python ends its workers by SIGTERM: who plainly ignores it is waited for, for ever."""
-    code = """if True:
-        import torch
-        from datasets import make_loader
-        class Numbers(torch.utils.data.Dataset):
-            seed, __len__, __getitem__ = 0, lambda self: 8, lambda self, index: torch.tensor(index)
-        loader = make_loader(Numbers(), 2, 1, training=False)
-        print(len(list(loader)))"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.stdout == "4\n"
+QUOTAS = {
+    "no control groups": ({}, 8),
+    "version 2": ({"cpu.max": "250000 100000"}, 2),
+    "version 2, more than there are": ({"cpu.max": "1600000 100000"}, 8),
+    "version 2, no limit": ({"cpu.max": "max 100000"}, 8),
+    "version 1": ({"cpu/cpu.cfs_quota_us": "765000", "cpu/cpu.cfs_period_us": "100000"}, 7),
+    "version 1, half a core": ({"cpu/cpu.cfs_quota_us": "50000", "cpu/cpu.cfs_period_us": "100000"}, 1),
+    "version 1, no limit": ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
+    "damaged": ({"cpu.max": "x", "cpu/cpu.cfs_quota_us": "100000", "cpu/cpu.cfs_period_us": "0"}, 8),
+}
+
+
+@pytest.mark.parametrize("name", QUOTAS)
+def test_usable_cores_are_limited_by_a_quota(name, tmp_path, monkeypatch):
+    files, cores = QUOTAS[name]
+    for path, text in files.items():
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(text + "\n")
+    monkeypatch.setattr(workers, "CGROUP_ROOT", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {*range(8)}, raising=False)
+    assert workers.usable_cores() == cores

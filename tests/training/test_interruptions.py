@@ -1,11 +1,9 @@
-"""What may interrupt a training: signals, the clock, too many broken numbers."""
+"""What interrupts a training: signals, the clock, too many skipped steps."""
 
 from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -15,21 +13,19 @@ import pytest
 import torch
 
 from training import interruptions
-from training.interruptions import BrokenNumbersError, Stopped, Watch
+from training.interruptions import SIGNALS, BrokenNumbersError, Stopped, Watch
 from utils import Processes
-
-ALONE = Processes(torch.device("cpu"))
 
 
 class Folder:
-    """What a watch asks of a run's folder: a save is told as having worked or not when it is asked next."""
+    """What a watch asks of a run's folder; `outcomes` are those of the saves, and reported at the next `collect`."""
 
     path = Path("nowhere")
 
-    def __init__(self, outcomes: tuple[bool, ...] = ()):
+    def __init__(self, *outcomes: bool):
         self._outcomes, self._news, self.saves = iter(outcomes), True, []
 
-    def save_unfinished(self, *_: object) -> None:
+    def save_mid_epoch(self, *_: object) -> None:
         self.saves.append(time.monotonic())
         self._news = next(self._outcomes, True)
 
@@ -38,140 +34,113 @@ class Folder:
         return news
 
 
+def watch(skipped: int = 0, folder: Folder | None = None, minutes: float = 0, world_size: int = 1) -> Watch:
+    processes = Processes(torch.device("cpu"), world_size=world_size)
+    run = SimpleNamespace(processes=processes, most_skipped_in_a_row=lambda: skipped, gather_partial_metrics=list,
+                          epochs_done=1, step=2)  # fmt: skip
+    return Watch(run, folder or Folder(), minutes)
 
-def run(broken: int = 0) -> SimpleNamespace:
-    """What a watch asks of a run."""
-    return SimpleNamespace(processes=ALONE, broken=lambda: broken, unfinished=list, epochs_done=1, step=2)
 
-
-ROOT = Path(interruptions.__file__).parents[1]
+def handlers() -> dict:
+    return {number: signal.getsignal(number) for number in SIGNALS}
 
 
 @pytest.fixture(autouse=True)
 def default_signals():
-    """Whoever has started the tests: nohup has the hangup ignored."""
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in interruptions.SIGNALS}
+    """The default handlers, whatever nohup has made of them, and those of before after the test."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", interruptions.SIGNALS)
-def test_a_signal_is_met_after_the_step_and_what_is_saved_is_not_disturbed(number):
-    before = {n: signal.getsignal(n) for n in interruptions.SIGNALS}
-    with pytest.raises(Stopped, match=signal.Signals(number).name) as stop, Watch(run(), Folder(), 0) as watch:  # noqa: PT012
-        watch.between_steps()
-        os.kill(os.getpid(), number)
-        os.kill(os.getpid(), number)  # at once: the same one by another way
-        watch.between_steps()
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize(("outcome", "resume"), [(True, "goes on from there"), (False, "from the checkpoint before")])
+def test_a_signal_saves_after_the_step_and_no_other_disturbs_that(number, outcome, resume, capfd):
+    folder = Folder(outcome)
+    with pytest.raises(Stopped, match=signal.Signals(number).name) as stop, watch(folder=folder) as watching:  # noqa: PT012
+        watching.between_steps()
+        signal.raise_signal(number)
+        assert folder.saves == []
+        watching.between_steps()
     assert stop.value.code == 128 + number
-    assert {signal.signal(n, before[n]) for n in interruptions.SIGNALS} == {signal.SIG_IGN}  # until the process ends
+    assert len(folder.saves) == 1
+    assert {*handlers().values()} == {signal.SIG_IGN}  # until the process ends
+    name, said = signal.Signals(number).name, capfd.readouterr().out
+    assert f"\n{name}: saving after this step (once more: ends now)\n" in said
+    assert f"stopped by {name} after epoch 1, step 2: --resume goes on" in said
+    assert said.endswith(f"{resume}\n")
 
 
-def test_the_handlers_come_back():
-    before = {n: signal.getsignal(n) for n in interruptions.SIGNALS}
-    with Watch(run(), Folder(), 0):
-        assert not {*before.values()} & {signal.getsignal(n) for n in interruptions.SIGNALS}
-    assert {n: signal.getsignal(n) for n in interruptions.SIGNALS} == before
-
-
-def test_a_second_signal_ends_the_process_at_once():
-    code = (
-        "import os, signal; from types import SimpleNamespace; from training import interruptions\n"
-        "interruptions.SAME_SIGNAL = -1.0\n"
-        "alone = SimpleNamespace(is_main=True, world_size=1)\n"
-        "with interruptions.Watch(SimpleNamespace(processes=alone), None, 0):\n"
-        "    os.kill(os.getpid(), signal.SIGTERM); print('first', flush=True)\n"
-        "    os.kill(os.getpid(), signal.SIGTERM); print('second', flush=True)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGTERM
-    assert "first" in done.stdout
-    assert "second" not in done.stdout
-
-
-def after_hangup(ignored: bool) -> subprocess.CompletedProcess:
-    """A run that is sent SIGHUP, as its session's end does it, and nohup or not before."""
-    code = (
-        "import os, signal, sys; from types import SimpleNamespace; from training import interruptions\n"
-        "alone = SimpleNamespace(is_main=True, world_size=1)\n"
-        "run = SimpleNamespace(processes=alone, broken=lambda: 0, unfinished=list)\n"
-        "run.epochs_done = run.step = 1; folder = SimpleNamespace(save_unfinished=lambda *_: print('saved'))\n"
-        "folder.collect = lambda wait=False: True\n"
-        f"signal.signal(signal.SIGHUP, signal.{'SIG_IGN' if ignored else 'SIG_DFL'})\n"
-        "try:\n"
-        "    with interruptions.Watch(run, folder, 0) as watch:\n"
-        "        os.kill(os.getpid(), signal.SIGHUP); watch.between_steps(); print('next step')\n"
-        "except interruptions.Stopped as stop: sys.exit(stop.code)\n"
-    )
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+def test_a_second_signal_ends_the_process_at_once(monkeypatch):
+    now, killed, before = [0.0], [], handlers()
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(os, "kill", lambda *args: killed.append(args))
+    with watch():
+        assert not {*before.values()} & {*handlers().values()}
+        for now[0], by_default in ((0, False), (1.9, False), (2.1, True)):  # at once it is the same one by another way
+            signal.raise_signal(signal.SIGTERM)
+            assert (killed == [(os.getpid(), signal.SIGTERM)]) is by_default
+            assert (signal.getsignal(signal.SIGTERM) == signal.SIG_DFL) is by_default
+    assert handlers() == before
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no sessions")
-def test_the_end_of_a_session_saves_unless_the_run_was_started_to_outlive_it():
-    done = after_hangup(ignored=False)
-    assert (done.returncode, "saved" in done.stdout, "next step" in done.stdout) == (128 + signal.SIGHUP, True, False)
-    done = after_hangup(ignored=True)
-    assert (done.returncode, done.stdout) == (0, "next step\n")
+def test_a_run_that_nohup_started_outlives_its_session():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with watch() as watching:
+        signal.raise_signal(signal.SIGHUP)
+        watching.between_steps()
 
 
-def in_a_thread(work) -> list:
-    results = []
-    thread = threading.Thread(target=lambda: results.append(work()))
+def test_in_a_thread_another_processs_signal_stops_the_run(monkeypatch):
+    before, codes = handlers(), []
+
+    def training() -> None:
+        try:
+            with watch() as watching:
+                watching.between_steps()
+                monkeypatch.setattr(interruptions, "all_reduce_max_async", lambda _: lambda: [signal.SIGTERM, 0, 0])
+                watching.between_steps()
+        except Stopped as stop:
+            codes.append(stop.code)
+
+    thread = threading.Thread(target=training)
     thread.start()
     thread.join()
-    return results
-
-
-def test_in_a_thread_there_are_no_signals_and_another_processs_still_stops_it(monkeypatch):
-    before = {n: signal.getsignal(n) for n in interruptions.SIGNALS}
-
-    def stopped() -> int:
-        try:
-            with Watch(run(), Folder(), 0) as watch:
-                watch.between_steps()
-                monkeypatch.setattr(interruptions, "ask_largest", lambda _: lambda: [signal.SIGTERM, 0, 0])
-                watch.between_steps()
-        except Stopped as stop:
-            return stop.code
-        return 0
-
-    assert in_a_thread(stopped) == [128 + signal.SIGTERM]
-    assert {n: signal.getsignal(n) for n in interruptions.SIGNALS} == before
+    assert codes == [128 + signal.SIGTERM]
+    assert handlers() == before
 
 
 def test_a_checkpoint_is_due_by_the_clock_and_sooner_after_a_failure(monkeypatch):
-    now = [0]
+    now, folder = [0], Folder(False)
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    folder = Folder((False, True, True))
-    for watch in (Watch(run(), folder, 15), Watch(run(), folder, 0)):
-        for now[0] in (899, 900, 910, 969, 970, 1869, 1870):  # the failure is told at 910
-            watch.between_steps()
+    for watching in (watch(folder=folder, minutes=15), watch(folder=folder)):
+        for now[0] in (899, 900, 910, 969, 970, 1869, 1870):  # the failure is reported at 910
+            watching.between_steps()
     assert folder.saves == [900, 970, 1870]
 
 
-def test_ten_broken_steps_in_a_row_are_too_many():
-    Watch(run(broken=9), Folder(), 0).between_steps()
+def test_ten_skipped_steps_in_a_row_are_too_many():
+    watch(skipped=9).between_steps()
     with pytest.raises(BrokenNumbersError, match=r"10 steps in a row.*no checkpoint yet"):
-        Watch(run(broken=10), Folder(), 0).between_steps()
+        watch(skipped=10).between_steps()
 
 
-def test_of_several_processes_none_waits_for_an_answer_before_its_next_step(monkeypatch):
-    several, talk = run(), []
-    several.processes = Processes(torch.device("cpu"), world_size=2)
-    answers = iter([[0, 0, 0], [signal.SIGTERM, 0, 0]])
+def test_no_process_waits_for_the_others_before_its_next_step(monkeypatch):
+    talk, answers = [], iter([[0, 0, 0], [signal.SIGTERM, 0, 0]])
 
     def ask(numbers: list[int]):
         talk.append("asked")
         return lambda: talk.append("answered") or next(answers)
 
-    monkeypatch.setattr(interruptions, "ask_largest", ask)
-    with pytest.raises(Stopped), Watch(several, Folder(), 0) as watch:  # noqa: PT012
-        watch.between_steps()
+    monkeypatch.setattr(interruptions, "all_reduce_max_async", ask)
+    with pytest.raises(Stopped), watch(world_size=2) as watching:  # noqa: PT012
+        watching.between_steps()
         assert talk == ["asked"]
-        watch.between_steps()
+        watching.between_steps()
         assert talk == ["asked", "answered", "asked"]
-        watch.after_steps()  # an epoch's last: it is answered before the next thing begins
+        watching.after_steps()  # an epoch's last: it is answered before the next thing begins
     assert talk == ["asked", "answered", "asked", "answered"]
-    watch.after_steps()  # and once
+    watching.after_steps()  # and once
     assert talk[-2:] == ["asked", "answered"]

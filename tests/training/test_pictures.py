@@ -1,26 +1,82 @@
-"""The pictures of a run, pixel by pixel."""
+"""The pictures of a run: curves of any history, and photos pixel by pixel."""
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+from unittest.mock import Mock
+
 import cv2
+import matplotlib
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
-from training.pictures import on_checkerboard, save_sheet
+from training import pictures
+from utils import UserError
+
+
+def history(*ious: float, lrs: tuple[float, ...] = (), loss: float = 1.0, **more: float) -> list[dict]:
+    """Returns an epoch for each value of the validation's IoU; its global IoU is the opposite."""
+    same = {f"{split}_{name}": loss for split in ("train", "val") for name in ("loss", "colour_loss", "bce_loss")}
+    same |= {"train_iou": 0.5, "train_dice": 0.5, "decoder_learning_rate": 1e-3}
+    scores = [{"val_iou": iou, "val_dice": iou, "val_global_iou": 1 - iou} for iou in ious]
+    rates = lrs or [1e-4] * len(ious)
+    return [{"epoch": n + 1, **same, **scores[n], "learning_rate": rates[n], **more} for n in range(len(ious))]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [history(0.5), history(0.1, math.nan, 0.3, lrs=(1e-4, 0.0, 1e-4)), history(math.nan, math.nan, loss=math.inf),
+     history(*[0.0] * 40, loss=0.0), history(0.1) + history(0.2, 0.2, val_new_loss=0.1)[1:]],  # a term added later
+)  # fmt: skip
+def test_any_history_becomes_a_picture_without_the_users_configuration(rows, tmp_path, recwarn):
+    with matplotlib.rc_context({"figure.facecolor": "red"}):
+        pictures.save_curves(rows, tmp_path / "curves.png")
+        assert matplotlib.rcParams["figure.facecolor"] == "red"
+    picture = cv2.imread(str(tmp_path / "curves.png"))
+    assert picture.shape == (1125, 1650, 3)
+    assert (picture[0, 0] == 255).all()
+    assert len({tuple(colour) for colour in picture[::5, ::5].reshape(-1, 3).tolist()}) > 10
+    assert not recwarn
+
+
+@pytest.mark.parametrize(
+    ("metric", "best", "title"),
+    [("iou", (2, 0.4), "best epoch by validation IoU: 2 of 5 (IoU 0.400, Dice 0.400)"),
+     ("global_iou", (3, 0.9), "best epoch by validation global IoU: 3 of 5 (IoU 0.100, Dice 0.100, global IoU 0.900)")],
+)  # fmt: skip
+def test_the_best_epoch_by_a_metric_and_restarts_are_marked(metric, best, title):
+    rows = history(math.nan, 0.4, 0.1, 0.4, 0.2, lrs=(3e-4, 1e-4, 3e-4, 2e-4, 2e-4))
+    figure = Figure()
+    pictures.draw_curves(figure, rows, metric)
+    assert pictures.best_row(rows, metric)["epoch"] == best[0]
+    assert figure.get_suptitle() == title
+    lines = figure.axes[1].get_lines()
+    assert [line.get_xydata().tolist() for line in lines if line.get_marker() == "*"] == [[[*best]]]
+    assert [line.get_xdata()[0] for line in lines if len(line.get_xdata()) == 2] == [best[0], 2]  # after which it rose
+
+
+def test_curves_that_cannot_be_drawn_or_written_leave_the_picture_before(tmp_path, monkeypatch):
+    path = tmp_path / "curves.png"
+    path.write_bytes(b"before")
+    with pytest.raises(FileNotFoundError):
+        pictures.save_curves(history(0.5), tmp_path / "absent" / "curves.png")
+    monkeypatch.setattr(pictures, "draw_curves", Mock(side_effect=RuntimeError("no such font\nat all")))
+    with pytest.raises(UserError, match=r"curves.png cannot be drawn: no such font$"):
+        pictures.save_curves(history(0.5), path)
+    assert path.read_bytes() == b"before"
+    assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
+
 
 SIDE, GAP, HEAD = 32, 4, 24  # pixels
 
 
-def preview(tmp_path, targets: torch.Tensor, predictions: torch.Tensor) -> np.ndarray:
-    save_sheet(targets, predictions, tmp_path / "preview.png")
-    return cv2.imread(str(tmp_path / "preview.png"), cv2.IMREAD_UNCHANGED)[..., ::-1]
-
-
-def cell(sheet: np.ndarray, line: int, column: str) -> np.ndarray:
-    left = ["photo", "truth", "prediction", "cutout"].index(column) * (SIDE + GAP)
-    top = HEAD + line * (SIDE + GAP)
-    return sheet[top : top + SIDE, left : left + SIDE]
+def cell(path: Path, row: int, column: int) -> np.ndarray:
+    """Returns a picture of a sheet, RGB."""
+    top, left = HEAD + row * (SIDE + GAP), column * (SIDE + GAP)
+    return cv2.imread(str(path))[top : top + SIDE, left : left + SIDE, ::-1]
 
 
 def rgba(alpha, colour=(1.0, 0.0, 0.0)) -> torch.Tensor:
@@ -29,49 +85,42 @@ def rgba(alpha, colour=(1.0, 0.0, 0.0)) -> torch.Tensor:
     return picture
 
 
-def test_preview_shows_photo_and_mask_as_they_are(tmp_path):
+def test_a_sheet_shows_photo_truth_alpha_and_cutout_in_rows(tmp_path):
     mask = torch.zeros(SIDE, SIDE)
     mask[5:20, 8:11] = 1
-    targets = torch.stack([rgba(mask), rgba(1.0, (0.0, 0.2, 1.0))])
-    sheet = preview(tmp_path, targets, targets.flip(0))
-    assert sheet.shape == (HEAD + 2 * (SIDE + GAP), 4 * (SIDE + GAP), 3)
-    assert (cell(sheet, 0, "photo") == (255, 0, 0)).all()
-    assert (cell(sheet, 1, "photo") == (0, 51, 255)).all()
-    assert np.array_equal(cell(sheet, 0, "truth"), np.repeat(mask.numpy()[..., None] * 255, 3, axis=2))
-    assert (cell(sheet, 1, "truth") == 255).all()
-    assert (cell(sheet, 0, "prediction") == 255).all()
+    ramp = torch.linspace(0, 1, SIDE).expand(SIDE, SIDE)  # neither stretched nor thresholded
+    targets, path = torch.stack([rgba(mask), rgba(1.0, (0.0, 0.2, 1.0))]), tmp_path / "sheet.png"
+    pictures.save_sheet(targets, torch.stack([rgba(0.3), rgba(ramp)]), path)
+    assert cv2.imread(str(path)).shape == (HEAD + 2 * (SIDE + GAP), 4 * (SIDE + GAP), 3)
+    assert (cell(path, 0, 0) == (255, 0, 0)).all()
+    assert (cell(path, 1, 0) == (0, 51, 255)).all()
+    assert np.array_equal(cell(path, 0, 1), np.repeat(mask.numpy()[..., None] * 255, 3, axis=2))
+    assert set(cell(path, 0, 2).ravel().tolist()) <= {76, 77}
+    assert np.abs(cell(path, 1, 2)[..., 0] - np.linspace(0, 255, SIDE)).max() <= 0.51
+    assert (cell(path, 1, 3)[:, -1] == (255, 0, 0)).all()  # the prediction's colours
+    pictures.save_sheet(targets, targets, path, ("first", "second"))
+    labelled = cv2.imread(str(path))
+    assert labelled.shape[0] == HEAD + 2 * (HEAD + SIDE + GAP)
+    assert (labelled[2 * HEAD :][:SIDE, :SIDE] == (0, 0, 255)).all()  # the first photo, BGR
 
 
-@pytest.mark.parametrize(("alpha", "grey"), [(0.0, {0}), (0.3, {76, 77}), (0.6, {153}), (1.0, {255})])
-def test_the_predicted_alpha_is_not_stretched(alpha, grey, tmp_path):
-    dark = (0.1, 0.0, 0.0)  # so that nothing but the alpha is bright
-    shown = cell(preview(tmp_path, rgba(1.0)[None], rgba(alpha, dark)[None]), 0, "prediction")
-    assert set(shown.ravel().tolist()) <= grey
+def test_a_cutout_lies_on_a_checkerboard():
+    # By hand: 128 / 255 of the colour and 127 / 255 of the ground, 255 or 204.
+    cases = (0, 255, 204), (255, (200, 100, 0), (200, 100, 0)), (128, (227, 177, 127), (202, 152, 102))
+    for alpha, *expected in cases:
+        shown = pictures.on_checkerboard(np.full((16, 16, 4), (200, 100, 0, alpha), np.uint8))
+        for row, column in np.ndindex(2, 2):
+            assert (shown[8 * row :, 8 * column :][:8, :8] == expected[row != column]).all()
 
 
-def test_the_predicted_alpha_is_not_thresholded(tmp_path):
-    ramp = torch.linspace(0, 1, SIDE).expand(SIDE, SIDE)
-    shown = cell(preview(tmp_path, rgba(1.0)[None], rgba(ramp)[None]), 0, "prediction")
-    assert np.abs(shown[0, :, 0] - np.linspace(0, 255, SIDE)).max() <= 0.51
+def test_a_preview_is_of_the_same_few_photos_and_in_eval_mode():
+    class Inverted(torch.nn.Module):
+        def predict(self, images: torch.Tensor) -> torch.Tensor:
+            assert not self.training
+            return torch.cat([1 - images, images[:, :1]], dim=1)
 
-
-def test_the_cutout_lies_on_a_checkerboard(tmp_path):
-    picture = np.zeros((16, 16, 4), np.uint8)
-    picture[..., :3] = (200, 100, 0)
-    # By hand, on white (255) and on grey (204): 128 / 255 of the colour and 127 / 255 of the ground.
-    by_hand = {
-        0: ((255, 255, 255), (204, 204, 204)),
-        255: ((200, 100, 0), (200, 100, 0)),
-        128: ((227, 177, 127), (202, 152, 102)),
-    }
-    for alpha, (on_white, on_grey) in by_hand.items():
-        picture[..., 3] = alpha
-        shown = on_checkerboard(picture)
-        assert (shown[:8, :8] == on_white).all()
-        assert (shown[8:, 8:] == on_white).all()
-        assert (shown[:8, 8:] == on_grey).all()
-        assert (shown[8:, :8] == on_grey).all()
-    cutout = cell(preview(tmp_path, rgba(1.0)[None], rgba(0.0)[None]), 0, "cutout")
-    assert set(cutout.ravel().tolist()) == {204, 255}
-    own = cell(preview(tmp_path, rgba(1.0, (0.0, 0.0, 1.0))[None], rgba(1.0)[None]), 0, "cutout")
-    assert (own == (255, 0, 0)).all()  # the prediction's colours
+    photos = [torch.full((4, 32, 32), number, dtype=torch.uint8) for number in range(51)]
+    targets, predictions = pictures.preview(Inverted(), photos, torch.device("cpu"), None)
+    assert (targets[:, :, 0, 0] * 255).tolist() == [[number] * 4 for number in (0, 10, 20, 30, 40, 50)]
+    assert torch.equal(predictions[:, :3], 1 - targets[:, :3])
+    assert len(pictures.preview(Inverted(), photos[:2], torch.device("cpu"), None)[0]) == 2

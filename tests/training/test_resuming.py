@@ -1,4 +1,4 @@
-"""Whose setting counts when a run goes on: the checkpoint's, or one that was typed, or none of both."""
+"""Where a run starts from: whose settings count when it is resumed, and what --start-from takes from a file."""
 
 from __future__ import annotations
 
@@ -6,86 +6,187 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
+from tiny_runs import ALONE, command_error, small
+from torch import nn
 
+import trainer
+from models import CheckpointError, UNetAutoencoder
 from trainer import Config
-from training.resuming import ResumeError, described, settings_to_go_on_with
+from training import checkpoints, run_info
+from training.resuming import ResumeError, find_checkpoint, merge_settings, resume_message
 
 DEFAULTS = dataclasses.asdict(Config())
 
 
-def found(**config: object) -> tuple[Path, dict]:
+def checkpoint(**config: object) -> tuple[Path, dict]:
     content = {"config": DEFAULTS | config, "epoch": 3, "step": 0, "world_size": 1}
     return Path("last.pth"), content
 
 
-def go_on(before: dict, typed: dict, **in_the_file: object) -> dict:
+# --- settings of a resumed run ----------------------------------------------------------------------------
+
+
+def resumed(before: dict, explicit: dict, **in_the_file: object) -> dict:
     """The settings that differ from the defaults."""
-    now = settings_to_go_on_with(found(**before), DEFAULTS | in_the_file | typed, typed)
+    now = merge_settings(checkpoint(**before), DEFAULTS | in_the_file | explicit, explicit)
     assert now.keys() == DEFAULTS.keys()
     return {name: value for name, value in now.items() if value != DEFAULTS[name]}
 
 
-def test_all_is_as_the_checkpoint_has_it_whatever_the_file_says():
-    before = {"encoder": "resnet18", "image_size": 64, "num_workers": 3, "learning_rate": 1.0, "cache": True, "seed": 4}
-    assert go_on(before, {}) == before
-    assert go_on(before, {}, encoder="resnet50", learning_rate=2.0, batch_size=8) == before
-
-
-def test_what_is_typed_is_a_change_a_default_too():
-    before = {"num_workers": 3, "batch_size": 8, "learning_rate": 1.0}
-    assert go_on(before, {"num_workers": DEFAULTS["num_workers"], "batch_size": 4}) == {
-        "batch_size": 4, "learning_rate": 1.0}  # fmt: skip
-    harmless = {"learning_rate": 0.5, "decoder_rate": 3.0, "weight_decay": 0.1, "num_epochs": 7, "amp": False}
-    assert go_on({}, harmless) == harmless
-
-
-def test_where_it_writes_and_on_which_device_is_this_starts():
-    before = {"checkpoint_dir": "there", "run_name": "first", "device": "cuda:7", "resume": "a.pth"}
-    assert go_on(before, {}) == {}
-    assert go_on(before, {"run_name": "second"}, device="cpu") == {"run_name": "second", "device": "cpu"}
-
-
-def test_what_counted_at_the_beginning_stays():
-    before = {"pretrained": False, "start_from": "a.pth", "encoder_weights": ""}
-    assert go_on(before, {"pretrained": True, "start_from": "box", "encoder_weights": "b"}) == {
-        "pretrained": False, "start_from": "a.pth"}  # fmt: skip
-
-
-def test_data_that_have_moved_are_named_by_one_of_their_flags():
-    single = {"annotations": "a.json", "photos": "photos"}
-    assert go_on({"data_root": "a"}, {}, data_root="b") == {"data_root": "a"}
-    assert go_on({"data_root": "a"}, {"data_root": "b"}) == {"data_root": "b"}
-    assert go_on(single, {}) == single
-    assert go_on(single, {"annotations": "b.json", "photos": "c"}) == {"annotations": "b.json", "photos": "c"}
-    assert go_on(single, {"data_root": "b"}) == {"data_root": "b"}
-
-
-def test_all_that_cannot_change_is_refused_at_once_with_both_values():
-    typed = {"encoder": "resnet18", "image_size": 64, "seed": 1, "sample": True, "num_workers": 1, "accumulate": 2}
-    with pytest.raises(ResumeError) as caught:
-        go_on({"image_size": 128}, typed)
-    assert str(caught.value) == (
-        "last.pth was trained with --encoder resnet34, --image-size 128, --sample False, --seed 0, --accumulate 1 "
-        "and cannot go on with resnet18, 64, True, 1, 2")  # fmt: skip
+SINGLE = {"annotations": "a.json", "photos": "photos"}
+FOUND = {"encoder": "resnet18", "num_workers": 3, "learning_rate": 1.0, "cache": True, "seed": 4}
+HARMLESS = {"learning_rate": 0.5, "decoder_lr_mult": 3.0, "weight_decay": 0.1, "num_epochs": 7, "precision": "float32",
+            "best_metric": "dice"}  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("before", "now", "refused"),
-    [({}, 1.0, True), ({"decoder_rate": 1.0}, 2.0, True), ({}, 2.0, False), ({"pretrained": False}, 1.0, False)],
-)
-def test_a_rate_of_its_own_is_not_taken_from_the_decoder_nor_given_to_it(before, now, refused):
-    if refused:
-        with pytest.raises(ResumeError, match="--decoder-rate"):
-            go_on(before, {"decoder_rate": now})
-    else:
-        assert go_on(before, {"decoder_rate": now})["decoder_rate"] == now
+    ("before", "explicit", "in_the_file", "now"),
+    [
+        (FOUND, {}, {"encoder": "resnet50", "learning_rate": 2.0, "batch_size": 8}, FOUND),
+        ({}, HARMLESS, {}, HARMLESS),
+        (FOUND, {"num_workers": 12, "cache": False}, {}, {"encoder": "resnet18", "learning_rate": 1.0, "seed": 4}),
+        # the folder and the device are this start's, the first weights the checkpoint's
+        ({"checkpoint_dir": "there", "run_name": "a", "device": "cuda:7", "resume": "a.pth"}, {"run_name": "b"},
+         {"device": "cpu"}, {"run_name": "b", "device": "cpu"}),
+        ({"pretrained": False, "start_from": "a.pth"}, {"pretrained": True, "start_from": "b", "encoder_weights": "b"},
+         {}, {"pretrained": False, "start_from": "a.pth"}),
+        # one flag of the data stands for all
+        ({"data_root": "a"}, {}, {"data_root": "b"}, {"data_root": "a"}),
+        ({"data_root": "a"}, {"data_root": "b"}, {}, {"data_root": "b"}),
+        (SINGLE, {}, {}, SINGLE), (SINGLE, {"data_root": "b"}, {}, {"data_root": "b"}),
+        # without parameter groups of their own the decoder's learning rate is no matter
+        ({"pretrained": False}, {"decoder_lr_mult": 1.0}, {}, {"pretrained": False, "decoder_lr_mult": 1.0}),
+    ],
+)  # fmt: skip
+def test_settings_are_the_checkpoints_except_explicit_flags(before, explicit, in_the_file, now):
+    assert resumed(before, explicit, **in_the_file) == now
 
 
-def test_it_says_what_has_changed_and_what_has_not_though_the_file_says_so():
+def test_all_settings_that_cannot_change_are_refused_at_once():
+    explicit = {"encoder": "resnet18", "image_size": 64, "seed": 1, "sample": True, "num_workers": 1,
+                "grad_accum_steps": 2}  # fmt: skip
+    with pytest.raises(ResumeError) as refusal:
+        resumed({"image_size": 128}, explicit)
+    assert str(refusal.value) == (
+        "last.pth was trained with --encoder resnet34, --image-size 128, --sample False, --seed 0, "
+        "--grad-accum-steps 1 and cannot go on with resnet18, 64, True, 1, 2")  # fmt: skip
+
+
+@pytest.mark.parametrize(("before", "now"), [(10.0, 1.0), (1.0, 2.0)])
+def test_the_number_of_parameter_groups_cannot_change(before, now):
+    with pytest.raises(ResumeError, match="--decoder-lr-mult"):
+        resumed({"decoder_lr_mult": before}, {"decoder_lr_mult": now})
+
+
+def test_the_message_names_changes_and_defaults_that_do_not_apply():
     file = DEFAULTS | {"num_workers": 1, "learning_rate": 0.5, "checkpoint_dir": "b"}
-    start = found(encoder="resnet18", pretrained=False)
-    now = settings_to_go_on_with(start, file, ["num_workers"])
-    assert described(start, now, file, 1) == (
-        "going on from last.pth, after epoch 3, num_workers 12 is now 1, checkpoint_dir checkpoints is now b; "
+    start = checkpoint(encoder="resnet18", pretrained=False)
+    now = merge_settings(start, file, ["num_workers"])
+    start[1]["step"] = 7
+    assert resume_message(start, now, file, world_size=2) == (
+        "going on from last.pth, after epoch 3, step 7, num_workers 12 is now 1, checkpoint_dir checkpoints is now b, "
+        "processes 1 is now 2 (so not bit for bit the run that it would have been); "
         "from the checkpoint, and not from the defaults: encoder resnet18 (resnet34), "
         "learning_rate 0.0001 (0.5)")  # fmt: skip
+
+
+@pytest.mark.parametrize("resume", ["", "newest"])
+def test_without_a_checkpoint_a_run_begins(resume, tmp_path, capsys):
+    assert find_checkpoint(tmp_path, resume, DEFAULTS) is None
+    assert bool(resume) == ("nothing to resume in" in capsys.readouterr().out)
+
+
+# --- --start-from -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A model of resnet18 without attention gates at 64 pixels."""
+    path = tmp_path_factory.mktemp("trained") / "best_model.pth"
+    config = {"encoder": "resnet18", "use_attention": False, "image_size": 64}
+    torch.manual_seed(1)
+    model = UNetAutoencoder("resnet18", pretrained=False, use_attention=False)
+    checkpoints.save({"epoch": 1, "config": config, "model": model.state_dict(), "metrics": {}}, path)
+    return path
+
+
+def start(*arguments: object) -> trainer.Run:
+    config, _ = trainer.parse([*map(str, arguments), "--device", "cpu"])
+    return trainer.start_run(config, ALONE)
+
+
+def test_a_run_starts_from_trained_weights_and_their_settings(trained):
+    run, content = start("--start-from", trained), torch.load(trained, weights_only=True)
+    settings = run.settings
+    assert (settings["encoder"], settings["use_attention"], settings["image_size"]) == ("resnet18", False, 64)
+    assert (settings["num_epochs"], settings["batch_size"], settings["seed"]) == (100, 32, 0)
+    weights = run.model.state_dict()
+    assert weights.keys() == content["model"].keys()
+    assert all(torch.equal(weights[name], value) for name, value in content["model"].items())
+    assert (run.epochs_done, run.step, run.history, {**run.optimizer.state}) == (0, 0, [], {})
+    assert run.scheduler.base_lrs == [1e-4]  # nothing starts from random values
+    assert trainer.parse(["--start-from", str(trained), "--image-size", "96"])[0].image_size == 96
+
+
+def test_the_bundled_models_weights_may_be_half_precision(trained, monkeypatch, tmp_path):
+    content = torch.load(trained, weights_only=True)
+    halved = {name: value.half() if value.is_floating_point() else value for name, value in content["model"].items()}
+    checkpoints.save({**content, "model": halved}, tmp_path / "bundled.pth")
+    monkeypatch.setattr(trainer, "BUNDLED", tmp_path / "bundled.pth")
+    run = start("--start-from", "bundled")
+    assert all(torch.equal(run.model.state_dict()[name].to(value.dtype), value) for name, value in halved.items())
+    assert all(parameter.dtype == torch.float32 for parameter in run.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "whole_model", "learning", "note"),
+    [(15, True, set(), ", its BatchNorm statistics frozen"),
+     (15, False, {"decoder"}, ", the encoder's BatchNorm statistics frozen"),  # with ImageNet's weights
+     (16, True, {"decoder", "encoder"}, "")],
+)  # fmt: skip
+def test_pretrained_batchnorm_is_frozen_for_small_batches(batch_size, whole_model, learning, note, trained):
+    run = start("--start-from", trained, "--batch-size", batch_size)
+    run.settings["start_from"] *= whole_model
+    assert run_info.frozen_bn_note(run) == note
+    run.begin_epoch()
+    norms = {name: layer for name, layer in run.model.named_modules() if isinstance(layer, nn.BatchNorm2d)}
+    assert {name.split(".")[0] for name, layer in norms.items() if layer.training} == learning
+    assert run.model.encoder.training  # dropout and the like are as ever
+    assert not start("--no-pretrained", "--batch-size", "2", "--encoder", "resnet18").frozen_bn
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_resume_needs_no_file_that_the_run_began_with(coco_root, tmp_path):
+    settings = small(coco_root, tmp_path / "run", num_epochs=1)
+    trainer.main(settings)
+    now = dataclasses.replace(settings, pretrained=True, start_from=str(tmp_path / "gone.pth"), resume="newest")
+    with trainer.RunFolder(tmp_path / "run", 0) as folder:
+        config, found = trainer.resuming.find_start(now, trainer.FIELDS, ALONE, folder)
+    run = trainer.start_run(config, ALONE, found)
+    assert (run.settings["pretrained"], run.settings["start_from"]) == (False, "")
+    assert (run.scheduler.base_lrs, run.frozen_bn, run.epochs_done) == ([1e-4], False, 1)
+    weights = run.model.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in found[1]["model"].items())
+
+
+@pytest.mark.parametrize("flags", [["--encoder", "resnet34"], ["--use-attention"]])
+def test_weights_of_another_model_are_refused_in_one_line(flags, trained):
+    line = f"^the weights in {trained} are those of resnet18 without attention gates: another --encoder.*$"
+    with pytest.raises(CheckpointError, match=line):
+        start("--start-from", trained, *flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ("--start-from=none.pth --checkpoint-dir={folder}/run", "there is no checkpoint none.pth"),
+        ("--start-from={folder}/a.pth", "a.pth is damaged or no checkpoint"),
+        ("--start-from={trained} --checkpoint-dir={trained.parent}", "lies in the run's own folder"),
+        ("--start-from={trained} --encoder-weights=a.pth", "--encoder-weights and --start-from both name"),
+    ],
+)
+def test_a_file_that_cannot_be_started_from_is_refused(flags, line, trained, coco_root, tmp_path, capsys):
+    (tmp_path / "a.pth").touch()
+    arguments = f"--data-root={coco_root} --device=cpu --num-workers=0 {flags.format(folder=tmp_path, trained=trained)}"
+    assert line in command_error(capsys, *arguments.split())

@@ -1,15 +1,20 @@
-"""A dataclass as a command line, in every form in which people write and edit one."""
+"""A dataclass as a command line, in every form in which people write and edit one; the choices of a run's settings."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import inspect
 import itertools
 import sys
 from pathlib import Path
 
 import pytest
 
-from training.settings import UsageError, described, read_settings, typed_in
+import trainer
+from training.command_line import UsageError
+from training.settings import field_help, read_settings
+from utils import LossCalculator
 
 COUNT = itertools.count()
 
@@ -27,32 +32,34 @@ def from_source(tmp_path: Path, *lines: str, future: bool = True) -> type:
     return module.Config
 
 
-def read(settings: type, *argv: str):
-    return read_settings(list(argv), settings, "A program.\n\nMore.", {}, {})
+def read(settings: type, *argv: str, **options: dict) -> tuple[object, set[str]]:
+    return read_settings([*argv], settings, "A program.\n\nMore.", **{"presets": {}, "special": {}, **options})
+
+
+def help_of(settings: type, capsys) -> str:
+    with pytest.raises(SystemExit) as stop:
+        read(settings, "--help")
+    assert stop.value.code == 0
+    return capsys.readouterr().out
 
 
 @pytest.mark.parametrize("future", [True, False])
 @pytest.mark.parametrize(
     ("line", "value", "comment"),
     [
-        ("size: int = 8  # pixels", 8, "pixels"), ("size: int = 8 # pixels", 8, "pixels"),
-        ("size: int=8 #pixels", 8, "pixels"), ("size: int = 8", 8, ""), ("size: int = 8.0  # pixels", 8, "pixels"),
-        ("size: int = (  # pixels\n        8\n    )", 8, "pixels"),
-        ("size: int = 2 * 4  # 50 % of it", 8, "50 % of it"),
-        ("size: float = 8  # metres", 8.0, "metres"), ("size: float = 1e3", 1000.0, ""),
+        ("size: int = 8  # pixels", 8, "pixels"), ("size: int=8 #pixels", 8, "pixels"), ("size: int = 8", 8, ""),
+        ("size: int = 8.0  # pixels", 8, "pixels"), ("size: int = (  # pixels\n        8\n    )", 8, "pixels"),
+        ("size: int = 2 * 4  # 50 % of it", 8, "50 % of it"), ("size: float = 8  # metres", 8.0, "metres"),
         ("size: str = Path('a') / 'b'  # a folder", "a/b", "a folder"),
-        ("size: str = '# no comment'", "# no comment", ""),
-        ("size: bool = True  # or not", True, "or not"), ("size: int = 1_000", 1000, ""),
+        ("size: str = '# no comment'", "# no comment", ""), ("size: bool = True  # or not", True, "or not"),
     ],
 )  # fmt: skip
-def test_a_default_may_be_written_as_python_takes_it(tmp_path, line, value, comment, future, capsys):
+def test_a_default_may_be_written_as_python_takes_it(line, value, comment, future, tmp_path, capsys):
     settings = from_source(tmp_path, line, future=future)
-    found = read(settings).size
-    assert (found, type(found)) == (value, type(value))
-    assert described(settings)["size"][1] == comment
-    with pytest.raises(SystemExit):
-        read(settings, "--help")
-    assert comment in " ".join(capsys.readouterr().out.split())
+    size = read(settings)[0].size
+    assert (size, type(size)) == (value, type(value))
+    assert field_help(settings)["size"][1] == comment
+    assert comment in " ".join(help_of(settings, capsys).split())
 
 
 @pytest.mark.parametrize(
@@ -62,52 +69,59 @@ def test_a_default_may_be_written_as_python_takes_it(tmp_path, line, value, comm
         ("size: int = True", "Config.size True int"), ("size: bool = 1", "Config.size 1 bool"),
         ("size: float = None", "Config.size None float"), ("size: str = 8", "Config.size 8 str"),
         ("size: int = 8,", "Config.size (8,) int"), ("size: list = None", "Config.size list bool, int, float, str"),
-        ("size = 8", "Config.size lost size: int"), ("size = 8,", "Config.size lost"),
-        ("size: int = float('inf')", "Config.size inf int"), ("size: float = 10**400", "Config.size float"),
+        ("size = 8", "Config.size lost size: int"), ("size: int = float('inf')", "Config.size inf int"),
+        ("size: float = 10**400", "Config.size float"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_gets_one_line(tmp_path, line, words):
-    with pytest.raises(UsageError) as caught:
+def test_a_default_that_cannot_be_gets_one_line(line, words, tmp_path):
+    with pytest.raises(UsageError) as refusal:
         read(from_source(tmp_path, "other: int = 1", line))
-    assert len(str(caught.value).splitlines()) == 1
-    for word in words.split():
-        assert word in str(caught.value)
+    assert len(str(refusal.value).splitlines()) == 1
+    assert all(word in str(refusal.value) for word in words.split())
 
 
-@pytest.mark.parametrize(
-    ("flag", "meant"),
-    [
-        ("--lr", "--learning-rate"), ("--bs", "--batch-size"), ("--epochs", "--num-epochs"),
-        ("--rate", "--learning-rate"),
-        ("--learning-rat", "--learning-rate"), ("--batchsize", "--batch-size"), ("--no-amq", "--no-amp"),
-        ("--epoch", "--num-epochs"), ("--learn", "--learning-rate"), ("--batches", "--batch-size"),
-        ("--size", None), ("--name", None), ("--gpus", None), ("--wandb", None),
-    ],
-)  # fmt: skip
-def test_an_unknown_flag_is_answered_with_the_one_that_was_meant_or_with_none(tmp_path, flag, meant):
-    numbers = ("learning_rate", "batch_size", "image_size", "num_epochs")
-    lines = [*(f"{name}: int = 1" for name in numbers), "amp: bool = True"]
-    with pytest.raises(UsageError) as caught:
-        read(from_source(tmp_path, *lines), f"{flag}=1")
-    assert str(caught.value).endswith(f"did you mean {meant}?" if meant else "--help lists them all")
-
-
-def test_what_is_typed_is_neither_a_default_nor_a_preset(tmp_path):
+def test_flags_override_presets_and_presets_the_defaults(tmp_path):
     settings = from_source(tmp_path, "size: int = 8", "batch_size: int = 4", "amp: bool = True", "file: str = ''")
-    special = {"file": {"nargs": "?", "const": "newest"}}
-    for arguments, names in (
-        ([], set()), (["--size", "8"], {"size"}), (["--batch_size=4", "--no-amp"], {"batch_size", "amp"}),
-        (["--file"], {"file"}), (["--amp", "--file=a"], {"amp", "file"}),
+    options = {"special": {"file": {"nargs": "?", "const": "newest"}},
+               "presets": {"file": lambda name: {"size": 1, "batch_size": len(name)}}}  # fmt: skip
+    for arguments, values, explicit in (
+        ([], (8, 4, True, ""), set()), (["--size", "8"], (8, 4, True, ""), {"size"}),
+        (["--batch_size=4", "--no-amp"], (8, 4, False, ""), {"batch_size", "amp"}),
+        (["--file"], (1, 6, True, "newest"), {"file"}), (["--file=a", "--size=2"], (2, 1, True, "a"), {"file", "size"}),
     ):  # fmt: skip
-        assert typed_in(arguments, settings, special) == names
+        read_values, names = read(settings, *arguments, **options)
+        assert (dataclasses.astuple(read_values), names) == (values, explicit)
 
 
-def test_help_is_in_groups(tmp_path, capsys):
+def test_help_is_in_groups_with_defaults(tmp_path, capsys):
     lines = ["# --- the data", "root: str = 'a'  # a folder", "# just a remark", "size: int = 8  # pixels"]
-    lines += ["# --- the run", "seed: int = 0"]
-    with pytest.raises(SystemExit):
-        read(from_source(tmp_path, *lines), "--help")
-    shown = capsys.readouterr().out
-    places = [shown.index(text) for text in ("the data:", "--root", "--size", "the run:", "--seed")]
-    assert places == sorted(places)
+    lines += ["# --- the run", "seed: int = 0", "file: str = ''  # of it", "device: str = 'cuda:{rank}'  # to train on"]
+    shown = help_of(from_source(tmp_path, *lines), capsys)
+    order = [shown.index(text) for text in ("the data:", "--root", "--size", "the run:", "--seed", "--device")]
+    assert order == sorted(order)
     assert "remark" not in shown
+    assert "pixels (default 8)" in shown
+    assert shown.rstrip().splitlines()[-1].endswith("to train on")
+
+
+# --- a run's settings -------------------------------------------------------------------------------------
+
+
+def test_help_of_the_trainer_lists_choices_and_no_empty_default(capsys):
+    with pytest.raises(SystemExit):
+        trainer.parse(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for choices in ("resnet18, resnet34, resnet50", "auto, float32, bfloat16; default auto",
+                    "iou, dice, global_iou, global_dice; default iou"):  # fmt: skip
+        assert choices in shown
+    assert "{local_rank}" not in shown
+    assert "()" not in shown
+    assert "(default )" not in shown
+
+
+def test_loss_weights_are_those_of_config_with_the_same_defaults():
+    parameters = inspect.signature(LossCalculator).parameters
+    settings = {name: value for name, value in vars(trainer.Config()).items() if name.endswith("_weight")}
+    assert {name: parameter.default for name, parameter in parameters.items()} == settings
+    assert {parameter.kind for parameter in parameters.values()} == {inspect.Parameter.KEYWORD_ONLY}
+    assert LossCalculator(**settings).weights == {n.removesuffix("_weight"): v for n, v in settings.items()}

@@ -1,0 +1,69 @@
+"""The structure of the project: what lies at the top level, and imports that run one way."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TOP_LEVEL = {
+    *("trainer.py", "evaluate.py", "predict.py", "datasets.py", "models.py", "utils.py"),
+    *("loading", "training", "cutting", "tools", "tests", "checkpoints"),
+    *("README.md", "README.es.md", "LICENSE", "requirements.txt", "requirements-dev.txt", "pyproject.toml"),
+}
+OPTIONAL = {"docs", "CONTRIBUTING.md", "CHANGELOG.md"}
+BELOW = {"datasets", "loading", "utils", "models"}
+ALLOWED = {  # what files of each package, or a file at the top level, may import from
+    "utils": set(),
+    "models": {"utils"},
+    "loading": {"loading", "utils", "models"},
+    "datasets": {"loading", "utils", "models"},
+    "cutting": {"cutting", *BELOW},
+    "training": {"training", *BELOW},
+    "evaluate": {"training", "cutting", *BELOW},
+    "predict": {"training", "cutting", *BELOW},
+    "trainer": {"training", "cutting", "tools", *BELOW},  # --sample draws the sample
+}
+FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/*.py")])
+SOURCES = [path for path in FILES if path.relative_to(ROOT).parts[0].removesuffix(".py") in ALLOWED]
+
+
+def imports_of(path: Path) -> set[str]:
+    """Returns the project's modules that a file imports, wherever in it and for whatever purpose."""
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names = {f"{node.module}.{name.name}" for name in node.names}
+            modules |= {name for name in names if (ROOT / (name.replace(".", "/") + ".py")).exists()} or {node.module}
+    return {name for name in modules if name.split(".")[0] in {*ALLOWED, "tools", "tests"}}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_imports_from_its_own_package_or_from_below(path):
+    package = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    assert {name.split(".")[0] for name in imports_of(path)} <= ALLOWED[package]
+
+
+def test_no_two_files_import_each_other():
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in SOURCES}
+    TopologicalSorter({name: imports_of(path) for name, path in names.items()}).prepare()  # raises on a cycle
+
+
+def test_no_package_knows_the_trainers_config():
+    for path in SOURCES:
+        if path.parent != ROOT:
+            imported = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+            assert "trainer" not in {node.module for node in imported}
+
+
+def test_the_top_level_is_the_designs():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("no clone of the repository")
+    assert {line.split("/")[0] for line in listed.stdout.splitlines() if line[0] != "."} - OPTIONAL == TOP_LEVEL

@@ -1,0 +1,66 @@
+"""The bundled model: half the size, the same masks, and nothing of the machine that made it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cutting.cutter import load
+from tools import make_bundled
+
+SECRET = "/home/somebody"
+
+
+@pytest.fixture
+def trained(small_checkpoint, tmp_path, monkeypatch):
+    """Writes a checkpoint with some paths in it, changed by a function."""
+    monkeypatch.setattr(make_bundled, "MAX_BYTES", 30_000_000)  # resnet18 is larger than what is bundled
+
+    def trained(change=lambda content: None) -> Path:
+        content = torch.load(small_checkpoint, weights_only=True)
+        content["config"] |= {"data_root": f"{SECRET}/coco", "checkpoint_dir": f"{SECRET}/run"}
+        change(content)
+        torch.save(content, tmp_path / "best_model.pth")
+        return tmp_path / "best_model.pth"
+
+    return trained
+
+
+def run(checkpoint: Path, *arguments: str) -> tuple[int, Path]:
+    output = checkpoint.with_name("bundled.pth")
+    return make_bundled.run_command(["make_bundled.py", str(checkpoint), "--output", str(output), *arguments]), output
+
+
+def test_it_cuts_like_the_trained_one_from_half_the_bytes(trained):
+    checkpoint = trained()
+    code, bundled = run(checkpoint)
+    assert code == 0
+    assert bundled.stat().st_size < 0.6 * checkpoint.stat().st_size
+    photo = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    alphas = [load(path, device="cpu").probabilities([photo])[0] for path in (checkpoint, bundled)]
+    assert np.abs(alphas[0] - alphas[1]).max() < 0.01
+    assert set(torch.load(bundled, weights_only=True)["config"]) == {"encoder", "use_attention", "image_size"}
+    assert SECRET.encode() not in bundled.read_bytes()
+    run(checkpoint, "--image-size", "96")
+    assert load(bundled, device="cpu").image_size == 96
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "words"),
+    [
+        (lambda content: None, ["--image-size", "9"], "an image size of 9 is out of range"),
+        (lambda content: next(iter(content["model"].values())).fill_(1e6), [], "beyond the range of float16"),
+        (lambda content: content["config"].update(sample=True), [], "trained on drawings"),
+        (lambda content: content["model"].update(more=torch.zeros(20_000_000)), [], "MB, more than 30"),
+    ],
+)
+def test_what_cannot_be_bundled_gets_one_line_and_no_file(trained, capsys, change, arguments, words):
+    code, bundled = run(trained(change), *arguments)
+    assert code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("make_bundled.py: error: ")
+    assert words in line
+    assert not bundled.exists()

@@ -1,0 +1,240 @@
+"""From a batch to the model's input, the precision, micro-batches that fit a memory, what DDP exchanges."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from models import UNetAutoencoder
+from training import batches
+from training.batches import find_micro_batches, split_micro_batches
+from utils import LaunchError, Processes
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+# --- a batch on the device --------------------------------------------------------------------------------
+
+
+def test_copy_paste_pastes_persons_of_the_preceding_sample():
+    batch = torch.randint(0, 256, (400, 4, 6, 5), dtype=torch.uint8)
+    batch[:, 3] = torch.randint(0, 2, (400, 6, 5)) * 255
+    changed = 0
+    for number, (before, after) in enumerate(zip(batch, batches.copy_paste(batch, 0.5), strict=True)):
+        expected = before.clone()
+        for y, x in (batch[number - 1, 3] == 255).nonzero().tolist():
+            expected[:, y, x] = batch[number - 1, :, y, x]
+        assert after.equal(before) or after.equal(expected)
+        changed += after.equal(expected)
+    assert 150 < changed < 250
+    assert batches.copy_paste(batch, 0) is batch
+    assert batches.copy_paste(batch[:1], 1).equal(batch[:1])
+
+
+def test_model_input_keeps_values_and_channels():
+    images, target = batches.to_model_input(torch.arange(256, dtype=torch.uint8).view(1, 4, 8, 8))
+    exact = np.arange(256, dtype=np.float32).reshape(1, 4, 8, 8) / np.float32(255)
+    assert target.dtype == images.dtype == torch.float32
+    assert np.array_equal(target.numpy(), exact)
+    assert np.array_equal(images.numpy(), exact[:, :3])
+
+
+def test_rng_is_seeded_by_all_numbers_in_order_and_on_no_other_device(monkeypatch):
+    def drawn(*numbers: int) -> float:
+        batches.seed_rng(CPU, *numbers)
+        return torch.rand(1, dtype=torch.float64).item()
+
+    seeded, module = [], SimpleNamespace(manual_seed=lambda seed: seeded.append(seed))
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("every GPU is seeded"))
+    monkeypatch.setattr(torch, "get_device_module", lambda device: {"cuda": module}[device.type])
+    triples = list(itertools.product(range(4), repeat=3))
+    assert drawn(1, 2, 3) == drawn(1, 2, 3)
+    assert len({drawn(*triple) for triple in triples}) == len(triples)
+    batches.seed_rng(torch.device("cuda:1"), 7)
+    assert len(seeded) == 1
+
+
+# --- precision --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "native", "dtype"),
+    [
+        (CUDA, "auto", True, torch.bfloat16), (CUDA, "auto", False, torch.float16), (CUDA, "float32", True, None),
+        (CUDA, "bfloat16", True, torch.bfloat16), (CPU, "auto", True, None), (CPU, "float32", True, None),
+        (CPU, "bfloat16", True, torch.bfloat16), (torch.device("mps"), "auto", False, None),
+        (CPU, "bfloat16", False, LaunchError), (CUDA, "bfloat16", False, LaunchError),  # it would be emulated
+    ],
+)  # fmt: skip
+def test_precision_is_what_was_asked_for_and_the_device_has(device, precision, native, dtype, monkeypatch):
+    monkeypatch.setattr(batches, "has_bfloat16", lambda _: native)
+    if dtype is LaunchError:
+        with pytest.raises(LaunchError, match=f"--precision bfloat16: {device}"):
+            batches.autocast_dtype(device, precision)
+    else:
+        assert batches.autocast_dtype(device, precision) == dtype
+
+
+@pytest.mark.parametrize(
+    ("flags", "has_it"),
+    [("fma avx512_bf16 sse2", True), ("amx_bf16 amx_tile", True), ("asimd bf16 i8mm", True), ("avx512f sse2", False)],
+)
+def test_a_device_says_whether_it_has_bfloat16(flags, has_it, monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda *_: f"flags : {flags}\n")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or has_it)
+    assert batches.has_bfloat16(CPU) is batches.has_bfloat16(CUDA) is has_it
+
+
+# --- gradient accumulation and micro-batches --------------------------------------------------------------
+
+
+def test_groups_take_every_batch_once():
+    assert list(batches.group_batches(iter("abcde"), 2)) == [["a", "b"], ["c", "d"], ["e"]]
+
+
+@pytest.mark.parametrize(("photos", "count", "sizes"), [(8, 1, [8]), (8, 4, [2, 2, 2, 2]), (8, 3, [3, 3, 2]),
+                                                        (5, 4, [2, 2, 1]), (2, 4, [2]), (8, 8, [1] * 8)])  # fmt: skip
+def test_micro_batches_are_even_and_a_short_batch_has_fewer(photos, count, sizes):
+    batch = torch.arange(photos)
+    split = split_micro_batches([batch, batch[:0], batch], count, batch_size=8)
+    assert list(map(len, split)) == 2 * sizes
+    assert torch.equal(torch.cat(split), torch.cat([batch, batch]))
+
+
+# What PyTorch makes of the answers of CUDA, cuBLAS, cuDNN and NCCL: those that name the memory, those that may mean it.
+NO_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    torch.AcceleratorError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    dist.DistBackendError("NCCL error in: NCCLUtils.cpp:94\nLast error:\nCuda failure 2 'out of memory'"),
+]  # fmt: skip
+MAYBE_NO_MEMORY = [
+    RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if"),
+    RuntimeError("GET was unable to find an engine to execute this computation"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+]
+NOT_OF_MEMORY = [
+    torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+    RuntimeError("Given groups=1, weight of size [4, 5, 1, 1], expected input to have 5 channels"),
+]
+
+
+class Cramped(nn.Conv2d):
+    """A model on a device that holds so many photos in the backward pass: the forward one has left its traces then."""
+
+    def __init__(self, room: int, error: Exception = NO_MEMORY[0]):
+        super().__init__(3, 4, 1)
+        self.norm, self.room, self.error, self.passes = nn.BatchNorm2d(3), room, error, 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        raw = super().forward(self.norm(images + 1))
+        raw.register_hook(lambda gradient: self.fill(len(gradient)))
+        return raw
+
+    def fill(self, photos: int) -> None:
+        self.passes += 1
+        if photos > self.room:
+            raise self.error
+
+
+@pytest.mark.parametrize(("room", "count"), [(10, 1), (9, 2), (5, 2), (4, 4), (3, 4), (2, 8), (1, 10)])
+def test_a_batch_is_halved_until_it_fits_and_the_model_stays(room, count):
+    model = Cramped(room)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert find_micro_batches(model, 10, 32, CPU, None) == count
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(weights.grad is None for weights in model.parameters())
+    assert max(map(len, split_micro_batches([torch.zeros(10), torch.zeros(3)], count, 10))) <= room
+
+
+def test_processes_agree_on_the_number_of_micro_batches(monkeypatch):
+    monkeypatch.setattr(batches, "all_reduce_max", lambda numbers: [8] if numbers in ([1], [2]) else numbers)
+    assert find_micro_batches(Cramped(4), 8, 32, CPU, None) == 8
+    with pytest.raises(LaunchError, match="--image-size"):  # another one has no room for a single photo
+        find_micro_batches(Cramped(7), 7, 32, CPU, None)
+
+
+@pytest.mark.parametrize("error", [*NO_MEMORY, *MAYBE_NO_MEMORY, *NOT_OF_MEMORY], ids=str)
+def test_a_full_gpu_is_known_by_the_words_of_every_library(error):
+    model = Cramped(2, error)
+    if error in NOT_OF_MEMORY:
+        with pytest.raises(RuntimeError) as caught:
+            find_micro_batches(model, 8, 32, CPU, None)
+        assert (caught.value, model.passes) == (error, 1)
+        return
+    assert find_micro_batches(model, 8, 32, CPU, None) == 4
+    with pytest.raises(LaunchError if error in NO_MEMORY else RuntimeError) as caught:
+        find_micro_batches(Cramped(0, error), 4, 64, CPU, None)
+    assert caught.value is error or "single photo of 64 pixels" in str(caught.value)
+
+
+def test_an_error_that_the_gpu_does_not_recover_from_is_raised(monkeypatch):
+    model = Cramped(2, RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"))
+    monkeypatch.setattr(torch.cuda, "synchronize", Mock(side_effect=NOT_OF_MEMORY[0]))
+    monkeypatch.setattr(torch, "zeros", lambda *size, real=torch.zeros, **kind: real(*size, **kind | {"device": CPU}))
+    monkeypatch.setattr(batches, "autocast", lambda *_: contextlib.nullcontext())
+    with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
+        find_micro_batches(model, 8, 32, CUDA, None)
+    assert model.passes == 1
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_memory_is_kept_for_nccl_beside_other_processes(several, monkeypatch):
+    made, alive, empty, model = [], [], torch.empty, Cramped(4)
+
+    def remembered(*size: int, **kind: object) -> Tensor:
+        tensor = empty(*size, **kind)
+        made.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(torch, "empty", remembered)
+    monkeypatch.setattr(dist, "is_initialized", lambda: several)
+    monkeypatch.setattr(model, "fill", lambda _: alive.append(sum(t().nbytes for t in made if t() is not None)))
+    assert batches.try_step(model, 4, 32, CPU, None)
+    assert alive == [batches.NCCL_RESERVE * several]
+
+
+# --- several processes ------------------------------------------------------------------------------------
+
+
+def test_buffers_are_broadcast_once_from_rank_0(monkeypatch):
+    model, other, sent = nn.BatchNorm1d(2), nn.BatchNorm1d(2), []
+    batches.broadcast_buffers(model)  # alone
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "broadcast", lambda buffer, src: sent.append((id(buffer), src)))
+    batches.broadcast_buffers(model, model, other)
+    assert sent == [(id(buffer), 0) for module in (model, other) for buffer in module.buffers()]
+
+
+@pytest.mark.parametrize(
+    ("device", "world_size", "photos", "size", "needed"),
+    [
+        ("cuda", 2, 4, 384, True), ("cuda", 1, 4, 384, False), ("cpu", 2, 4, 384, False), ("cuda", 2, 32, 384, False),
+        ("cuda", 2, 16, 224, False), ("cuda", 2, 15, 224, True), ("cuda", 2, 32, 128, True),
+        ("cuda", 2, 1, 4096, False),
+    ],
+)  # fmt: skip
+def test_small_batches_of_gpus_need_a_common_batchnorm(device, world_size, photos, size, needed):
+    processes = Processes(torch.device(device), world_size=world_size)
+    assert batches.needs_sync_batchnorm(processes, photos, size) is needed
+
+
+def test_batchnorm_has_the_fewest_values_at_a_32nd_of_the_side(monkeypatch):
+    model, values = UNetAutoencoder("mobilenet_v2", pretrained=False), []
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.register_forward_pre_hook(lambda _, inputs: values.append(inputs[0].numel() // inputs[0].shape[1]))
+    model(torch.zeros(2, 3, 70, 70))
+    for few, needed in ((min(values), False), (min(values) + 1, True)):
+        monkeypatch.setattr(batches, "MIN_BN_VALUES", few)
+        assert batches.needs_sync_batchnorm(Processes(CUDA, world_size=2), 2, 70) is needed

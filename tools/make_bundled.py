@@ -1,0 +1,60 @@
+"""Makes the bundled model of a trained one: half as large, without anything of the machine that trained it.
+
+    python tools/make_bundled.py checkpoints/best_model.pth --image-size 384
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, Python looks for imports in tools/
+
+from cutting.cutter import BUNDLED, check_size
+from models import model_weights, read_checkpoint
+from training.checkpoints import save
+from training.command_line import OneLineParser, run_cli
+from training.resuming import MODEL_FIELDS
+from utils import UserError
+
+MAX_BYTES = 8_000_000  # of its weights: every clone of the repository holds it
+
+
+def make_bundled(content: dict, image_size: int | None) -> dict:
+    """Returns a checkpoint's epoch, metrics, the settings that its weights need, and these in float16."""
+    if content["config"].get("sample"):
+        raise UserError("this model was trained on drawings (trainer.py --sample): it does not work on photos")
+    weights = model_weights(content)
+    model = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
+    if too_large := [name for name, value in model.items() if not torch.isfinite(value).all()]:
+        raise UserError(f"{too_large[0]} has values beyond the range of float16")
+    config = {name: content["config"][name] for name in MODEL_FIELDS}
+    config["image_size"] = image_size or config["image_size"]
+    return {"epoch": content["epoch"], "config": config, "model": model, "metrics": content.get("metrics")}
+
+
+def main(options: argparse.Namespace) -> None:
+    """Writes the bundled model, unless it is too large."""
+    check_size(options.image_size)
+    bundled = make_bundled(read_checkpoint(options.checkpoint), options.image_size)
+    size = sum(value.nbytes for value in bundled["model"].values())
+    if size > MAX_BYTES:
+        raise UserError(f"its weights take {size / 1e6:.1f} MB, more than {MAX_BYTES / 1e6:.0f}: use a smaller encoder")
+    save(bundled, options.output)
+    print(f"{options.output}: {options.output.stat().st_size / 1e6:.1f} MB")
+
+
+def run_command(argv: list[str]) -> int:
+    """Runs the whole program and returns its exit code: 0, or 2 for a user's mistake."""
+    parser = OneLineParser("make_bundled.py", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("checkpoint", type=Path, help="the trained model")
+    parser.add_argument("--image-size", type=int, help="side of the square in pixels (that of the training)")
+    parser.add_argument("--output", type=Path, default=BUNDLED, help="the file to make (%(default)s)")
+    return run_cli("make_bundled.py", lambda: main(parser.parse_args(argv[1:])))
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(sys.argv))

@@ -1,0 +1,117 @@
+"""Makes a smaller data set of a COCO-format one: photos held out of a split, or crops around one person each.
+
+    python tools/subsets.py hold-out data/more train2017 200 data/parted
+    python tools/subsets.py portraits data/parted val2017 100 data/portraits/train2017
+    python tools/subsets.py portraits data/coco val2017 43 data/portraits/val2017
+
+data/parted then holds annotations and links to the photos: 200 in val2017, all others in train2017. data/portraits
+holds photos/ and masks/ of each split: what somebody may have who has few photos of one kind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from hashlib import sha256
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it is in tools/ that Python looks
+
+from datasets import COCOPersonDataset
+from training.command_line import OneLineParser, run_cli
+from utils import UserError, atomic_write, counted
+
+MIN_HEIGHT = 128  # pixels: the smallest person that a portrait is made of
+MARGIN = 0.15  # of the longer side of a person's box, on each side of it
+
+
+def hold_out(content: dict, options: argparse.Namespace) -> str:
+    """Writes annotations of two splits, and links to their photos. Returns what was made."""
+    total = len(content["images"])
+    if not 0 < options.number < total:
+        raise UserError(f"{options.number} of {total} photos cannot be held out: some, and not all")
+    (options.output / "annotations").mkdir(parents=True)
+    splits = split_by_name(content, options.number)
+    for split, part in splits.items():
+        with atomic_write(options.output / "annotations" / f"instances_{split}.json") as file:
+            file.write(json.dumps(part).encode())
+        os.symlink((options.root / options.split).resolve(), options.output / split)
+    return ", ".join(f"{len(part['images'])} photos in {options.output / split}" for split, part in splits.items())
+
+
+def split_by_name(content: dict, number: int) -> dict[str, dict]:
+    """Splits the content of an annotation file: `number` photos, by the hash of their names, are val2017."""
+    images = sorted(content["images"], key=lambda image: sha256(image["file_name"].encode()).hexdigest())
+    splits = {}
+    for split, chosen in (("val2017", images[:number]), ("train2017", images[number:])):
+        ids = {image["id"] for image in chosen}
+        annotations = [annotation for annotation in content["annotations"] if annotation["image_id"] in ids]
+        splits[split] = content | {"images": chosen, "annotations": annotations}
+    return splits
+
+
+def portraits(content: dict, options: argparse.Namespace) -> str:
+    """Writes a crop around the tallest person of each photo, and its mask. Returns what was made."""
+    dataset, boxes = COCOPersonDataset(options.root, options.split), tallest_persons(content)
+    indices = [index for index in range(len(dataset)) if dataset.image_id(index) in boxes]
+    if not 0 < options.number <= len(indices):
+        photos = f"{counted(len(indices), 'photo')} of a person of {MIN_HEIGHT} pixels or more"
+        raise UserError(f"{options.number} portraits cannot be made: {options.root} has {photos}")
+    (options.output / "photos").mkdir(parents=True)
+    (options.output / "masks").mkdir()
+    for index in indices[: options.number]:
+        rgba, name = dataset.original(index), f"{dataset.image_id(index):012d}"
+        rgba = rgba[crop_around(boxes[dataset.image_id(index)], *rgba.shape[:2])]
+        save(cv2.cvtColor(rgba, cv2.COLOR_RGBA2BGR), options.output / "photos" / f"{name}.jpg")
+        save(rgba[..., 3], options.output / "masks" / f"{name}.png")
+    return f"{counted(options.number, 'portrait')} in {options.output}"
+
+
+def tallest_persons(content: dict) -> dict[int, list[float]]:
+    """Returns, by image id, the box (left, top, width, height) of the tallest person, if it is tall enough."""
+    person = next(category["id"] for category in content["categories"] if category["name"] == "person")
+    boxes: dict[int, list[float]] = {}
+    for annotation in content["annotations"]:
+        if annotation["category_id"] == person and not annotation.get("iscrowd"):
+            number = annotation["image_id"]
+            boxes[number] = max(boxes.get(number, annotation["bbox"]), annotation["bbox"], key=lambda box: box[3])
+    return {number: box for number, box in boxes.items() if box[3] >= MIN_HEIGHT}
+
+
+def crop_around(box: list[float], height: int, width: int) -> tuple[slice, slice]:
+    """Returns the rows and columns of a photo that show a box (left, top, width, height) with a margin."""
+    margin = MARGIN * max(box[2:])
+    left, top = np.maximum(0, np.floor(np.array(box[:2]) - margin)).astype(int)
+    right, bottom = (int(np.ceil(box[side] + box[side + 2] + margin)) for side in (0, 1))
+    return slice(int(top), min(height, bottom)), slice(int(left), min(width, right))
+
+
+def save(pixels: np.ndarray, path: Path) -> None:
+    with atomic_write(path) as file:
+        file.write(cv2.imencode(path.suffix, pixels, [cv2.IMWRITE_JPEG_QUALITY, 95])[1])
+
+
+def main(argv: list[str]) -> None:
+    parser = OneLineParser("subsets.py", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("kind", choices=("hold-out", "portraits"), help="what to make")
+    parser.add_argument("root", type=Path, help="the COCO-format set")
+    parser.add_argument("split", help="its photo folder")
+    parser.add_argument("number", type=int, help="photos to hold out, or portraits to make")
+    parser.add_argument("output", type=Path, help="the folder to make")
+    options = parser.parse_args(argv)
+    annotations = options.root / "annotations" / f"instances_{options.split}.json"
+    if not annotations.is_file():
+        raise UserError(f"there is no {annotations}")
+    if options.output.exists():
+        raise UserError(f"{options.output} exists: choose another folder")
+    make = {"hold-out": hold_out, "portraits": portraits}[options.kind]
+    print(make(json.loads(annotations.read_text()), options))
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli("subsets.py", lambda: main(sys.argv[1:])))
