@@ -93,9 +93,6 @@ def evaluate_shard(cutter: Cutter, dataset: COCOPersonDataset, processes: Proces
     return rows, unreadable
 
 
-# --- one photo --------------------------------------------------------------------------------------------
-
-
 def evaluate_photos(cutter: Cutter, dataset: COCOPersonDataset, indices: range, threads: int) -> list[dict | str]:
     """Returns for each photo its row, or why it cannot be read."""
     cv2.setNumThreads(1)  # each thread runs all on one core, as in predict.py on a CPU, and gets the same bits
@@ -143,9 +140,6 @@ def boundary(mask: np.ndarray) -> np.ndarray:
     framed = cv2.copyMakeBorder(mask.astype(np.uint8), 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
     eroded = cv2.erode(framed, np.ones((3, 3), np.uint8), iterations=distance)
     return mask & (eroded[1:-1, 1:-1] == 0)
-
-
-# --- all photos -------------------------------------------------------------------------------------------
 
 
 def summarise_by_size(rows: list[dict], level: str) -> dict[str, dict]:
@@ -197,9 +191,6 @@ def select_worst(rows: list[dict]) -> list[dict]:
     ordered = sorted(rows, key=lambda row: row["original_iou"])
     small = [row for row in ordered if row["largest_person"] < SMALL][:WORST_SMALL]
     return [row for row in ordered if row["largest_person"] >= SMALL or row in small][:WORST]
-
-
-# --- the command line -------------------------------------------------------------------------------------
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

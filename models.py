@@ -95,9 +95,6 @@ class UNetAutoencoder(nn.Module):
         return torch.sigmoid(self(images))
 
 
-# --- encoder ----------------------------------------------------------------------------------------------
-
-
 class Encoder(nn.Module):
     """A torchvision classifier without its head, cut where it halves the resolution."""
 
@@ -177,9 +174,6 @@ def load_backbone(network: nn.Module, state: dict[str, Tensor], source: str, nam
             f"{len(backbone)} tensors are there, {len(unexpected_keys)} others are not its own"
         )
     network.load_state_dict(fitting, strict=False)
-
-
-# --- decoder ----------------------------------------------------------------------------------------------
 
 
 class Decoder(nn.Module):
@@ -271,9 +265,6 @@ def enlarge(features: Tensor) -> Tensor:
 def conv_bn_relu(in_channels: int, out_channels: int) -> nn.Sequential:
     conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
-
-
-# --- checkpoints ------------------------------------------------------------------------------------------
 
 
 class CheckpointError(UserError):

@@ -126,9 +126,6 @@ class Style:
         return bgra, anybody
 
 
-# --- the run ----------------------------------------------------------------------------------------------
-
-
 def cut_all(cutter: Cutter, jobs: list[Job], style: Style, batch_size: int) -> list[Outcome]:
     """Does all jobs in threads, and prints on stderr what fails; raises UserError if the disk takes no more files.
 
@@ -204,9 +201,6 @@ def cut_batch(cutter: Cutter, jobs: list[Job], style: Style) -> Outcome:
                 raise UserError(f"{output} cannot be written: {error.strerror}") from None
             failures.append(f"{output} cannot be written: {reason(error)}")
     return Outcome(len(jobs), failures, empty)
-
-
-# --- the command line -------------------------------------------------------------------------------------
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -351,9 +351,6 @@ def finish(run: Run, folder: RunFolder) -> None:
         print(run_info.best_line(run, folder.path), flush=True)
 
 
-# --- the command line -------------------------------------------------------------------------------------
-
-
 def parse(argv: list[str]) -> tuple[Config, set[str]]:
     """Returns the settings, and the names of those that were given as flags."""
     presets = {"sample": lambda _: SAMPLE, "start_from": lambda name: resuming.settings_of(trained_file(name))}

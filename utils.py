@@ -21,8 +21,6 @@ from torch import Tensor, nn
 
 VERSION = "0.9.0"  # of the program; CHANGELOG.md says what each brought
 
-# --- errors -----------------------------------------------------------------------------------------------
-
 
 class UserError(Exception):
     """A mistake that only the user can fix; the message is one line that says what is wrong and what to do."""

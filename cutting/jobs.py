@@ -106,9 +106,6 @@ def check_outputs(jobs: list[Job], folders: list[Path], output: Path) -> None:
         raise UserError(f"--output {output} would mix the results with the photos of that folder: choose another")
 
 
-# --- what exists already ----------------------------------------------------------------------------------
-
-
 def origin(photo: Path, how: str) -> tuple[str, str, str]:
     """Returns what an output's note holds: how it is made, digests of the photo's size and time and of its path."""
     state = ""

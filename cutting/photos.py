@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from utils import UserError
+from utils import UserError, reason
 
 MAX_ICC_BYTES = 2**20  # Pillow refuses to open a PNG with a larger colour profile
 RAW = (".arw", ".cr2", ".cr3", ".crw", ".dng", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".srw", ".x3f")
@@ -61,11 +61,6 @@ def open_photo(photo: str | Path | Image.Image | np.ndarray) -> Photo:
         name = "the photo" if isinstance(photo, Image.Image) else photo
         advice = decoder_advice(name) if isinstance(error, UnidentifiedImageError) else ""
         raise PhotoError(f"{name} cannot be read: {advice or reason(error)}") from None
-
-
-def reason(error: Exception) -> str:
-    """Returns what went wrong, in one line."""
-    return getattr(error, "strerror", None) or (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @functools.cache

@@ -81,8 +81,6 @@ class RunFolder:
         if archive:
             print(f"an earlier run's files were moved to {archive}", flush=True)
 
-    # --- saving ---
-
     def has_best(self) -> bool:
         """Returns whether there is a best model, on the disk or on its way."""
         return self._best is not None or (self.path / BEST).exists()
@@ -185,9 +183,6 @@ def try_write(write: Callable[[], object]) -> bool:
     return True
 
 
-# --- files ------------------------------------------------------------------------------------------------
-
-
 def save(content: dict, path: Path) -> None:
     """Writes what `read_checkpoint` accepts: CPU tensors, numbers, strings, and lists and dictionaries of them."""
     try:
@@ -286,9 +281,6 @@ def disk_needed(model_bytes: int, copies: int, keep: int, num_epochs: int) -> in
     # The new one is complete before an old one goes; two more are of the middle of an epoch.
     kept = 2 + (min(keep + 1, num_epochs) if keep else num_epochs)
     return copies * model_bytes * kept + model_bytes
-
-
-# --- whose folder it is -----------------------------------------------------------------------------------
 
 
 def claim(folder: Path) -> BinaryIO:

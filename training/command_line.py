@@ -49,9 +49,6 @@ def run_cli(
             _flush_for_good()
 
 
-# --- flags ------------------------------------------------------------------------------------------------
-
-
 class OneLineParser(argparse.ArgumentParser):
     """An argparse parser whose errors are one line, without the usage of thirty flags before it."""
 
@@ -93,9 +90,6 @@ def closest_flag(name: str, flags: list[str]) -> str:
     by_spelling = difflib.get_close_matches(name, flags, n=1, cutoff=0.75)
     by_part = [flag for flag in flags if difflib.get_close_matches(name.strip("-"), words[flag], cutoff=0.75)]
     return next((found[0] for found in (by_initials, by_word, by_spelling, by_part) if len(found) == 1), "")
-
-
-# --- output that may get lost, and ends nothing -----------------------------------------------------------
 
 
 def ignore_write_errors() -> None:
@@ -146,9 +140,6 @@ def _flush_for_good() -> None:
         except OSError:
             with contextlib.suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-# --- run.log ----------------------------------------------------------------------------------------------
 
 
 class RunLog:

@@ -165,9 +165,6 @@ def tensorboard_tag(name: str) -> str:
     return f"{metric}/{split}" if split in ("train", "val") else f"run/{name}"
 
 
-# --- during an epoch --------------------------------------------------------------------------------------
-
-
 class DataTimer:
     """Adds up how long the device has waited for data.
 

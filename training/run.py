@@ -87,8 +87,6 @@ class Run:
         """Returns the longest streak of skipped steps, as far as it is known without waiting for a GPU."""
         return self.guard.most_in_a_row if self.guard else self.skipped_in_a_row
 
-    # --- an epoch ---
-
     def begin_epoch(self) -> None:
         """Starts an epoch, or what is left of one."""
         self.model.train()
@@ -144,8 +142,6 @@ class Run:
         self.unreadable, self.skipped = [], 0
         self.history.append(row | {"best": int(is_best)})
         return is_best
-
-    # --- checkpoints ---
 
     def _stateful(self) -> dict[str, Any]:
         objects = {name: getattr(self, name) for name in STATEFUL}
