@@ -290,4 +290,5 @@ def read_checkpoint(path: str | Path) -> dict:
 
 def model_weights(content: dict) -> dict[str, Tensor]:
     """Returns the weights that a checkpoint's model was validated with: their EMA, where it holds both."""
-    return content["ema"]["model"] if content.get("ema") else content["model"]
+    ema = content.get("ema") or content.get("average")  # its name before version 0.9
+    return ema["model"] if ema else content["model"]

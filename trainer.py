@@ -53,11 +53,11 @@ from training.checkpoints import CURVES, RUN_JSON, RUN_LOG, RunFolder, try_write
 from training.command_line import UsageError, open_run_log, run_cli
 from training.epoch_metrics import EpochMetrics
 from training.interruptions import Watch
-from training.loggers import PREVIEW, Progress, build_loggers, check_tensorboard, history_row, log_all
+from training.loggers import HISTORY, PREVIEW, Progress, build_loggers, check_tensorboard, history_row, log_all
 from training.optim import ModelEma, Schedule, build_param_groups, first_cycle
 from training.run import Run
 from training.settings import check, read_settings
-from utils import LossCalculator, Processes
+from utils import LossCalculator, Processes, write_csv
 
 
 @dataclass
@@ -125,9 +125,6 @@ SAMPLE = dict(
     data_root="data/sample", checkpoint_dir="checkpoints/sample", encoder="resnet18", pretrained=False,
     image_size=128, batch_size=16, num_epochs=12, learning_rate=2e-3, log_every=5,
 )  # fmt: skip
-
-
-# --- the run ----------------------------------------------------------------------------------------------
 
 
 def main(config: Config, explicit: Collection[str] = FIELDS) -> None:
@@ -200,9 +197,6 @@ def validate(run: Run, loader: DataLoader, watch: Watch) -> dict[str, float]:
             watch.between_steps()
     watch.after_steps()
     return metrics.compute()
-
-
-# --- before the epochs ------------------------------------------------------------------------------------
 
 
 def open_data(
@@ -323,11 +317,8 @@ def open_run_folder(run: Run, config: Config, folder: RunFolder, train: DataLoad
     run.loggers = build_loggers(folder.path, run.settings, run.history, run.global_step)
 
 
-# --- after each epoch -------------------------------------------------------------------------------------
-
-
 def save_epoch(run: Run, training: dict, validation: dict, val: SkipUnreadable, folder: RunFolder) -> None:
-    """Logs an epoch's metrics, saves its checkpoint and draws pictures now and then; it waits for no disk."""
+    """Logs an epoch's metrics, saves its checkpoint and draws pictures now and then."""
     unreadable = count_unreadable(run.dataset, val, run.processes)
     row = history_row(run.epochs_done + 1, training, validation, unreadable)
     is_best = run.end_epoch(row, folder.has_best())
@@ -346,8 +337,9 @@ def finish(run: Run, folder: RunFolder) -> None:
     """Makes sure that the last epoch is saved, and names the best one."""
     if run.processes.is_rank0:
         folder.retry_final_save(run)
+        try_write(lambda: write_csv(run.history, folder.path / HISTORY))  # the disk may have been full meanwhile
         for logger in run.loggers:
-            logger.close()
+            try_write(logger.close)
         print(run_info.best_line(run, folder.path), flush=True)
 
 

@@ -56,10 +56,6 @@ def counted(number: int, noun: str) -> str:
     """Returns a number with its noun: "1 photo", "2 photos"."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
-
-# --- loss -------------------------------------------------------------------------------------------------
-
-
 CONTOUR_FRACTION = 0.02  # of a mask's width: pixels this close to its contour are near it
 EPSILON = 1e-6  # rounding error of a mean of zeros and ones; a single pixel of the largest mask weighs more
 
@@ -128,10 +124,6 @@ def soft_dice_loss(alpha: Tensor, mask: Tensor, smooth: float = 1.0) -> Tensor:
     overlap = (alpha * mask).sum(dim=(1, 2))
     total = alpha.sum(dim=(1, 2)) + mask.sum(dim=(1, 2))
     return (1 - (2 * overlap + smooth) / (total + smooth)).mean()
-
-
-# --- metrics: sums first, ratios last ---------------------------------------------------------------------
-
 
 # Of `SegmentationMetrics`, as people write them: each of these may pick the best model.
 SCORES = {"iou": "IoU", "dice": "Dice", "global_iou": "global IoU", "global_dice": "global Dice"}

@@ -102,8 +102,10 @@ def check_outputs(jobs: list[Job], folders: list[Path], output: Path) -> None:
             raise UserError(f"{first[made]} and {photo} would both become {made}: do them apart")
         if os.path.realpath(made).casefold() in photos:
             raise UserError(f"{made} would overwrite the photo of that name: choose another --output")
-    if os.path.realpath(output) in map(os.path.realpath, folders):
-        raise UserError(f"--output {output} would mix the results with the photos of that folder: choose another")
+    for folder in (Path(os.path.realpath(folder)) for folder in folders):
+        lands_inside = any(folder in Path(os.path.realpath(made)).parents for _, made in jobs)
+        if lands_inside and folder not in Path(os.path.realpath(output)).parents:
+            raise UserError(f"--output {output} would mix the results with the photos of {folder}: choose another")
 
 
 def origin(photo: Path, how: str) -> tuple[str, str, str]:
@@ -121,23 +123,23 @@ def split_jobs(jobs: list[Job], how: str, overwrite: bool, by_name: bool) -> tup
 
     `how` says by which model and in which style outputs are made, `by_name` whether the user has named the output file.
     """
+    folders = set() if by_name else {os.path.realpath(photo.parent) for photo, _ in jobs}
     todo, kept = [], {}
     for photo, output in jobs:
-        if why := why_kept(photo, output, how, overwrite, by_name):
+        if why := why_kept(photo, output, how, overwrite, os.path.realpath(output.parent) in folders):
             kept.setdefault(why, []).append(output)
         else:
             todo.append((photo, output))
     return todo, kept
 
 
-def why_kept(photo: Path, output: Path, how: str, overwrite: bool, by_name: bool) -> str:
+def why_kept(photo: Path, output: Path, how: str, overwrite: bool, beside_photos: bool) -> str:
     """Returns the reason for which an output is kept, or "" if it is to be made."""
     if not os.path.exists(output):
         return ""
     noted, now = read_note(output).split("; "), origin(photo, how)
     if len(noted) != 3:  # beside the photos it may be one itself: then --overwrite is not enough
-        beside_input = not by_name and os.path.realpath(output.parent) == os.path.realpath(photo.parent)
-        return BESIDE_INPUT if beside_input else "" if overwrite else FOREIGN
+        return BESIDE_INPUT if beside_photos else "" if overwrite else FOREIGN
     if overwrite:
         return ""
     if noted[1] == now[1]:

@@ -125,7 +125,11 @@ def _match_categories(categories: list[Category], wanted: str, path: Path, left_
     The latter may be a man or a helmet: that depends on the tool that wrote the file.
     """
     names = {category.name.strip() for category in categories}
-    matches = {name: {other for other in names if other.casefold() == name.casefold()} for name in split_names(wanted)}
+    matches = {  # a name with a capital means itself where there is one: CAT beside Cat may be the scan
+        name: {name} if name in names and name != name.casefold()
+        else {other for other in names if other.casefold() == name.casefold()}
+        for name in split_names(wanted)
+    }
     missing, chosen = [name for name in matches if not matches[name]], set().union(*matches.values())
     if not chosen:
         listed = shorten(", ".join(sorted(names)), MAX_LISTED, placeholder=" ...") or "none"

@@ -146,9 +146,9 @@ def choose_interface() -> None:
     with contextlib.suppress(OSError, ValueError):  # not on Linux, no IPv4 address, or no route
         (address,) = struct.unpack("=I", socket.inet_aton(socket.gethostbyname(os.environ["MASTER_ADDR"])))
         routes = [line.split() for line in ROUTES.read_text().splitlines()[1:]]
-        matching = [(int(mask, 16), name) for name, network, *_, mask, _, _, _ in routes
+        matching = [(int(mask, 16), -int(metric), name) for name, network, _, _, _, _, metric, mask, *_ in routes
                     if address & int(mask, 16) == int(network, 16)]  # fmt: skip
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", max(matching)[1])  # the longest mask; a default route's is 0
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", max(matching)[-1])  # the longest mask, then the lowest metric
 
 
 def limit_threads(processes: Processes) -> Processes:

@@ -41,7 +41,10 @@ def build_loggers(folder: Path, settings: dict, history: list[dict], step: int) 
     """Returns the loggers of a run in `folder`, with the history's rows and the steps that are done."""
     loggers = [CsvLogger(folder / HISTORY, history), ConsoleLogger(folder, settings)]
     if settings["tensorboard"]:
-        loggers.append(TensorBoardLogger(folder, settings, step))
+        try:
+            loggers.append(TensorBoardLogger(folder, settings, step))
+        except Exception as error:  # whatever TensorBoard raises
+            print(f"{folder / TENSORBOARD} cannot be written: {reason(error)}: the training goes on", flush=True)
     return loggers
 
 
@@ -53,7 +56,7 @@ def log_all(loggers: list[Logger], values: dict[str, float], step: int) -> None:
         except Exception as error:  # whatever a logger's library raises
             what = getattr(error, "filename", None) or type(logger).__name__
             print(f"{what} cannot be written: {reason(error)}: the training goes on", flush=True)
-            if not isinstance(error, OSError):  # a disk may have room the next time
+            if not isinstance(logger, CsvLogger):  # which writes all rows the next time; the disk may have room then
                 loggers.remove(logger)
 
 
@@ -132,7 +135,7 @@ class TensorBoardLogger:
         check_tensorboard()
         from torch.utils.tensorboard import SummaryWriter  # takes a second
 
-        self._preview = folder / PREVIEW
+        self._preview, self._shown = folder / PREVIEW, 0.0
         # What a killed run has logged beyond the checkpoint that this one resumes from is not shown twice.
         self._writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=step + 1)
         rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
@@ -143,9 +146,15 @@ class TensorBoardLogger:
         for name in values.keys() - {"epoch"}:
             self._writer.add_scalar(tensorboard_tag(name), values[name], step)
         if "epoch" in values:
-            if self._preview.exists() and (picture := cv2.imread(str(self._preview))) is not None:
-                self._writer.add_image("preview", picture[..., ::-1], step, dataformats="HWC")
+            self._add_preview(step)
             self._writer.flush()
+
+    def _add_preview(self, epoch: int) -> None:
+        """Adds the newest preview, which may be of an earlier epoch, once."""
+        changed = self._preview.stat().st_mtime if self._preview.exists() else self._shown
+        if changed != self._shown and (picture := cv2.imread(str(self._preview))) is not None:
+            self._writer.add_image("preview", picture[..., ::-1], epoch, dataformats="HWC")
+            self._shown = changed
 
     def close(self) -> None:
         self._writer.close()

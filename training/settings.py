@@ -137,7 +137,8 @@ def check(config: Any) -> None:
     if config.encoder_weights and config.start_from:
         raise UsageError("--encoder-weights and --start-from both name the weights to start from: choose one")
     folder = Path(config.checkpoint_dir, config.run_name).resolve()
-    if config.start_from and Path(config.start_from).resolve().parent == folder:
+    named = config.start_from not in ("", "bundled")
+    if named and Path(config.start_from).resolve().parent == folder:
         raise UsageError(f"--start-from {config.start_from} lies in the run's own folder, whose files a new run moves "
                          "aside: give it a --run-name")  # fmt: skip
     if {*config.run_name} & {*"/\\"} or config.run_name in (".", ".."):

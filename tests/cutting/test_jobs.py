@@ -10,8 +10,9 @@ import pytest
 from helpers import PICTURE, save_picture
 from PIL import Image, PngImagePlugin
 
-from cutting.jobs import BESIDE_INPUT, FOREIGN, OF_ANOTHER, UP_TO_DATE, origin, split_jobs
+from cutting.jobs import BESIDE_INPUT, FOREIGN, OF_ANOTHER, UP_TO_DATE, origin, plan, split_jobs
 from cutting.png import encode_png, read_note
+from utils import UserError
 
 HOW = "cutout, by 012345"
 
@@ -69,6 +70,21 @@ def test_a_file_that_others_made_or_changed_is_kept(made, change):
     os.rename(made, "in/a.png")
     assert why_kept(output="in/a.png", overwrite=True) == BESIDE_INPUT  # it may be another photo
     assert why_kept(output="in/a.png", overwrite=True, by_name=True) is None
+
+
+def test_a_users_photo_beside_other_photos_of_the_run_is_not_overwritten(tmp_path):
+    for name in ("a/x.jpg", "a/y.png", "b/y.jpg"):
+        save_picture(tmp_path / name)
+    jobs, _ = plan([str(tmp_path / "a/x.jpg"), str(tmp_path / "b/y.jpg")], tmp_path / "a")
+    todo, kept = split_jobs(jobs, HOW, overwrite=True, by_name=False)
+    assert [made.name for _, made in todo] == ["x.png"]
+    assert kept == {BESIDE_INPUT: [tmp_path / "a/y.png"]}
+
+
+def test_results_that_would_land_among_the_photos_of_a_folder_are_refused(tmp_path):
+    save_picture(tmp_path / "top/s/s/q.jpg")
+    with pytest.raises(UserError, match="would mix the results"):
+        plan([str(tmp_path / "top/s")], tmp_path / "top")
 
 
 def test_any_reader_finds_the_note(made):

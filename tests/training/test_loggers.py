@@ -39,7 +39,7 @@ def history(path: Path) -> list[dict[str, str]]:
 
 
 def test_a_failing_logger_is_named_and_removed_unless_a_disk_is_full(capsys):
-    bad, full, good = Mock(), Mock(), Mock()
+    bad, full, good = Mock(), Mock(spec=CsvLogger), Mock()
     bad.log.side_effect = ValueError("no account\nmore")
     full.log.side_effect = OSError(28, "No space left on device", "history.csv")
     run_loggers = [bad, full, good]
