@@ -127,7 +127,7 @@ class Run:
         """Returns the training metrics of an epoch whose steps are done, over all processes."""
         self.guard.fetch()
         encoder, decoder = self.scheduler.base_lrs[0], self.scheduler.base_lrs[-1]  # the same for a single group
-        lrs = {"learning_rate": self.learning_rate, "decoder_learning_rate": self.learning_rate * decoder / encoder}
+        lrs = {"learning_rate": self.learning_rate, "decoder_learning_rate": self.learning_rate * (decoder / encoder)}
         return {**self.metrics.compute(), **lrs, "skipped_steps": self.guard.skipped}
 
     def end_epoch(self, row: dict, has_best: bool) -> bool:
