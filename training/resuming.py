@@ -139,7 +139,7 @@ def refuse_changes(path: Path, pairs: dict[str, tuple], advice: str = "") -> Non
 def resume_message(checkpoint: Checkpoint, settings: dict, defaults: dict, world_size: int) -> str:
     """Returns the line that says where a run resumes, what has changed since, and which defaults do not apply."""
     path, content = checkpoint
-    names = [name for name in settings if name not in ("resume", *INIT_ONLY)]
+    names = [name for name in settings if name not in ("resume", "device", *INIT_ONLY)]
     before = content["config"]
     text = f"going on from {path}, after epoch {content['epoch']}"
     text += f", step {content['step']}" if content["step"] else ""
