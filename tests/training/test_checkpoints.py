@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from tiny_runs import small
@@ -318,3 +319,8 @@ def test_pictures_are_drawn_every_20_seconds_at_most_and_at_the_end(coco_root, t
     monkeypatch.setattr(RunFolder, "draw", lambda self, work: (draw(self, work), self._pictures.wait()))
     trainer.main(small(coco_root, tmp_path, num_epochs=8, batch_size=10))
     assert drawn == ["sheet", 1, "sheet", 4, "sheet", 7, "sheet", 8]
+
+
+def test_what_could_not_be_read_again_is_refused_when_it_is_saved():
+    with pytest.raises(TypeError, match="a checkpoint cannot hold float64"):
+        snapshot({"history": [{"val_iou": np.float64(0.5)}]})
