@@ -321,7 +321,8 @@ def files_to_archive(folder: Path, source: Path | None, epoch: int, went_back: b
     newer = epoch_files(folder, after=epoch)
     if went_back and newer:
         return newer + run_files + evaluations(folder, after=epoch)
-    return newer + [path for path in (folder / LAST, folder / PREVIOUS) if path in run_files and not is_usable(path)]
+    others = [path for path in (folder / LAST, folder / PREVIOUS) if path in run_files and path != source]
+    return newer + [path for path in others if not is_usable(path)]
 
 
 def is_usable(path: Path) -> bool:

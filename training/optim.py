@@ -106,13 +106,14 @@ class FiniteGuard:
         finite = torch.isfinite(torch.stack(losses)).all() & (torch.isfinite(norm) | can_rescale)
         broken = (~finite).float()
         all_reduce_max_(broken)  # each process has losses of its own
-        if self._statistics:
-            torch.where(broken.bool(), self._before, torch.cat(self._statistics), out=self._after)
-            torch._foreach_copy_(self._statistics, self._after.split(self._lengths))
-        self._counts[:2] += broken.bool()
-        self._counts[1] *= broken.bool()
-        self._counts[2] = self._counts[1:].max()
         skip = torch.maximum(broken, (~torch.isfinite(norm)).float())
+        broken = broken.bool()
+        if self._statistics:
+            torch.where(broken, self._before, torch.cat(self._statistics), out=self._after)
+            torch._foreach_copy_(self._statistics, self._after.split(self._lengths))
+        self._counts[:2] += broken
+        self._counts[1] *= broken
+        self._counts[2] = self._counts[1:].max()
         # A first step of SGD that is skipped on the device would leave its momentum uninitialised.
         is_ready = optimizer.state or not optimizer.defaults.get("momentum")
         if getattr(optimizer, "_step_supports_amp_scaling", False) and is_ready:
