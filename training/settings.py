@@ -50,9 +50,8 @@ def build_parser(settings: type, description: str, special: dict[str, dict]) -> 
     for name, (title, comment) in field_help(settings).items():
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
-        groups[title].add_argument(
-            flag(name), **flag_options(name, defaults[name], comment) | special.get(name, {})
-        )
+        options = flag_options(name, defaults[name], comment) | special.get(name, {})
+        groups[title].add_argument(flag(name), **options)
     return parser
 
 
