@@ -9,6 +9,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, islice
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -22,7 +23,7 @@ from loading.letterbox import letterbox, restore
 from loading.sources import Source, open_sources
 from loading.workers import signals_blocked, start_loader_worker, start_method
 
-__all__ = ["COCOPersonDataset", "DataError", "batches", "letterbox", "make_loader", "restore"]
+__all__ = ["COCOPersonDataset", "DataError", "PhotoLoader", "batches", "letterbox", "make_loader", "restore"]
 
 
 class COCOPersonDataset(Dataset):
@@ -53,7 +54,7 @@ class COCOPersonDataset(Dataset):
         self.sources = open_sources(root, split, image_size, other_splits, options)  # one for each root
         self._ends = [*accumulate(map(len, self.sources))]
         self.image_size, self.store_metadata, self.seed = image_size, store_metadata, seed
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see it change
+        self._epoch = torch.zeros((), dtype=torch.int64)
         self._augment = None
         if augment:
             from loading.augmentation import Augmenter  # its imports take a second, which an evaluation does without
@@ -66,11 +67,15 @@ class COCOPersonDataset(Dataset):
     def __len__(self) -> int:
         return self._ends[-1]
 
+    def share_memory(self) -> None:
+        """Lets loader workers that start later see the epoch change."""
+        self._epoch.share_memory_()
+
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch that the augmentations depend on, in loader workers as well."""
         self._epoch.fill_(epoch)
 
-    def __getitem__(self, index: int) -> torch.Tensor | tuple[torch.Tensor, dict]:
+    def __getitem__(self, index: int) -> Any:
         """Returns a sample, uint8 (4, S, S): R, G, B, A; A is 0 or 255. With `store_metadata`, (sample, metadata).
 
         A DataError names a photo that cannot be read.
@@ -140,20 +145,31 @@ def to_sample(photo: np.ndarray, mask: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(sample)
 
 
+class PhotoLoader(DataLoader):
+    """A loader of samples; says of its parts what torch's own hints leave open."""
+
+    dataset: Any  # a COCOPersonDataset, or SkipUnreadable with one
+    batch_size: int
+    sampler: range | ResumableSampler
+
+
 def make_loader(
-    dataset: Dataset, batch_size: int, num_workers: int, training: bool,
+    dataset: Any, batch_size: int, num_workers: int, training: bool,
     rank: int = 0, world_size: int = 1, pin_memory: bool = False,
-) -> DataLoader:  # fmt: skip
+) -> PhotoLoader:  # fmt: skip
     """Returns a loader of one process's shard, in batches of uint8 (N, 4, S, S).
 
     Training: shuffled by (the dataset's seed, epoch), and every process gets the same number of batches.
     Validation: in order, each photo in exactly one process, nothing padded and nothing dropped.
     """
-    sampler, drop_last = range(rank, len(dataset), world_size), False
+    if num_workers:  # without any, a machine without shared memory will do
+        dataset.share_memory()
+    sampler: range | ResumableSampler = range(rank, len(dataset), world_size)
+    drop_last = False
     if training:
         sampler = ResumableSampler(dataset, world_size, rank, shuffle=True, seed=dataset.seed)
         drop_last = len(sampler) > 1 and len(sampler) % batch_size == 1  # BatchNorm needs two images
-    return DataLoader(
+    return PhotoLoader(
         dataset, batch_size, sampler=sampler, num_workers=num_workers, drop_last=drop_last,
         multiprocessing_context=start_method(world_size == 1) if num_workers else None,
         collate_fn=stack, pin_memory=pin_memory, persistent_workers=num_workers > 0, worker_init_fn=start_loader_worker,
@@ -175,7 +191,7 @@ def stack(samples: list) -> torch.Tensor:
     return default_collate(samples) if samples else torch.empty(0, 4, 0, 0, dtype=torch.uint8)
 
 
-def batches(loader: DataLoader, epoch: int, first: int = 0) -> Iterator[torch.Tensor]:
+def batches(loader: PhotoLoader, epoch: int, first: int = 0) -> Iterator[torch.Tensor]:
     """Iterates over one epoch, from its batch `first` on; order and augmentations depend on the epoch's number."""
     loader.dataset.set_epoch(epoch)
     if isinstance(loader.sampler, ResumableSampler):

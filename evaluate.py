@@ -1,7 +1,7 @@
 """Evaluates a checkpoint on every validation photo, at the network's size and at the photo's own.
 
     python evaluate.py                      # checkpoints/best_model.pth, on the validation photos of its training
-    python evaluate.py FILE --data-root data/coco --split val2017 --image-size 512
+    python evaluate.py FILE --data-root data/coco --split val2017 --image-size 512     # one look at this size
     torchrun evaluate.py FILE               # on every visible GPU
 
 Writes metrics.json, photos.csv (a row a photo) and worst.png (the worst twelve) into a folder beside the checkpoint.
@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import cast
 
 import cv2
 import numpy as np
@@ -27,6 +30,7 @@ from cutting.cutter import TRAINED, Cutter, load, resolve_model
 from cutting.edges import refine_alpha, to_opacity
 from datasets import COCOPersonDataset, DataError, letterbox
 from loading.layout import DataOptions
+from loading.letterbox import resize
 from loading.sources import data_roots
 from loading.workers import usable_cores
 from models import read_checkpoint
@@ -55,8 +59,7 @@ def main(options: argparse.Namespace) -> None:
                                         other_splits=options.splits, options=options.data_options)  # fmt: skip
         folder = Path(options.output) if options.output else default_folder(options)
         if processes.is_rank0:
-            with explain_write_errors(str(folder)):
-                utils.ensure_writable(folder)  # before the work, which may take an hour
+            check_writable(folder)  # before the work, which may take an hour
         rows, unreadable = evaluate_shard(cutter, dataset, processes)
         if processes.is_rank0:
             result = {"checkpoint": str(options.checkpoint), "data_root": str(options.data_root),
@@ -73,8 +76,17 @@ def default_folder(options: argparse.Namespace) -> Path:
     """Returns the results' folder, beside the checkpoint: the name says what was evaluated, and --image-size."""
     roots = "_".join(root.resolve().name for root in data_roots(options.data_root))
     checkpoint = Path("checkpoints", "bundled") if options.checkpoint == "bundled" else Path(options.checkpoint)
-    name = f"{checkpoint.stem}_on_{roots}_{options.split}"
+    split = "_".join(filter(None, re.split(r"[/\\]", options.split)))  # of images/val: one folder all the same
+    name = f"{checkpoint.stem}_on_{roots}_{split}"
     return checkpoint.with_name(name + (f"_at_{options.image_size}" if options.image_size else ""))
+
+
+def check_writable(folder: Path) -> None:
+    """Makes the results' folder; raises UserError if nothing can be written there, as beside a shared checkpoint."""
+    try:
+        utils.ensure_writable(folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}; --output names another folder") from None
 
 
 def evaluate_shard(cutter: Cutter, dataset: COCOPersonDataset, processes: Processes) -> tuple[list[dict], list[str]]:
@@ -108,16 +120,16 @@ def evaluate_photo(cutter: Cutter, dataset: COCOPersonDataset, index: int) -> di
     except DataError as error:
         return str(error)
     rgb, mask = np.ascontiguousarray(rgba[..., :3]), rgba[..., 3]
-    square, metadata = letterbox(rgb, cutter.image_size)
-    probabilities = cutter.probabilities([square])[0]
-    opacity = to_opacity(refine_alpha(probabilities, square, metadata, rgb), None, 0.5, metadata["scale"])
+    look = cutter.look([rgb])[0]
+    alpha = refine_alpha(look.probabilities, look.square, look.metadata, rgb)
+    opacity = to_opacity(alpha, None, 0.5, look.metadata["scale"])
     scores = {
-        "network": compare_masks(probabilities > 0.5, letterbox(mask, cutter.image_size)[0] > 0),
+        "network": compare_masks(look.first > 0.5, letterbox(mask, cutter.image_size)[0] > 0),
         "original": compare_masks(opacity > 127, mask > 0),  # predict.py --threshold 0.5, without its soft pixel
     }
     return {"index": index, "image_id": dataset.image_id(index), "file_name": dataset.file_name(index),
             "folder": str(dataset.path(index).parent), "width": mask.shape[1], "height": mask.shape[0],
-            "largest_person": dataset.largest_person(index) / mask.size,
+            "largest_person": dataset.largest_person(index) / mask.size, "look": look.size,
             **{f"{level}_{name}": value for level in LEVELS for name, value in scores[level].items()}}  # fmt: skip
 
 
@@ -148,7 +160,7 @@ def summarise_by_size(rows: list[dict], level: str) -> dict[str, dict]:
     return {name: {"photos": len(group), **summarise(group, level)} for name, group in groups.items()}
 
 
-def summarise(rows: list[dict], level: str) -> dict[str, float | None]:
+def summarise(rows: list[dict], level: str) -> Mapping[str, float | None]:
     """Returns the metrics of some photos: IoU, Dice and boundary IoU are means over photos, the others over pixels."""
     if not rows:
         return dict.fromkeys(METRICS)
@@ -174,9 +186,9 @@ def format_table(result: dict) -> str:
 def write_files(result: dict, rows: list[dict], cutter: Cutter, dataset: COCOPersonDataset, folder: Path) -> None:
     """Writes metrics.json, photos.csv and worst.png: of the worst photos the truth, the prediction and the cutout."""
     worst = select_worst(rows)
-    samples = torch.stack([dataset[row["index"]] for row in worst])
+    samples = torch.stack([cast(torch.Tensor, dataset[row["index"]]) for row in worst])  # it has no metadata
     targets = samples.float() / 255
-    alpha = torch.from_numpy(cutter.probabilities([*samples[:, :3].permute(0, 2, 3, 1).numpy()]))
+    alpha = torch.from_numpy(np.stack([find_persons(cutter, dataset, row["index"]) for row in worst]))
     predictions = torch.cat([targets[:, :3], alpha[:, None]], dim=1)
     labels = [f"{row['file_name']}  IoU {row['original_iou']:.3f}" for row in worst]
     with explain_write_errors(str(folder)):
@@ -184,6 +196,12 @@ def write_files(result: dict, rows: list[dict], cutter: Cutter, dataset: COCOPer
             file.write(json.dumps(result, indent=2).encode())
         write_csv(rows, folder / "photos.csv")
         pictures.save_sheet(targets, predictions, folder / "worst.png", labels)
+
+
+def find_persons(cutter: Cutter, dataset: COCOPersonDataset, index: int) -> np.ndarray:
+    """Returns what a photo's cutout is made of, float32 (S, S), at the dataset's size whichever look was taken."""
+    look = cutter.look([np.ascontiguousarray(dataset.original(index)[..., :3])])[0]
+    return resize(look.probabilities, (cutter.image_size, cutter.image_size))
 
 
 def select_worst(rows: list[dict]) -> list[dict]:
@@ -201,10 +219,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--output", help="folder for the results (CHECKPOINT_on_DATA_SPLIT, beside the checkpoint)")
     add("--data-root", help="folder of annotations/ and the photos; several: a,b (that of the training)")
     add("--split", help="the photo folder's name (that of the training's validation)")
-    add("--image-size", type=int, help="pixels of the network's square (the checkpoint's)")
+    add("--image-size", type=int, help="pixels of the network's square, in one look (the checkpoint's)")
     add("--category", help="category of the annotations that is cut out; several: a,b (that of the training)")
     add("--annotations", help="a single COCO-format file without splits, instead of --data-root")
-    add("--photos", help="folder of the photos of --annotations")
+    add("--photos", help="folder of the photos of --annotations or --masks")
+    add("--masks", help="folder of mask files for --photos, instead of --data-root")
+    add("--mask-values", help="values of mask files that are persons (those of the training)")
     add("--val-fraction", type=float, help="of photos without a split, to validate on (that of the training)")
     add("--device", default=utils.LOCAL_RANK_GPU, help="cpu, cuda:1, mps (every process its own GPU, or the CPU)")
     options = parser.parse_args(argv)
@@ -218,10 +238,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def data_options(options: argparse.Namespace, config: dict) -> DataOptions:
     """Returns how the data are read: as in training, unless the options say otherwise or name another data root."""
-    if bool(options.annotations) != bool(options.photos) or (options.annotations and options.data_root):
-        raise UserError("--annotations and --photos go together, and without --data-root")
-    if options.annotations or options.data_root:
-        config = config | {"annotations": options.annotations or "", "photos": options.photos or ""}
+    named = bool(options.annotations) + bool(options.masks)
+    if named != bool(options.photos) or (named and options.data_root):
+        raise UserError("--photos goes with --annotations or with --masks, and without --data-root")
+    if named or options.data_root:
+        config = config | {name: getattr(options, name) or "" for name in ("annotations", "photos", "masks")}
+    options.negatives = ""  # photos without persons are trained on, and not evaluated
     given = {name: value for name in DataOptions._fields if (value := getattr(options, name)) is not None}
     return DataOptions(**{name: config[name] for name in DataOptions._fields if name in config} | given)
 

@@ -6,6 +6,7 @@ import math
 import zipfile
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +57,9 @@ class UNetAutoencoder(nn.Module):
         ValueError: no such encoder, or weights that pretrained=False would ignore.
         WeightsError: weights were asked for and cannot be had.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,
@@ -108,7 +112,7 @@ class Encoder(nn.Module):
         if pretrained:
             state = read_weights(weights_file) if weights_file else download_weights(name)
             load_backbone(network, state, f"{weights_file or name}", name)
-        self.stages = nn.ModuleList(cut_stages(network, name))
+        self.stages: Any = nn.ModuleList(cut_stages(network, name))  # Sequentials
         self.eval()  # so that BatchNorm's averages do not take up the blank image
         with torch.no_grad():
             features = self(torch.zeros(1, 3, MIN_IMAGE_SIZE, MIN_IMAGE_SIZE))
@@ -124,7 +128,7 @@ class Encoder(nn.Module):
         return features
 
 
-def cut_stages(network: nn.Module, name: str) -> list[nn.Sequential]:
+def cut_stages(network: Any, name: str) -> list[nn.Sequential]:
     """Returns the layers of a torchvision network in five stages, each of which halves the resolution."""
     if name in FEATURE_CUTS:
         return [network.features[start:end] for start, end in pairwise(FEATURE_CUTS[name])]
@@ -230,7 +234,7 @@ class AttentionGate(nn.Module):
         self.theta = nn.Conv2d(skip, inner, 2, stride=2, bias=False)
         self.phi = nn.Conv2d(gating, inner, 1)
         self.psi = nn.Conv2d(inner, 1, 1)
-        nn.init.constant_(self.psi.bias, GATE_BIAS_INIT)  # else each skip would begin at half its strength
+        nn.init.constant_(self.psi.get_parameter("bias"), GATE_BIAS_INIT)  # else each skip would begin at half strength
 
     def forward(self, skip: Tensor, gating: Tensor) -> Tensor:
         """Returns a skip (N, skip, 2H, 2W) weighted by a decoder feature (N, gating, H, W)."""
@@ -245,11 +249,11 @@ class PixelShuffleHead(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(width, 4 * out_channels, 3, padding=1)
         self.shuffle = nn.PixelShuffle(2)
-        nn.init.zeros_(self.conv.bias)
+        bias = nn.init.zeros_(self.conv.get_parameter("bias"))
         with torch.no_grad():  # the four pixels of a cell start alike (Aitken et al. 2017): no checkerboard
             self.conv.weight.copy_(self.conv.weight[::4].repeat_interleave(4, dim=0))
             self.conv.weight[: 4 * (out_channels - 1)] = 0  # colours start as the photo's own
-            self.conv.bias[-4:] = math.log(FOREGROUND_PRIOR / (1 - FOREGROUND_PRIOR))
+            bias[-4:] = math.log(FOREGROUND_PRIOR / (1 - FOREGROUND_PRIOR))
 
     def forward(self, features: Tensor) -> Tensor:
         """Returns (N, out_channels, 2H, 2W) from (N, width, H, W)."""

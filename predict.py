@@ -30,7 +30,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageColor
+from PIL import ImageColor
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
@@ -61,12 +61,11 @@ def is_own(name: str) -> bool:
 
 with own_modules():
     import utils
-    from cutting.cutter import TRAINED, Cutter, load, model_digest
+    from cutting.cutter import TRAINED, Cutter, Look, load, model_digest
     from cutting.edges import estimate_foreground, refine_alpha, to_opacity
     from cutting.jobs import UP_TO_DATE, Job, names_a_file, origin, plan, split_jobs
-    from cutting.photos import DECODER_ADVICE, Photo, PhotoError, compose, open_photo, readable_formats, reason
+    from cutting.photos import DECODER_ADVICE, Photo, PhotoError, compose, open_image, open_photo, reason
     from cutting.png import encode_png
-    from loading.letterbox import letterbox
     from loading.workers import usable_cores
     from training.command_line import OneLineParser, run_cli
     from utils import UserError, atomic_write, counted, ensure_writable, explain_write_errors
@@ -93,24 +92,23 @@ class Style:
     background: np.ndarray | None = None  # to compose onto: a photo, uint8 RGB (H, W, 3), of one pixel for a colour
     threshold: float | None = None  # probability at which to cut a hard edge, one pixel soft; None is a soft edge
     keep_background_colours: bool = False  # in a cutout, where alpha is 0
-    model: str = ""  # the model's digest, and the image size if it is not the model's
+    model: str = ""  # the model's digest, the image size if it is not the model's, and whether all persons are kept
 
     @cached_property
     def how(self) -> str:
         """Says in a note how the output is made; it differs between any two styles, backgrounds or models."""
         kind = "mask" if self.mask else "cutout, background colours kept" if self.keep_background_colours else "cutout"
         if self.background is not None:
-            kind = f"on background {hashlib.blake2b(self.background, digest_size=6).hexdigest()}"
+            kind = f"on background {hashlib.blake2b(self.background.tobytes(), digest_size=6).hexdigest()}"
         return kind + ("" if self.threshold is None else f", threshold {self.threshold}") + f", by {self.model}"
 
-    def draw(
-        self, probabilities: np.ndarray, photo: Photo, square: np.ndarray, metadata: dict
-    ) -> tuple[np.ndarray, bool]:
-        """Draws the output from the network's probabilities, float32 (S, S), and what `letterbox` returned.
+    def draw(self, look: Look, photo: Photo) -> tuple[np.ndarray, bool]:
+        """Draws the output from where the network sees persons in the photo.
 
         Returns uint8 (H, W) for a mask, BGR (H, W, 3) on a background, BGRA (H, W, 4) for a cutout, and whether anybody
         was found: whether any pixel is more opaque than not.
         """
+        probabilities, square, metadata, _ = look
         alpha = refine_alpha(probabilities, square, metadata, photo.rgb)
         opacity = to_opacity(alpha, photo.alpha, self.threshold, metadata["scale"])
         del alpha  # frees its memory before the colours take theirs
@@ -135,7 +133,8 @@ def cut_all(cutter: Cutter, jobs: list[Job], style: Style, batch_size: int) -> l
     on_cpu, cores = cutter.device.type == "cpu", usable_cores()
     threads = min(cores if on_cpu else cores + 1, len(jobs))
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-    outcomes, running = [], {}
+    outcomes: list[Outcome] = []
+    running: dict[Future, int] = {}
     try:
         with tqdm(total=len(jobs), unit="photo", disable=not sys.stderr.isatty()) as progress:
             for batch, pixels in group_jobs(jobs, 1 if on_cpu else batch_size):
@@ -161,7 +160,7 @@ def group_jobs(jobs: list[Job], batch_size: int) -> Iterator[tuple[list[Job], in
 
 def count_pixels(path: Path) -> int:
     """Returns the pixels of a photo, by its header; 0 if it cannot be read, which is reported when it is opened."""
-    with suppress(Exception), Image.open(path, formats=readable_formats()) as image:
+    with suppress(Exception), open_image(path) as image:
         return image.width * image.height
     return 0
 
@@ -184,20 +183,19 @@ def cut_batch(cutter: Cutter, jobs: list[Job], style: Style) -> Outcome:
     for path, output in jobs:
         try:
             note = "; ".join(origin(path, style.how))  # before it is read: if it changes now, the next run sees that
-            photo = open_photo(path)
-            ready.append((path, output, note, photo, *letterbox(photo.rgb, cutter.image_size)))
+            ready.append((path, output, note, open_photo(path)))
         except PhotoError as error:
             failures.append(str(error))
-    predictions = cutter.probabilities([square for *_, square, _ in ready]) if ready else ()
-    for probabilities, (path, output, note, photo, square, metadata) in zip(predictions, ready, strict=True):
+    looks = cutter.look([photo.rgb for *_, photo in ready])
+    for look, (path, output, note, photo) in zip(looks, ready, strict=True):
         try:
-            picture, anybody = style.draw(probabilities, photo, square, metadata)
+            picture, anybody = style.draw(look, photo)
             output.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(output) as file:
-                file.writelines(encode_png(picture, None if style.mask else photo.icc, note))
+                file.writelines(encode_png(picture, None if style.mask else photo.icc, f"{note}; look at {look.size}"))
             empty += [] if anybody else [path]
         except (OSError, ValueError, MemoryError, cv2.error) as error:
-            if getattr(error, "errno", None) in DISK_ERRORS:
+            if isinstance(error, OSError) and error.errno in DISK_ERRORS:
                 raise UserError(f"{output} cannot be written: {error.strerror}") from None
             failures.append(f"{output} cannot be written: {reason(error)}")
     return Outcome(len(jobs), failures, empty)
@@ -216,7 +214,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     kind.add_argument("--background", metavar="COLOUR_OR_PHOTO", help="compose onto e.g. white, #3366cc or beach.jpg")
     add("--threshold", type=float, help="a smooth hard edge: opaque where the probability of a person exceeds it")
     add("--keep-background-colours", action="store_true", help="keep a cutout's colours where its alpha is 0")
-    add("--image-size", type=int, help="pixels of the square that photos are fitted into (the model's)")
+    add("--foreground-only", action="store_true", help="leave out persons much smaller than the largest one")
+    add("--image-size", type=int, help="pixels of the square that photos are fitted into, in one look (the model's)")
     add("--device", default=utils.LOCAL_RANK_GPU, help="cpu, cuda:1, mps (the first GPU, or the CPU)")
     add("--batch-size", type=int, default=8, help="photos at a time on a GPU (%(default)s)")
     options = parser.parse_args(argv)
@@ -232,7 +231,7 @@ def read_background(text: str) -> np.ndarray:
     if os.path.isfile(text):
         return open_photo(text).rgb
     try:
-        return np.uint8([[ImageColor.getcolor(text, "RGB")]])
+        return np.array([[ImageColor.getcolor(text, "RGB")]], np.uint8)
     except ValueError:
         raise UserError(f"--background {text} is no colour and no photo") from None
 
@@ -242,11 +241,12 @@ def main(options: argparse.Namespace) -> int:
     output, outcomes = Path(options.output), []
     jobs, unreadable = plan(options.photos, output)
     model = model_digest(options.checkpoint) + (f" at {options.image_size}" if options.image_size else "")
+    model += ", foreground only" if options.foreground_only else ""
     background = None if options.background is None else read_background(options.background)
     style = Style(options.mask, background, options.threshold, options.keep_background_colours, model)
     todo, kept = split_jobs(jobs, style.how, options.overwrite, names_a_file(output))
     if todo:
-        cutter = load(options.checkpoint, options.device, options.image_size)
+        cutter = load(options.checkpoint, options.device, options.image_size, options.foreground_only)
         with explain_write_errors(f"--output {output}"):
             ensure_writable(output.parent if names_a_file(output) else output)
         print(f"model: {cutter.description}", flush=True)

@@ -2,6 +2,7 @@
 
     python trainer.py                            # on data/coco, with the defaults below
     python trainer.py --batch-size 16            # any setting below, for this run
+    python trainer.py --show-data                # writes a sheet of samples with their masks, and trains nothing
     python trainer.py --sample                   # on built-in drawings, minutes on a CPU, no network
     CUDA_VISIBLE_DEVICES=0 python trainer.py     # on one GPU of a machine that others use as well
     torchrun trainer.py                          # on every visible GPU
@@ -17,18 +18,18 @@ import sys
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam, Optimizer
-from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P, or PYTHONSAFEPATH, does not look here by itself
 
 import utils
 from cutting.cutter import BUNDLED
-from datasets import COCOPersonDataset, batches, make_loader
+from datasets import COCOPersonDataset, PhotoLoader, batches, make_loader
 from loading.layout import DataOptions
 from loading.sources import data_roots
 from loading.unreadable import SkipUnreadable, count_unreadable
@@ -49,7 +50,7 @@ from training.batches import (
     sync_gradients,
     to_model_input,
 )
-from training.checkpoints import CURVES, RUN_JSON, RUN_LOG, RunFolder, try_write
+from training.checkpoints import CURVES, DATA_SHEET, RUN_JSON, RUN_LOG, RunFolder, try_write
 from training.command_line import UsageError, open_run_log, run_cli
 from training.epoch_metrics import EpochMetrics
 from training.interruptions import Watch
@@ -70,7 +71,10 @@ class Config:
     val_split: str = "val2017"  # photo folder to validate on after every epoch
     category: str = "person"  # category of the annotations to cut out; several become one: person,pedestrian
     annotations: str = ""  # a single COCO-format FILE without splits, instead of data_root
-    photos: str = ""  # folder of the photos of --annotations
+    photos: str = ""  # folder of the photos of --annotations or of --masks
+    masks: str = ""  # folder of mask files for --photos, instead of data_root
+    mask_values: str = ""  # values of mask files that are persons: 15, 1-19, 24,25, or a colour: 250,50,83
+    negatives: str = ""  # FOLDER of photos without persons to train on too; data: those that the data have
     val_fraction: float = 0.1  # fraction of photos without a split to validate on; their names decide which
     image_size: int = 384  # pixels: side of the square that photos are fitted into
     # --- batches
@@ -115,6 +119,7 @@ class Config:
     log_every: int = 20  # steps between two logs of the loss within an epoch
     tensorboard: bool = False  # log to tensorboard/ in the run's folder as well
     resume: str = ""  # resume from the newest usable checkpoint, or from FILE
+    show_data: bool = False  # write data.png, a sheet of samples with their masks, and end
     sample: bool = False  # train on built-in drawings with the small settings of SAMPLE
 
 
@@ -141,12 +146,12 @@ def main(config: Config, explicit: Collection[str] = FIELDS) -> None:
                 training = train_one_epoch(run, train_loader, epoch, config, watch)
                 broadcast_buffers(run.model, run.eval_model)
                 validation = validate(run, val_loader, watch)
-                save_epoch(run, training, validation, val_loader.dataset, folder)
+                save_epoch(run, training, validation, train_loader.dataset, val_loader.dataset, folder)
                 watch.restart_clock()
         finish(run, folder)
 
 
-def train_one_epoch(run: Run, loader: DataLoader, epoch: int, config: Config, watch: Watch) -> dict[str, float]:
+def train_one_epoch(run: Run, loader: PhotoLoader, epoch: int, config: Config, watch: Watch) -> dict[str, float]:
     """Trains on every photo once, or on those that are left. Returns the epoch's metrics over all processes."""
     run.begin_epoch()
     first = run.step * config.grad_accum_steps
@@ -182,7 +187,7 @@ def train_one_epoch(run: Run, loader: DataLoader, epoch: int, config: Config, wa
 
 
 @torch.inference_mode()
-def validate(run: Run, loader: DataLoader, watch: Watch) -> dict[str, float]:
+def validate(run: Run, loader: PhotoLoader, watch: Watch) -> dict[str, float]:
     """Validates on every photo, each in one process. Returns the metrics over all processes."""
     model, metrics = run.eval_model.eval(), EpochMetrics(run.criterion, run.device)
     progress = Progress(loader, "validation", run.processes.is_rank0)
@@ -192,7 +197,8 @@ def validate(run: Run, loader: DataLoader, watch: Watch) -> dict[str, float]:
             images, target = to_model_input(micro_batch.to(run.device, non_blocking=True))
             with autocast(run.device, run.amp_dtype):
                 raw = model(images)
-            metrics.update(*run.criterion(raw, target), raw[:, 3] > 0, target[:, 3] > 0.5)
+            loss, terms = run.criterion(raw, target)
+            metrics.update(loss, terms, raw[:, 3] > 0, target[:, 3] > 0.5)
         if number < common:
             watch.between_steps()
     watch.after_steps()
@@ -201,19 +207,16 @@ def validate(run: Run, loader: DataLoader, watch: Watch) -> dict[str, float]:
 
 def open_data(
     config: Config, processes: Processes, checkpoint: resuming.Checkpoint | None = None
-) -> tuple[DataLoader, DataLoader]:
+) -> tuple[PhotoLoader, PhotoLoader]:
     """Returns the loaders of this process's shard of the training and the validation photos."""
     with distributed.local_rank0_first(processes):
-        if config.sample:
-            from tools import make_sample  # only a sample run needs it
-
-            make_sample.draw_sample(data_roots(config.data_root)[0])
-        train, val = (open_split(config, is_training) for is_training in (True, False))
+        train, val = open_splits(config)
+    resuming.refuse_unshared_data(processes, train.dataset, val.dataset)
     if checkpoint:
-        splits = train.dataset, val.dataset
+        splits: Any = train.dataset, val.dataset
         utils.run_on_rank0(lambda: resuming.refuse_other_data(checkpoint, vars(config), *splits), processes)
     cores = usable_cores() // distributed.processes_sharing_cores(processes)
-    options = {
+    options: dict[str, Any] = {
         "num_workers": min(config.num_workers, max(1, cores)), "rank": processes.rank,
         "world_size": processes.world_size, "pin_memory": config.pin_memory and processes.device.type == "cuda",
     }  # fmt: skip
@@ -222,6 +225,15 @@ def open_data(
         raise UsageError(f"one training photo per process at --image-size {MIN_IMAGE_SIZE} leaves BatchNorm a single "
                          "value: make --image-size or --batch-size larger, or add photos")  # fmt: skip
     return train_loader, make_loader(val, config.batch_size, training=False, **options)
+
+
+def open_splits(config: Config) -> tuple[SkipUnreadable, SkipUnreadable]:
+    """Returns the samples of the training and of the validation split."""
+    if config.sample:
+        from tools import make_sample  # only a sample run needs it
+
+        make_sample.draw_sample(data_roots(config.data_root)[0])
+    return open_split(config, True), open_split(config, False)
 
 
 def open_split(config: Config, is_training: bool) -> SkipUnreadable:
@@ -234,9 +246,15 @@ def open_split(config: Config, is_training: bool) -> SkipUnreadable:
         seed=config.seed,
         cache=config.cache,
         other_splits=(config.train_split, config.val_split),
-        options=DataOptions(config.category, config.annotations, config.photos, config.val_fraction),
+        options=data_options(config, is_training),
     )
     return SkipUnreadable(dataset, is_training, config.max_unreadable_fraction, folder_of(config))
+
+
+def data_options(config: Config, is_training: bool) -> DataOptions:
+    """Returns how the data are to be read; photos without persons are trained on, and not validated."""
+    settings = {name: getattr(config, name) for name in DataOptions._fields}
+    return DataOptions(**settings)._replace(negatives=config.negatives if is_training else "")
 
 
 def start_run(config: Config, processes: Processes, checkpoint: resuming.Checkpoint | None = None) -> Run:
@@ -299,10 +317,11 @@ def wrap_ddp(model: nn.Module, processes: Processes) -> nn.Module:
     return wrapped
 
 
-def open_run_folder(run: Run, config: Config, folder: RunFolder, train: DataLoader, val: DataLoader) -> None:
+def open_run_folder(run: Run, config: Config, folder: RunFolder, train: PhotoLoader, val: PhotoLoader) -> None:
     """Gives the run its photos, claims its folder, prints the banner and opens the logs."""
     run.dataset, run.steps_per_epoch = train.dataset, math.ceil(len(train) / config.grad_accum_steps)
     went_back = run.source == Path(config.resume)
+    folder.warn_if_unshared(run.processes)
     utils.run_on_rank0(lambda: folder.claim_for(run, went_back), run.processes)
     open_run_log(folder.path / RUN_LOG, run.processes.rank)
     if not run.processes.is_rank0:
@@ -317,9 +336,21 @@ def open_run_folder(run: Run, config: Config, folder: RunFolder, train: DataLoad
     run.loggers = build_loggers(folder.path, run.settings, run.history, run.global_step)
 
 
-def save_epoch(run: Run, training: dict, validation: dict, val: SkipUnreadable, folder: RunFolder) -> None:
+def show_data(config: Config) -> None:
+    """Writes a sheet of samples with their masks, and prints what the data are; nothing is trained."""
+    train, val = open_splits(config)
+    path = folder_of(config) / DATA_SHEET
+    with utils.explain_write_errors(str(path)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pictures.save_samples(train, val, path)
+    print(run_info.wrapped(run_info.data_facts(train.dataset, val.dataset) | {"samples": str(path)}), flush=True)
+
+
+def save_epoch(
+    run: Run, training: dict, validation: dict, train: SkipUnreadable, val: SkipUnreadable, folder: RunFolder
+) -> None:
     """Logs an epoch's metrics, saves its checkpoint and draws pictures now and then."""
-    unreadable = count_unreadable(run.dataset, val, run.processes)
+    unreadable = count_unreadable(train, val, run.processes)
     row = history_row(run.epochs_done + 1, training, validation, unreadable)
     is_best = run.end_epoch(row, folder.has_best())
     if not run.processes.is_rank0:
@@ -330,6 +361,8 @@ def save_epoch(run: Run, training: dict, validation: dict, val: SkipUnreadable, 
         preview = pictures.preview(run.eval_model, val, run.device, run.amp_dtype)
         folder.draw(lambda: pictures.save_sheet(*preview, folder.path / PREVIEW))
         folder.draw(lambda: pictures.save_curves(history, folder.path / CURVES, best_metric))
+    if run.epochs_done == 1:
+        try_write(lambda: pictures.save_samples(train, val, folder.path / DATA_SHEET))
     log_all(run.loggers, run.history[-1], run.global_step)
 
 
@@ -371,8 +404,11 @@ def run_command(argv: list[str]) -> int:
 
     def work() -> None:
         config, explicit = parse(argv[1:])
-        launching.spread_over_gpus(argv, config.device)
-        main(config, explicit)
+        if config.show_data:
+            show_data(config)
+        else:
+            launching.spread_over_gpus(argv, config.device)
+            main(config, explicit)
 
     oom_advice, interrupted = "free some, and --resume goes on", "stopped; --resume goes on after the last whole epoch"
     return run_cli("trainer.py", work, oom_advice, interrupted, keeps_log=True)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import csv
 import errno
+import functools
 import hashlib
 import io
 import os
 import re
+import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -97,7 +100,7 @@ class LossCalculator(nn.Module):
                 "dice": soft_dice_loss(torch.sigmoid(raw[:, 3]), mask),
                 "contour": (entropy * near_contour(mask)).mean(),
             }
-            loss = sum(self.weights[name] * term for name, term in terms.items())
+            loss = functools.reduce(torch.add, (self.weights[name] * term for name, term in terms.items()))
         return loss, {name: term.detach() for name, term in terms.items()}
 
 
@@ -263,7 +266,7 @@ def all_reduce_max(numbers: list[int]) -> list[int]:
     return all_reduce_max_async(numbers)()
 
 
-def broadcast_object(value: object) -> object:
+def broadcast_object(value: Any) -> Any:
     """Returns rank 0's value on every process."""
     payload = [value]
     if dist.is_initialized():
@@ -275,14 +278,14 @@ def all_gather_list(rows: list) -> list:
     """Returns the lists of all processes, joined by rank, on every process."""
     gathered = [rows]
     if dist.is_initialized():
-        gathered = [None] * dist.get_world_size()
+        gathered = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(gathered, rows)
     return [row for rows in gathered for row in rows]
 
 
 def run_on_rank0(work: Callable[[], Any], processes: Processes) -> Any:
     """Runs `work` on rank 0 and returns its result on every process; if it fails, the others exit with code 2."""
-    result = failure = None
+    result, failure = None, None
     try:
         result = work() if processes.is_rank0 else None
     except Exception as error:  # the others would wait for ever
@@ -299,6 +302,8 @@ def run_on_rank0(work: Callable[[], Any], processes: Processes) -> Any:
 
 
 MAX_STEM_BYTES = 100  # of a file's name that its temporary file takes over: file systems allow 143 to 255 in all
+TEMPORARY_NAME = re.compile(r"\..+\.([0-9a-f]{8})\.(\d{1,9})\.[0-9a-f]{8}\.part")  # of which machine and process
+LEFTOVER_SECONDS = 24 * 3600.0  # since the last write to a temporary file: then nobody is writing it any more
 # What a file system without fsync answers; what was written is there all the same.
 FSYNC_UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
@@ -309,10 +314,10 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
     If it cannot be written, OSError names `path`, and what was there is untouched.
     """
+    remove_leftovers(path.parent)
     temporary = temporary_path(path)
     try:
-        temporary.unlink(missing_ok=True)  # one that a killed run left may be a hard link to a whole checkpoint
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             yield file
             file.flush()
             fsync(file.fileno())
@@ -327,10 +332,45 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def temporary_path(path: Path) -> Path:
-    """Returns where a file is written before it replaces `path`; its name is no longer than a file's may be."""
+    """Returns where a file is written before it replaces `path`: a new name each time, that no other process uses.
+
+    It names the process, and is no longer than a file's name may be.
+    """
     name = os.fsencode(path.name)
     stem = path.name if len(name) <= MAX_STEM_BYTES else hashlib.blake2b(name, digest_size=8).hexdigest()
-    return path.with_name(f".{stem}.part")
+    return path.with_name(f".{stem}.{machine()}.{os.getpid()}.{os.urandom(4).hex()}.part")
+
+
+@functools.cache
+def machine() -> str:
+    """Returns a digest of where process numbers are unique: this machine, or a container on it."""
+    name = socket.gethostname()
+    with suppress(OSError):  # not Linux, where containers that share the host's name have process numbers of their own
+        name += os.readlink("/proc/self/ns/pid")
+    return hashlib.blake2b(name.encode(), digest_size=4).hexdigest()
+
+
+@functools.lru_cache(1024)  # a look at each folder: one may hold a hundred thousand files
+def remove_leftovers(folder: Path) -> None:
+    """Removes the temporary files of a folder whose process was killed; of another machine those of the day before."""
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            match = TEMPORARY_NAME.fullmatch(entry.name)
+            if match and (is_dead(match[1], int(match[2])) or time.time() - entry.stat().st_mtime > LEFTOVER_SECONDS):
+                os.unlink(entry.path)
+
+
+def is_dead(machine_name: str, pid: int) -> bool:
+    """Returns whether a process is known to have ended: one of this machine."""
+    if machine_name != machine() or os.name != "posix":  # elsewhere `os.kill` would end it
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # another user's
+        return False
+    return False
 
 
 def fsync(descriptor: int) -> None:

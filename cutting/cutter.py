@@ -8,6 +8,7 @@ import os
 import threading
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from PIL import Image
 
 import utils
 from cutting.edges import estimate_foreground, refine_alpha, to_opacity
+from cutting.persons import continue_to_borders, keep_persons, largest_component
 from cutting.photos import open_photo
 from loading.letterbox import letterbox, to_rgba
 from models import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE, CheckpointError, UNetAutoencoder, model_weights, read_checkpoint
@@ -22,10 +24,14 @@ from utils import UserError
 
 TRAINED = "checkpoints/best_model.pth"  # the model that a training leaves, in the working directory
 BUNDLED = Path(__file__).with_name("bundled.pth")  # the model that comes with the program; bundled.md is its card
+SMALL_PERSONS = 0.1  # of a photo, covered by the largest component: below, a second look (chosen in docs/looks.md)
 
 
 def load(
-    checkpoint: str | Path | None = None, device: str = utils.LOCAL_RANK_GPU, image_size: int | None = None
+    checkpoint: str | Path | None = None,
+    device: str = utils.LOCAL_RANK_GPU,
+    image_size: int | None = None,
+    foreground_only: bool = False,
 ) -> Cutter:
     """Returns the model of a checkpoint, ready to cut.
 
@@ -33,7 +39,9 @@ def load(
         checkpoint: `best_model.pth` or any other that a training wrote, or "bundled", the model that comes with the
             program; None is `checkpoints/best_model.pth` if it exists, else "bundled".
         device: e.g. "cpu", "cuda:1", "mps"; by default the first GPU, or the CPU if there is none.
-        image_size: the side in pixels of the square that photos are fitted into; by default that of the training.
+        image_size: the side in pixels of the square that photos are fitted into; by default that of the training, and
+            twice that in a second look at photos whose persons are small.
+        foreground_only: whether persons who are much smaller than the largest one are left out.
 
     Raises:
         CheckpointError: the file is missing, damaged or of another program.
@@ -49,8 +57,11 @@ def load(
         model.load_state_dict(model_weights(content))  # may be float16: the model stays float32
         size = config["image_size"] if image_size is None else image_size
         check_size(size)
-        use_float16 = config.get("precision") != "float32"
-        return Cutter(model, size, torch.device(name), use_float16, describe_model(path, content, size))
+        second_size = 2 * size if image_size is None and 2 * size <= MAX_IMAGE_SIZE else None
+        fades = config.get("bars", "black") == "black"  # what filled the letterbox in training
+        return Cutter(model, size, torch.device(name), config.get("precision") != "float32",
+                      describe_model(path, content, size), second_size=second_size, fades_at_bars=fades,
+                      foreground_only=foreground_only)  # fmt: skip
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         text = " ".join(str(error).split())[:160]  # PyTorch lists every tensor that is missing, a line each
         raise CheckpointError(f"{path} holds no model that can be used here: {text}") from None
@@ -91,14 +102,40 @@ def check_size(image_size: int | None) -> None:
         raise UserError(f"an image size of {image_size} is out of range: from {MIN_IMAGE_SIZE} to {MAX_IMAGE_SIZE}")
 
 
+class Look(NamedTuple):
+    """A photo in its square, and where the network sees persons."""
+
+    probabilities: np.ndarray  # float32 (S, S), persons continued to the borders, specks left out
+    square: np.ndarray  # uint8 RGB (S, S, 3)
+    metadata: dict  # that of `letterbox`
+    first: np.ndarray  # the network's own probabilities in the first look, float32 (T, T), T its image size
+
+    @property
+    def size(self) -> int:
+        return len(self.square)
+
+
+def has_small_persons(look: Look) -> bool:
+    """Returns whether a second look is worth it: persons are small, and the photo has more pixels than the square.
+
+    Not where the first look finds nobody: the second one then finds more of what is no person than of what is.
+    """
+    covered = largest_component(look.probabilities, look.metadata["padding"])
+    return look.metadata["scale"] < 1 and 0 < covered < SMALL_PERSONS
+
+
 class Cutter:
     """Cuts the persons out of photos: `rgba = cut(photo)`. `load` makes one; several threads may use it at once."""
 
     def __init__(
-        self, model: UNetAutoencoder, image_size: int, device: torch.device, use_float16: bool, description: str = ""
-    ):
-        self.model = model.eval().to(device, memory_format=utils.memory_format(device))
+        self, model: UNetAutoencoder, image_size: int, device: torch.device, use_float16: bool, description: str = "",
+        *, second_size: int | None = None, fades_at_bars: bool = True, foreground_only: bool = False,
+    ):  # fmt: skip
+        self.model = model.eval().to(device).to(memory_format=utils.memory_format(device))
         self.image_size, self.device, self.description = image_size, device, description
+        self.second_size = second_size  # of the second look's square; None: one look at every photo
+        self.fades_at_bars = fades_at_bars  # whether the network takes the letterbox's bars for the end of persons
+        self.foreground_only = foreground_only  # whether persons much smaller than the largest one are left out
         # Not bfloat16: its mantissa is shorter, and alpha near 1 would come in steps of 1/256 instead of 1/2048.
         self.amp_dtype = torch.float16 if use_float16 and device.type == "cuda" else None
         # A GPU computes one batch at a time, whichever thread brings it; on a CPU each thread computes for itself.
@@ -109,11 +146,39 @@ class Cutter:
 
         The photo is a path, a Pillow image or a uint8 array (H, W, 3 or 4). Raises PhotoError if it cannot be read.
         """
-        photo = open_photo(photo)
-        square, metadata = letterbox(photo.rgb, self.image_size)
-        alpha = refine_alpha(self.probabilities([square])[0], square, metadata, photo.rgb)
-        opacity = to_opacity(alpha, photo.alpha)
-        return to_rgba(estimate_foreground(photo, opacity, square, metadata, hide_background=True), opacity)
+        opened = open_photo(photo)
+        probabilities, square, metadata, _ = self.look([opened.rgb])[0]
+        opacity = to_opacity(refine_alpha(probabilities, square, metadata, opened.rgb), opened.alpha)
+        return to_rgba(estimate_foreground(opened, opacity, square, metadata, hide_background=True), opacity)
+
+    def look(self, photos: list[np.ndarray]) -> list[Look]:
+        """Returns where the network sees persons in photos, uint8 RGB (H, W, 3): what a cutout is made of.
+
+        Where a first look finds small persons only, a second one at twice the size takes its place.
+        """
+        looks = self._look_at(photos, self.image_size)
+        if self.second_size is not None:
+            small = [index for index, look in enumerate(looks) if has_small_persons(look)]
+            step = max(1, len(photos) // 4)  # squares of four times the pixels: no more memory than in the first look
+            for some in (small[start : start + step] for start in range(0, len(small), step)):
+                again = self._look_at([photos[index] for index in some], self.second_size)
+                for index, look in zip(some, again, strict=True):
+                    looks[index] = look._replace(first=looks[index].first)
+        return [self._keep_persons(look) for look in looks]
+
+    def _look_at(self, photos: list[np.ndarray], size: int) -> list[Look]:
+        squares = [letterbox(photo, size) for photo in photos]
+        raw = self.probabilities([square for square, _ in squares]) if photos else ()
+        return [self._continue(Look(alpha, *square, alpha)) for alpha, square in zip(raw, squares, strict=True)]
+
+    def _continue(self, look: Look) -> Look:
+        if not self.fades_at_bars:
+            return look
+        return look._replace(probabilities=continue_to_borders(look.probabilities, look.metadata["padding"]))
+
+    def _keep_persons(self, look: Look) -> Look:
+        kept = keep_persons(look.probabilities, look.metadata["padding"], self.foreground_only)
+        return look._replace(probabilities=kept)
 
     def probabilities(self, squares: list[np.ndarray]) -> np.ndarray:
         """Returns each pixel's probability of a person, float32 (N, S, S), for uint8 RGB squares (S, S, 3)."""

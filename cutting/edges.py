@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import cv2
 import numpy as np
@@ -19,9 +20,10 @@ GUIDE_RADIUS = 2  # of the guided filter's window: an edge of the photo is found
 GUIDE_EPSILON = 1e-4  # variance of colours in [0, 1] below which they explain nothing: 2.5 steps of 8 bits
 FLAT = 1e-6  # variance of alpha below which there is no edge
 ALPHA_MARGIN = 0.05  # probabilities this close to 0 or 1 become 0 or 1
-ANTIALIAS_KERNEL = np.float32([0.25, 0.5, 0.25])  # along each axis: then a linear enlargement shows no steps
+ANTIALIAS_KERNEL = np.array([0.25, 0.5, 0.25], np.float32)  # along each axis: then a linear enlargement shows no steps
 CUT_SMOOTHING = 0.25  # sigma of the blur of alpha before a threshold cuts it
 COLOUR_RADII = (6, 2)  # of the means that estimate the colours on both sides of an edge, the wide one first
+NO_SECOND_MAP: Any = None  # of coordinates, for cv2.remap, whose type hints do not know that the first may have both
 NO_WEIGHT = 1e-3  # mean of weights in [0, 1] below which there is nothing to average
 
 dot = functools.partial(np.einsum, "hwc,hwc->hw")  # of the two vectors at each pixel
@@ -104,7 +106,7 @@ def enlarge_at(mask: np.ndarray, picture: np.ndarray, shape: tuple[int, int]) ->
         for start in range(0, len(points), 2**14):  # remap takes fewer than 2**15
             chunk = points[start : start + 2**14]
             coordinates = ((chunk + 0.5) * scale - 0.5).astype(np.float32)
-            values = cv2.remap(picture, coordinates, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+            values = cv2.remap(picture, coordinates, NO_SECOND_MAP, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
             yield chunk[:, 0, 1], chunk[:, 0, 0], values.reshape(-1, 3)
 
 
@@ -172,7 +174,8 @@ def estimate_foreground(
     coarse = resize(opacity, content.shape[1::-1])
     window = np.ones((2 * COLOUR_RADII[0] + 1,) * 2, np.uint8)
     near_persons, near_background = (cv2.dilate(cv2.inRange(coarse, *side), window) for side in ((230, 255), (0, 25)))
-    mixed = cv2.inRange(opacity, 1, 254) & enlarge_mask(near_persons & near_background, opacity.shape)
+    near_both = enlarge_mask(cv2.bitwise_and(near_persons, near_background), opacity.shape)
+    mixed = cv2.bitwise_and(cv2.inRange(opacity, 1, 254), near_both)
     if photo.alpha is not None:
         mixed[photo.alpha < 255] = 0
     pure = without_background(photo.rgb, opacity, content, coarse) if hide_background else photo.rgb.copy()
@@ -191,8 +194,8 @@ def without_background(rgb: np.ndarray, opacity: np.ndarray, content: np.ndarray
     weights **= 4  # all but leaves out mixed pixels wherever there are pure ones
     total = local_mean(weights, COLOUR_RADII[0])
     colours = weighted_mean(content.astype(np.float32), weights, total, np.float32(0), COLOUR_RADII[0])
-    known = (total[..., 0] > NO_WEIGHT).astype(np.uint8) * 255
-    known = cv2.erode(known, np.ones((3, 3), np.uint8))  # to be enlarged, a pixel needs its neighbours' colours too
+    averaged = (total[..., 0] > NO_WEIGHT).astype(np.uint8) * 255
+    known = cv2.erode(averaged, np.ones((3, 3), np.uint8))  # to be enlarged, a pixel needs its neighbours' colours too
     pure, band = cv2.bitwise_and(rgb, rgb, mask=opacity), cv2.inRange(opacity, 0, 0)
     for rows, columns, values in enlarge_at(band & enlarge_mask(known, opacity.shape), colours, opacity.shape):
         pure[rows, columns] = values + 0.5

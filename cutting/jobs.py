@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cutting.photos import decoder_advice, readable_extensions
 from cutting.png import read_note
+from loading.files import NO_PHOTOS_IN
 from utils import UserError
 
 Job = tuple[Path, Path]  # a photo and its output
@@ -61,12 +62,14 @@ def names_a_file(output: Path) -> bool:
 def photos_in(folder: Path, output: Path) -> tuple[list[Path], list[Path]]:
     """Returns a folder's photos, also those of its subfolders, and those of kinds that cannot be read here.
 
-    Hidden ones and those in the output folder are left out. Raises UserError if the folder cannot be opened.
+    Hidden ones, thumbnails and those in the output folder are left out. Raises UserError if the folder cannot be
+    opened.
     """
-    output, files, errors = os.path.realpath(output), [], []
+    files: list[Path] = []
+    errors: list[OSError] = []
     for parent, subfolders, names in os.walk(folder, onerror=errors.append, followlinks=True):
-        paths = [Path(parent, name) for name in sorted(subfolders) if name[0] != "."]
-        subfolders[:] = [path.name for path in paths if os.path.realpath(path) != output and not loops(path, folder)]
+        paths = [Path(parent, name) for name in sorted(subfolders) if name[0] != "." and name not in NO_PHOTOS_IN]
+        subfolders[:] = [path.name for path in paths if not (is_same(path, output) or loops(path, folder))]
         files += [Path(parent, name) for name in sorted(names) if name[0] != "."]
     closed = [Path(error.filename) for error in errors]
     if folder in closed:
@@ -75,6 +78,11 @@ def photos_in(folder: Path, output: Path) -> tuple[list[Path], list[Path]]:
     readable = readable_extensions()
     photos = [file for file in files if file.suffix.lower() in readable or not os.path.exists(file)]
     return photos + closed, [file for file in files if decoder_advice(file)]
+
+
+def is_same(path: Path, other: Path) -> bool:
+    """Returns whether two paths, whether or not they exist, lead to the same place."""
+    return os.path.realpath(path) == os.path.realpath(other)
 
 
 def loops(path: Path, top: Path) -> bool:
@@ -124,7 +132,8 @@ def split_jobs(jobs: list[Job], how: str, overwrite: bool, by_name: bool) -> tup
     `how` says by which model and in which style outputs are made, `by_name` whether the user has named the output file.
     """
     folders = set() if by_name else {os.path.realpath(photo.parent) for photo, _ in jobs}
-    todo, kept = [], {}
+    todo: list[Job] = []
+    kept: dict[str, list[Path]] = {}
     for photo, output in jobs:
         if why := why_kept(photo, output, how, overwrite, os.path.realpath(output.parent) in folders):
             kept.setdefault(why, []).append(output)
@@ -137,11 +146,11 @@ def why_kept(photo: Path, output: Path, how: str, overwrite: bool, beside_photos
     """Returns the reason for which an output is kept, or "" if it is to be made."""
     if not os.path.exists(output):
         return ""
-    noted, now = read_note(output).split("; "), origin(photo, how)
-    if len(noted) != 3:  # beside the photos it may be one itself: then --overwrite is not enough
+    noted, now = read_note(output).split("; "), origin(photo, how)  # it ends with which look was taken
+    if len(noted) < 3:  # beside the photos it may be one itself: then --overwrite is not enough
         return BESIDE_INPUT if beside_photos else "" if overwrite else FOREIGN
     if overwrite:
         return ""
     if noted[1] == now[1]:
-        return UP_TO_DATE if noted[0] == how else ""
+        return UP_TO_DATE if noted[0] == how and len(noted) == 4 else ""  # of 3: made before there were two looks
     return "" if noted[2] == now[2] else OF_ANOTHER  # the same path: its photo has changed

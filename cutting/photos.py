@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from utils import UserError, reason
 
+MAX_PIXELS = 2**28  # of a photo, as in loading.headers: phones take 200 million
+PILLOW_LIMIT = 1024**3 // 4 // 3  # pixels; Pillow refuses photos of twice as many unless a program sets another limit
 MAX_ICC_BYTES = 2**20  # Pillow refuses to open a PNG with a larger colour profile
 RAW = (".arw", ".cr2", ".cr3", ".crw", ".dng", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".srw", ".x3f")
 DECODER_ADVICE = {  # by extension: what helps to read photos that Pillow cannot decode by itself, or not everywhere
@@ -55,12 +58,27 @@ def open_photo(photo: str | Path | Image.Image | np.ndarray) -> Photo:
     try:
         if isinstance(photo, Image.Image):
             return convert(photo.copy())
-        with Image.open(photo, formats=readable_formats()) as image:
+        with open_image(photo) as image:
             return convert(image)
     except Exception as error:  # whatever a damaged file makes one of forty decoders raise
         name = "the photo" if isinstance(photo, Image.Image) else photo
         advice = decoder_advice(name) if isinstance(error, UnidentifiedImageError) else ""
         raise PhotoError(f"{name} cannot be read: {advice or reason(error)}") from None
+
+
+_limit_lock = threading.Lock()  # of Pillow's limit, which all threads share
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Opens a photo of up to MAX_PIXELS pixels. Pillow's limit is put back, and one that the program has set stays."""
+    with _limit_lock:
+        before = Image.MAX_IMAGE_PIXELS
+        try:
+            if before == PILLOW_LIMIT:
+                Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses photos above its double
+            return Image.open(path, formats=readable_formats())
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
 
 
 @functools.cache

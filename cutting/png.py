@@ -25,7 +25,7 @@ def encode_png(picture: np.ndarray, icc: bytes | None = None, note: str = "") ->
     ok, encoded = cv2.imencode(".png", picture)
     if not ok:
         raise ValueError("larger than a PNG may be")
-    data = memoryview(encoded)
+    data = encoded.data
     chunks = b"" if icc is None else _chunk(b"iCCP", b"photo\0\0" + zlib.compress(icc))
     if note:  # the length of all the rest shows later whether another program has written the file
         text = f"{KEYWORD}\0{note}; {len(data) + len(chunks)} bytes"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
+import posixpath
 import re
 from pathlib import Path
 from textwrap import shorten
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -29,6 +30,14 @@ class PhotoRecord(msgspec.Struct, gc=False):
     height: int
 
 
+class ImageRecord(msgspec.Struct, gc=False):
+    id: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+    width: int
+    height: int
+    file_name: str | None = None
+    coco_url: str | None = None  # LVIS has it in the name's stead
+
+
 class Annotation(msgspec.Struct, gc=False):
     image_id: int
     category_id: int
@@ -42,12 +51,12 @@ class Category(msgspec.Struct, gc=False):
 
 
 class CocoFile(msgspec.Struct, gc=False):
-    images: list[PhotoRecord]
+    images: list[ImageRecord]
     annotations: list[Annotation]
     categories: list[Category]
 
 
-_coco_file = msgspec.json.Decoder(CocoFile)
+_coco_file = msgspec.json.Decoder(CocoFile, strict=False)  # some tools write "1" and 120.0
 
 AnnotatedPhoto = tuple[PhotoRecord, list[msgspec.Raw]]  # with the persons' segmentations
 LeftOut = dict[str, list[str]]  # reason, with {s} for the plural -> names of what is left out for it
@@ -64,17 +73,20 @@ def describe_left_out(left_out: dict[str, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in left_out.items())
 
 
-def read_persons(annotations: Path, left_out: LeftOut, category: str = "person") -> list[AnnotatedPhoto]:
+def read_persons(
+    annotations: Path, left_out: LeftOut, category: str = "person", keeps_empty: bool = False
+) -> list[AnnotatedPhoto]:
     """Returns the photos with persons and the persons' segmentations, as copies: the file's content can be freed.
 
-    What cannot be used joins `left_out`. Several categories that stand for persons are separated by commas.
+    What cannot be used joins `left_out`. Several categories that stand for persons are separated by commas. With
+    `keeps_empty` photos without a person are there as well, with no segmentation.
 
     Raises:
-        DataError: it is not a COCO annotation file, has no such category, or names a photo outside its folder.
+        DataError: it is not a COCO annotation file, or has no such category.
     """
     coco = _parse(annotations)
     is_wanted = _match_categories(coco.categories, category, annotations, left_out)
-    photos = _photos_by_id(coco.images, left_out)
+    photos = _photos_by_id([_photo_record(image, annotations) for image in coco.images], left_out)
     segmentations: dict[int, list[msgspec.Raw]] = {}
     unclear: set[int] = set()
     for annotation in coco.annotations:
@@ -86,13 +98,12 @@ def read_persons(annotations: Path, left_out: LeftOut, category: str = "person")
             segmentations.setdefault(annotation.image_id, []).append(annotation.segmentation)
         else:
             unclear.add(annotation.image_id)
-    usable = {image_id: photos[image_id] for image_id in segmentations if photos[image_id]}
+    usable = {image_id: photo for image_id in segmentations if (photo := photos[image_id])}
     reason = "photo{s} with an object that is a person by its supercategory only"
     left_out[reason] += [photo.file_name for image_id, photo in usable.items() if image_id in unclear]
-    chosen = [(photo, segmentations[image_id]) for image_id, photo in usable.items() if image_id not in unclear]
-    for photo, _ in chosen:
-        safe_name(photo, annotations)
-    return chosen
+    if keeps_empty:
+        usable |= {image_id: photo for image_id, photo in photos.items() if photo}
+    return [(photo, segmentations.get(image_id, [])) for image_id, photo in usable.items() if image_id not in unclear]
 
 
 def _parse(annotations: Path) -> CocoFile:
@@ -108,8 +119,11 @@ def _parse(annotations: Path) -> CocoFile:
         # Python's json module writes and reads these numbers. As null they are harmless in fields that are not read;
         # elsewhere the error names the field.
         return _coco_file.decode(json.dumps(json.loads(text, parse_constant=lambda _: None)))
+    except msgspec.ValidationError as error:
+        raise DataError(f"{annotations} is not a COCO annotation file: {error}") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{annotations} is cut short or not a COCO annotation file: {error}") from None
+        kind = "is cut short" if "truncated" in str(error) or not text.strip() else "is not JSON"
+        raise DataError(f"{annotations} {kind}: {error}") from None
     except MemoryError:
         raise DataError(f"{annotations} does not fit into the memory") from None
 
@@ -163,10 +177,9 @@ def is_possible_size(width: int, height: int) -> bool:
     return 0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE and width * height <= MAX_PIXELS
 
 
-def safe_name(photo: PhotoRecord, annotations: Path) -> str:
-    """Returns the file name of a photo; raises a DataError if it may lead out of the photo folder."""
-    name = photo.file_name
-    folders = name.replace("\\", "/").split("/")
-    if ".." in folders or not folders[-1] or os.path.isabs(name) or re.match("[A-Za-z]:|.*\0", name):
-        raise DataError(f"{annotations} names a photo outside the photo folder: {name!r}")
-    return name
+def _photo_record(image: ImageRecord, annotations: Path) -> PhotoRecord:
+    """Returns a photo with its file name, or the name in its address; a DataError if it has neither."""
+    name = image.file_name or posixpath.basename(urlsplit(image.coco_url or "").path)
+    if not name:
+        raise DataError(f"{annotations} has an image without file_name: the one of id {image.id}")
+    return PhotoRecord(image.id, name, image.width, image.height)

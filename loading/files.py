@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import posixpath
+import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
+from urllib.parse import unquote
+
+NO_PHOTOS_IN = ("@eaDir", "__MACOSX", "@Recycle", "#recycle", "$RECYCLE.BIN")  # thumbnails, and what was thrown away
 
 
 class PhotoFolder:
@@ -28,29 +32,66 @@ class PhotoFolder:
     @cached_property
     def _by_suffix(self) -> dict[str, set[str]]:
         """The files' relative paths by each of their last parts: c.jpg, b/c.jpg and a/b/c.jpg, in composed form."""
-        paths = defaultdict(set)
+        paths: dict[str, set[str]] = defaultdict(set)
         for file in filter(None, self._files.values()):
             for suffix in suffixes(file):
                 paths[suffix].add(file)
         return paths
 
+    @cached_property
+    def _by_folded_suffix(self) -> dict[str, set[str]]:
+        """The same without regard to case."""
+        paths: dict[str, set[str]] = defaultdict(set)
+        for suffix, files in self._by_suffix.items():
+            paths[suffix.casefold()] |= files
+        return paths
+
     def find(self, name: str) -> list[str]:
         """Returns the relative paths of the files that a name may mean; [""] if it leads through a link or is hidden.
 
-        Annotation tools write folders of their own before the name: where these do not exist, the files of the same
-        base name that share most of the folders before it are returned.
+        Annotation tools write folders, disks and addresses of their own before the name: where these do not exist, the
+        files of the same base name that share most of the folders before it are returned, and if there is none, those
+        whose name differs in its case alone. What lies outside the folder is never returned.
         """
         path = name if name in self._files else posixpath.normpath(name)
         file = self._files.get(path, self._files.get(composed(path)))
         if file is not None:
             return [file]
         folder, basename = posixpath.split(path)
-        if composed(folder) in self._folders:
-            return self._closest(path) if "\\" in basename else []  # Windows' separator, a letter elsewhere
-        return [""] if os.path.isdir(self.path / folder) else self._closest(path)
+        if folder and is_relative(path) and "\\" not in basename:  # Windows' separator, a letter elsewhere
+            if composed(folder) in self._folders:
+                return self._with_other_case(path)
+            if os.path.isdir(self.path / folder):
+                return [""]
+        part = relative_part(name)
+        return self._closest(part) or self._closest(unquote(part))
+
+    def _with_other_case(self, path: str) -> list[str]:
+        folded = composed(path).casefold()
+        return sorted(file for file in self._by_folded_suffix.get(folded, ()) if composed(file).casefold() == folded)
 
     def _closest(self, name: str) -> list[str]:
-        return next((sorted(self._by_suffix[end]) for end in suffixes(name) if end in self._by_suffix), [])
+        for by_suffix, key in ((self._by_suffix, str), (self._by_folded_suffix, str.casefold)):
+            for end in map(key, suffixes(name)):
+                if end in by_suffix:
+                    return sorted(by_suffix[end])
+        return []
+
+
+def is_relative(name: str) -> bool:
+    """Returns whether a name lies below the folder that it is relative to, on any system."""
+    return not re.match(r"/|[A-Za-z]:|\\\\|[a-z]+://", name) and ".." not in re.split(r"[/\\]", name)
+
+
+def relative_part(name: str) -> str:
+    """Returns what of a name may lie below any folder: without the disk, address and ..; as the tool has quoted it.
+
+    "file:///C:/photos/a%20b.jpg" -> "photos/a b.jpg", "/data/local-files/?d=set/a.jpg" -> "set/a.jpg".
+    """
+    if re.match(r"[a-z]+://|/.*\?", name):  # an address
+        name = unquote(name.rpartition("?d=")[2].partition("?")[0])
+    parts = re.split(r"[/\\]", re.sub(r"^([a-z]+://|[A-Za-z]:)", "", name))
+    return "/".join(part for part in parts if part not in ("", ".", "..") and not re.fullmatch("[A-Za-z]:", part))
 
 
 def suffixes(name: str) -> list[str]:
@@ -68,7 +109,7 @@ def subfolders(root: Path) -> list[str]:
     """Returns the relative paths of a folder ("") and all folders below it, without hidden and linked ones."""
     paths = []
     for folder, names, _ in os.walk(root):
-        names[:] = sorted(name for name in names if not name.startswith("."))
+        names[:] = sorted(name for name in names if not name.startswith(".") and name not in NO_PHOTOS_IN)
         paths.append(Path(os.path.relpath(folder, root)).as_posix())
     return ["" if path == "." else path for path in paths]
 

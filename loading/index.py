@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import zipfile
 import zlib
@@ -20,17 +19,24 @@ from tqdm import tqdm
 
 from loading.annotations import DataError, LeftOut, PhotoRecord, describe_left_out, read_persons, with_example
 from loading.files import PhotoFolder, subfolders
+from loading.foreign import converter
 from loading.headers import Size, find_rotated
-from loading.layout import Layout
-from loading.masks import masks_state, read_masks, read_pairs
-from loading.run_lengths import Mask, draw_mask, lie_inside, merge_segmentations
+from loading.layout import Choice, Layout, Listed, Subset
+from loading.mask_values import MaskRule
+from loading.masks import find_rule, masks_state, pair_files, read_masks, read_pairs, read_photos, refuse_wrong_masks
+from loading.run_lengths import ONLY_BBOX, Mask, draw_mask, lie_inside, merge_segmentations
 from loading.workers import usable_cores
+from loading.yolo import read_yolo
 from utils import atomic_write, counted
 
-INDEX_VERSION = 6  # of the file's content; a file of another version is built again
+INDEX_VERSION = 7  # of the file's content; a file of another version is built again
 MISLED_FRACTION = 0.1  # of the rotated photos; more whose outlines contradict their sizes make all sizes doubtful
 
-Photos = list[tuple[PhotoRecord, Any]]  # with their segmentations, or with the name of their mask file
+MIN_BOXES = 5  # rectangles in a set: bounding boxes; of COCO's persons none is one
+EMPTY = "photo{s} with an empty mask"
+
+Rows = list[tuple[PhotoRecord, Mask]]
+Photos = Sequence[tuple[PhotoRecord, Any]]  # with their segmentations, or with the name of their mask file
 
 
 class PersonIndex:
@@ -38,6 +44,7 @@ class PersonIndex:
 
     Attributes:
         left_out: the photos and annotations that are not in the index: reason with an example -> number.
+        meaning: what the values of mask files mean, as text; "" for COCO's annotations.
         exif_applied: whether the set was annotated on the photos as shown (EXIF orientation applied); None: unknown.
     """
 
@@ -46,7 +53,8 @@ class PersonIndex:
         content = torch.load(path, mmap=True, weights_only=True)
         self.fingerprint: dict = content["fingerprint"]
         self.left_out: dict[str, int] = content["left_out"]
-        self.exif_applied: bool | None = content.get("exif_applied")  # older versions have none
+        self.exif_applied: bool | None = content.get("exif_applied")
+        self.meaning: str = content.get("meaning", "")  # older versions have none
         self._arrays = {name: tensor.numpy() for name, tensor in content["arrays"].items()}
 
     def __reduce__(self):
@@ -124,11 +132,14 @@ def _fingerprint(layout: Layout, folders: Sequence[str]) -> dict:
 
     It has the annotations' ctime, which no archive can set: an index that came with a stranger's data is not used.
     """
-    if layout.category:
+    if layout.annotations.is_file():
         stat = layout.annotations.stat()
-        state = {"size": stat.st_size, "mtime": stat.st_mtime_ns, "ctime": stat.st_ctime_ns}
+        state: dict[str, Any] = {"size": stat.st_size, "mtime": stat.st_mtime_ns, "ctime": stat.st_ctime_ns}
     else:
-        state = {"masks": masks_state(layout.annotations)}
+        folders_of_masks = [layout.annotations, *(masks for _, masks in layout.other_masks)]
+        state = {"masks": [masks_state(masks) for masks in folders_of_masks]}
+    if isinstance(layout.subset, Listed):
+        state["list"] = layout.subset.path.stat().st_mtime_ns
     paths = {folder: layout.photos / folder for folder in folders}
     times = {folder: path.stat().st_mtime_ns if path.is_dir() else 0 for folder, path in paths.items()}
     return {"version": INDEX_VERSION, **state, "folders": times}
@@ -151,12 +162,10 @@ def _open_if_current(path: Path, layout: Layout) -> PersonIndex | None:
 
 def _write(content: dict, path: Path) -> bool:
     """Writes the index file whole or not at all; returns False, and prints why, if it cannot be written."""
-    own = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}")  # others may write one at the same time
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(own) as file:
+        with atomic_write(path) as file:
             torch.save(content, file)
-        os.replace(own, path)
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
         print(f"The person index cannot be kept at {path}: {str(error).splitlines()[0]}", flush=True)
         return False
@@ -166,22 +175,48 @@ def _write(content: dict, path: Path) -> bool:
 def _build(layout: Layout) -> dict:
     fingerprint = _fingerprint(layout, subfolders(layout.photos))  # before the reading: a change during it must show
     left_out: LeftOut = defaultdict(list)
-    if layout.category:
-        listed = read_persons(layout.annotations, left_out, layout.category)
+    rule, affix = None, ""
+    listed: Photos
+    photos: Photos
+    if layout.category and layout.annotations.is_dir():
+        category, keeps_empty = layout.category, layout.keeps_empty
+        listed = photos = read_yolo(layout.photos, layout.annotations, layout.root, left_out, category, keeps_empty)
+    elif layout.category:
+        listed = read_persons(layout.annotations, left_out, layout.category, layout.keeps_empty)
         photos = _on_disk(listed, layout, left_out)
+    elif layout.has_persons:
+        pairs, affix = read_pairs(layout.photos, layout.annotations, left_out)
+        listed, rule = pairs, _rule(layout, pairs)
+        photos = listed
     else:
-        listed = photos = read_pairs(layout.photos, layout.annotations, left_out)
+        listed = photos = read_photos(layout.photos, left_out)
     exif_applied, photos = _infer_exif_applied(photos, layout, left_out)
     if layout.subset and photos:
-        photos, left_out = _select_subset(photos, layout, left_out)
-    rows = [*_draw_masks(photos, layout, left_out)]
+        photos, left_out = _select_subset(photos, layout, layout.subset, left_out)
+    rows = [*_draw_masks(photos, layout, left_out, rule)]
+    rows = _without_boxes(rows, left_out)
+    if rule:
+        refuse_wrong_masks(left_out, len(photos), rule, layout.annotations)
     counts = {with_example(reason, names): len(names) for reason, names in left_out.items() if names}
     if not rows:
         raise DataError(
             f"no photo with a person: of {len(listed)} in {layout.annotations} none can be used in {layout.photos}"
             + (f" ({describe_left_out(counts)})" if counts else "")
+            + (f". {how}" if not listed and (how := converter(layout.root)) else "")
         )
-    return {"fingerprint": fingerprint, "left_out": counts, "exif_applied": exif_applied, "arrays": _flat_arrays(rows)}
+    meaning = (rule.described if rule else "") + f", names {affix}" * bool(affix)
+    content = {"fingerprint": fingerprint, "left_out": counts, "exif_applied": exif_applied, "meaning": meaning}
+    return {**content, "arrays": _flat_arrays(rows)}
+
+
+def _rule(layout: Layout, pairs: Photos) -> MaskRule | None:
+    """Returns what the mask files mean, by those of all splits; None if there are none."""
+    if not pairs:
+        return None
+    masks = [layout.annotations / mask for _, mask in pairs]
+    for photos, folder in layout.other_masks:
+        masks += [folder / mask for _, mask in pair_files(photos, folder, defaultdict(list))[0]]
+    return find_rule(masks, layout.mask_values, layout.annotations, usable_cores())
 
 
 def _on_disk(listed: Photos, layout: Layout, left_out: LeftOut) -> Photos:
@@ -232,33 +267,52 @@ def _infer_exif_applied(photos: Photos, layout: Layout, left_out: LeftOut) -> tu
     return exif_applied, photos
 
 
-def _select_subset(photos: Photos, layout: Layout, left_out: LeftOut) -> tuple[Photos, LeftOut]:
+def _select_subset(
+    photos: Photos, layout: Layout, subset: Choice, left_out: LeftOut
+) -> tuple[Photos, LeftOut]:
     """Returns the photos of one subset, and of what is left out the part that belongs to it by name."""
-    names, contains = [photo.file_name for photo, _ in photos], layout.subset.contains
+    names = [photo.file_name for photo, _ in photos]
+    contains = subset.contains
     chosen = [photo for photo, name in zip(photos, names, strict=True) if contains(name)]
     if not chosen:
-        change = "smaller" if layout.subset.name == "training" else "larger"
-        raise DataError(f"of {counted(len(names), 'photo')} in {layout.photos} none is for {layout.subset.name}: their "
-                        f"names decide, with --val-fraction {layout.subset.val_fraction:g}; try a {change} one")
+        none = f"of {counted(len(names), 'photo')} in {layout.photos} none is for {subset.name}"
+        if not isinstance(subset, Subset):
+            raise DataError(f"{none}: {getattr(subset, 'path', layout.photos / subset.name)} has none of their names")
+        if len(names) == 1:
+            raise DataError(f"{none}: one photo is not enough, it takes one to train on and another one to validate")
+        change = "smaller" if subset.name == "training" else "larger"
+        raise DataError(f"{none}: their names decide, with --val-fraction {subset.val_fraction:g}; try a {change} one")
     return chosen, defaultdict(list, {reason: [*filter(contains, names)] for reason, names in left_out.items()})
 
 
-def _draw_masks(photos: Photos, layout: Layout, left_out: LeftOut) -> Iterator[tuple[PhotoRecord, Mask]]:
+def _draw_masks(
+    photos: Photos, layout: Layout, left_out: LeftOut, rule: MaskRule | None
+) -> Iterator[tuple[PhotoRecord, Mask]]:
     """Yields each photo with its mask, without those whose mask is unusable."""
-    if layout.category:
-        masks = (merge_segmentations(segmentations, photo.height, photo.width) for photo, segmentations in photos)
-    else:
+    if rule:
         files = [(layout.annotations / mask, (photo.width, photo.height)) for photo, mask in photos]
-        masks = read_masks(files, usable_cores())
+        masks = read_masks(files, rule, usable_cores())
+    else:
+        masks = (merge_segmentations(segmentations, photo.height, photo.width) for photo, segmentations in photos)
     bar = tqdm(masks, "Drawing the masks", len(photos), False, unit="photo", delay=1, disable=not sys.stderr.isatty())
     for (photo, _), mask in zip(photos, bar, strict=True):
-        if isinstance(mask, Mask):
+        if not isinstance(mask, Mask):
+            left_out[mask].append(photo.file_name)
+        elif mask.largest or layout.keeps_empty:
             yield photo, mask
         else:
-            left_out[mask].append(photo.file_name)
+            left_out[EMPTY].append(photo.file_name)
 
 
-def _flat_arrays(rows: list[tuple[PhotoRecord, Mask]]) -> dict[str, torch.Tensor]:
+def _without_boxes(rows: Rows, left_out: LeftOut) -> Rows:
+    """Returns the photos without those with a person who is a rectangle, where these are too many to be hand-drawn."""
+    if sum(mask.boxes for _, mask in rows) < MIN_BOXES:
+        return rows
+    left_out[ONLY_BBOX] += [photo.file_name for photo, mask in rows if mask.boxes]
+    return [row for row in rows if not row[1].boxes]
+
+
+def _flat_arrays(rows: Rows) -> dict[str, torch.Tensor]:
     arrays = {
         "image_ids": torch.tensor([photo.id for photo, _ in rows]),
         "sizes": torch.tensor([(photo.width, photo.height) for photo, _ in rows]),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from hashlib import sha256
+from itertools import takewhile
 from pathlib import Path
 
 import cv2
@@ -16,29 +19,29 @@ import numpy as np
 from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
 
-from loading.annotations import LeftOut, PhotoRecord, is_possible_size
+from loading.annotations import DataError, LeftOut, PhotoRecord, is_possible_size, with_example
 from loading.files import all_files, composed
 from loading.headers import ORIENTATION, PHOTO_FORMATS, THREADS, UNREADABLE_BY_PILLOW, Size, read_header, shown_size
+from loading.mask_values import COLOUR, COVERED, MAX_ODD, ODD, PICTURE, MaskRule, Survey, covers_border, decide
+from loading.mask_values import name as value_name
+from loading.places import MASK_ENDINGS
 from loading.run_lengths import Mask
 
-EMPTY = "photo{s} with an empty mask"
-DARK = "photo{s} whose mask is dark everywhere but not empty"
 UNREADABLE = "photo{s} whose mask cannot be read"
+LOSSY = {"JPEG", "MPO", "JPEG2000", "WEBP", "AVIF"}
+MAX_CLASSES = 32  # colours beside a transparent one in a palette; more are a cutout's
 UNSUPPORTED = {".heic", ".heif", ".jxl"}  # photos that OpenCV does not read: found, and named as unreadable
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of a file's oddities; a filter cannot be set for threads alone
 
 
-def read_pairs(photos: Path, masks: Path, left_out: LeftOut) -> list[tuple[PhotoRecord, str]]:
-    """Returns the photos that have a mask file of the same stem in the same subfolder, and its path, sorted by name.
+def read_pairs(photos: Path, masks: Path, left_out: LeftOut) -> tuple[list[tuple[PhotoRecord, str]], str]:
+    """Returns the photos that have a mask file in the same subfolder, with its path, and how its name differs.
 
-    A photo's size is the one that its mask was drawn on, as stored or as shown; what is left out joins `left_out`.
+    They are sorted by name. A photo's size is the one that its mask was drawn on, as stored or as shown; what is left
+    out joins `left_out`.
     """
-    photos_by_stem = _by_stem(photos, "photo", extensions((*PHOTO_FORMATS, "JPEG", "MPO")) | UNSUPPORTED, left_out)
-    masks_by_stem = _by_stem(masks, "mask", extensions(mask_formats()), left_out)
-    left_out["photo{s} without a mask"] += [photos_by_stem[s] for s in sorted(photos_by_stem.keys() - masks_by_stem)]
-    left_out["mask{s} without a photo"] += [masks_by_stem[s] for s in sorted(masks_by_stem.keys() - photos_by_stem)]
-    names = [(photos_by_stem[s], masks_by_stem[s]) for s in sorted(photos_by_stem.keys() & masks_by_stem)]
+    names, affix = pair_files(photos, masks, left_out)
     with ThreadPoolExecutor(THREADS) as pool:
         sizes = [*pool.map(lambda pair: _annotated_size(photos / pair[0], masks / pair[1]), names)]
     pairs = []
@@ -47,7 +50,75 @@ def read_pairs(photos: Path, masks: Path, left_out: LeftOut) -> list[tuple[Photo
             left_out[size].append(photo)
         else:
             pairs.append((PhotoRecord(number, photo, *size), mask))
-    return pairs
+    return pairs, affix
+
+
+def read_photos(photos: Path, left_out: LeftOut) -> list[tuple[PhotoRecord, list]]:
+    """Returns all photos of a folder, at the size that they are shown at, without annotations."""
+    by_stem = _by_stem(photos, "photo", extensions((*PHOTO_FORMATS, "JPEG", "MPO")) | UNSUPPORTED, left_out)
+    names = sorted(by_stem.values())
+    with ThreadPoolExecutor(THREADS) as pool:
+        headers = [*pool.map(lambda name: read_header(photos / name), names)]
+    read = [*zip(names, headers, strict=True)]
+    left_out["photo{s} that cannot be read"] += [file for file, header in read if not header]
+    known = [(file, shown_size(*header)) for file, header in read if header]
+    return [(PhotoRecord(number, file, *size), []) for number, (file, size) in enumerate(known, start=1)]
+
+
+def pair_files(photos: Path, masks: Path, left_out: LeftOut) -> tuple[list[tuple[str, str]], str]:
+    """Returns the relative paths of photos and their masks, sorted, and what a mask's name has beside its photo's.
+
+    Masks have the stems of their photos, or else one beginning and one ending that pairs all of them.
+    """
+    photos_by_stem = _by_stem(photos, "photo", extensions((*PHOTO_FORMATS, "JPEG", "MPO")) | UNSUPPORTED, left_out)
+    masks_by_stem = _by_stem(masks, "mask", extensions(mask_formats()), left_out)
+    affix = ""
+    if masks == photos:  # the masks lie among the photos
+        ending = next((e for e in MASK_ENDINGS if any(stem.endswith(e) for stem in masks_by_stem)), "")
+        masks_by_stem = {stem: name for stem, name in masks_by_stem.items() if ending and stem.endswith(ending)}
+        photos_by_stem = {stem: name for stem, name in photos_by_stem.items() if stem not in masks_by_stem}
+    if masks_by_stem and not photos_by_stem.keys() & masks_by_stem:
+        renamed, affix = _match_affixes(photos_by_stem, masks_by_stem)
+        masks_by_stem = {stem: masks_by_stem[mask] for stem, mask in renamed.items()} or masks_by_stem
+    left_out["photo{s} without a mask"] += [photos_by_stem[s] for s in sorted(photos_by_stem.keys() - masks_by_stem)]
+    left_out["mask{s} without a photo"] += [masks_by_stem[s] for s in sorted(masks_by_stem.keys() - photos_by_stem)]
+    stems = sorted(photos_by_stem.keys() & masks_by_stem)
+    return [(photos_by_stem[stem], masks_by_stem[stem]) for stem in stems], affix
+
+
+def _match_affixes(photos: dict[str, str], masks: dict[str, str]) -> tuple[dict[str, str], str]:
+    """Returns each photo's stem with its mask's, where one beginning and one ending of the names pair all masks."""
+    first = min(masks)
+    folder, base = os.path.split(first)
+    beginning, ending = _common_affixes([os.path.basename(stem) for stem in photos])
+    for core in (  # what of a photo's name a mask's has: the stem, the whole name, what differs from other photos
+        lambda stem: os.path.basename(stem),
+        lambda stem: os.path.basename(photos[stem]),
+        lambda stem: os.path.basename(stem)[len(beginning) :].removesuffix(ending),
+    ):
+        stems = {os.path.join(os.path.dirname(stem), core(stem)): stem for stem in photos}
+        parts = [(start, end) for start in range(len(base)) for end in range(start + 1, len(base) + 1)]
+        for start, end in sorted(parts, key=lambda part: part[0] - part[1]):
+            if os.path.join(folder, base[start:end]) not in stems:
+                continue
+            before, after = base[:start], base[end:]
+            pattern = re.compile(re.escape(before) + "(.+)" + re.escape(after))
+            matches = {mask: pattern.fullmatch(os.path.basename(mask)) for mask in masks}
+            cores = {os.path.join(os.path.dirname(mask), m[1]): mask for mask, m in matches.items() if m}
+            if cores.keys() <= stems.keys() and len(cores) == len(masks):
+                return {stems[core]: mask for core, mask in cores.items()}, f"{before}*{after}"
+    return {}, ""
+
+
+def _common_affixes(names: list[str]) -> tuple[str, str]:
+    """Returns what all names begin and end with, without the digits next to what differs."""
+
+    def common(words: list[str]) -> str:
+        letters = takewhile(lambda letters: len({*letters}) == 1, zip(*words, strict=False))
+        return "".join(letter for letter, *_ in letters).rstrip("0123456789")
+
+    beginning = common(names)
+    return beginning, common([name[len(beginning) :][::-1] for name in names])[::-1]
 
 
 @cache
@@ -109,48 +180,91 @@ def same_shape(first: Size, second: Size) -> bool:
     return abs(height - width * high / wide) < 1 or abs(width - height * wide / high) < 1
 
 
-def read_masks(files: Sequence[tuple[Path, Size]], threads: int) -> Iterator[Mask | str]:
+def find_rule(masks: Sequence[Path], wanted: str, folder: Path, threads: int) -> MaskRule:
+    """Returns what the values of mask files mean, by all of them; `wanted` is --mask-values.
+
+    Raises:
+        DataError: they do not tell it.
+    """
+
+    def survey(path: Path) -> Survey | None:
+        with contextlib.suppress(Exception):  # it is left out when it is read
+            values, is_lossy = _read_values(path, bool(wanted))
+            return Survey.of(values, is_lossy)
+        return None
+
+    total = None
+    with ThreadPoolExecutor(threads) as pool:
+        for each in filter(None, pool.map(survey, masks)):
+            total = each if total is None else total.merged(each)
+    if total is None:
+        raise DataError(f"{folder}: no mask can be read")
+    return decide(total, wanted, folder)
+
+
+def read_masks(files: Sequence[tuple[Path, Size]], rule: MaskRule, threads: int) -> Iterator[Mask | str]:
     """Yields for each mask file and its photo's size what `read_mask` returns, in order."""
     with ThreadPoolExecutor(threads) as pool:
-        yield from pool.map(lambda file: read_mask(*file), files)
+        yield from pool.map(lambda file: read_mask(file[0], file[1], rule), files)
 
 
-def read_mask(path: Path, size: Size) -> Mask | str:
-    """Returns a mask file at its photo's (width, height) as run lengths, or why there is nobody on it."""
+def read_mask(path: Path, size: Size, rule: MaskRule) -> Mask | str:
+    """Returns a mask file at its photo's (width, height) as run lengths, or why it cannot be used."""
     try:
-        with Image.open(path, formats=mask_formats()) as image:
-            values = _brightness(ImageOps.exif_transpose(image))
+        values, _ = _read_values(path, rule.is_chosen)
     except Exception:  # whatever a damaged file makes one of Pillow's decoders raise
         return UNREADABLE
-    if not values.any():
-        return EMPTY
-    grey = _to_8_bits(values)
-    if grey.shape != size[::-1]:
-        shrinks = grey.size > size[0] * size[1]
-        grey = cv2.resize(grey, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
-    person = np.asfortranarray(grey > 127, np.uint8)
-    return Mask(coco_mask.encode(person)["counts"], int(person.sum())) if person.any() else DARK
+    if oddity := rule.oddity(values):
+        return oddity
+    alpha = rule.opacity(values)
+    if alpha.shape != size[::-1]:
+        shrinks = alpha.size > size[0] * size[1]
+        alpha = cv2.resize(alpha, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+    person = alpha > 127
+    if person.all() or (not rule.is_chosen and covers_border(person)):
+        return COVERED
+    return Mask(coco_mask.encode(np.asfortranarray(person, np.uint8))["counts"], int(person.sum()))
 
 
-def _brightness(image: Image.Image) -> np.ndarray:
-    """Returns the brightness of each pixel, (height, width), in the image's own range; of colours the maximum channel.
+def refuse_wrong_masks(left_out: LeftOut, number: int, rule: MaskRule, folder: Path) -> None:
+    """Raises a DataError if of a number of masks so many are odd or inverted that the others are doubtful as well."""
+    for reason, allowed in ((COVERED, 0.5 * number), (ODD, MAX_ODD * rule.masks), (PICTURE, MAX_ODD * rule.masks)):
+        if len(names := left_out[reason]) > allowed:
+            example = value_name(rule.background if reason == COVERED else rule.person)
+            many = with_example(f"{len(names)} {reason}", names)
+            raise DataError(f"{folder}: {many}, of {number}: --mask-values says which values are persons, as in "
+                            f"--mask-values {example}")  # fmt: skip
 
-    An alpha channel is the mask instead, unless it is opaque: many programs add one to every picture.
+
+def _read_values(path: Path, as_indices: bool) -> tuple[np.ndarray, bool]:
+    """Returns the values of a mask's pixels, (height, width), and whether its format changes them a little.
+
+    They are whole numbers or floats: of an alpha channel, unless it is opaque, as many programs add one to every
+    picture; of a palette the indices, unless it has greys only; of colours 2**24 + 0xRRGGBB.
     """
-    if image.mode[0] in "IF":  # more than 8 bits
-        return np.nan_to_num(np.asarray(image))
-    rgba = image.convert("RGBA")
-    alpha = rgba.getchannel("A")
-    is_cutout = alpha.getextrema() != (255, 255)
-    return np.asarray(alpha) if is_cutout else np.asarray(rgba)[..., :3].max(axis=2)
+    with Image.open(path, formats=mask_formats()) as opened:
+        is_lossy = opened.format in LOSSY
+        image = ImageOps.exif_transpose(opened)
+        if image.mode == "1":
+            image = image.convert("L")
+        if image.mode[0] in "IF":  # more than 8 bits
+            values = np.nan_to_num(np.asarray(image))
+            return values.astype(values.dtype.newbyteorder("=")), is_lossy
+        rgba = np.asarray(image.convert("RGBA"))
+        if image.mode == "P" and not _has_grey_palette(image):
+            indices = np.asarray(image)
+            classes = len(np.unique(indices[rgba[..., 3] > 0]))
+            if as_indices or "transparency" not in image.info or 1 < classes <= MAX_CLASSES:
+                return indices, is_lossy
+    if rgba[..., 3].min() < 255:
+        return rgba[..., 3], is_lossy
+    if (rgba[..., :1] == rgba[..., 1:3]).all():
+        return rgba[..., 0], is_lossy
+    red, green, blue = np.moveaxis(rgba[..., :3].astype(np.int32), 2, 0)
+    is_grey = (red == green) & (green == blue)
+    return np.where(is_grey, red, COLOUR + (red << 16) + (green << 8) + blue), is_lossy
 
 
-def _to_8_bits(values: np.ndarray) -> np.ndarray:
-    """Returns uint8 values of 0 to 255: white is 1 if no value is larger, 65535 for integers of more than 8 bits."""
-    if values.max() <= 1:
-        white = 1
-    elif values.dtype == np.uint8:
-        return values
-    else:
-        white = 65535 if values.dtype.kind in "iu" else 255
-    return np.clip(values * np.float32(255 / white), 0, 255).round().astype(np.uint8)
+def _has_grey_palette(image: Image.Image) -> bool:
+    colours = np.reshape(image.getpalette(), (-1, 3))
+    return bool((colours[:, :1] == colours).all())

@@ -12,6 +12,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 ONLY_BBOX = "photo{s} with a person who has a bounding box and no mask"
+MIN_BOX = 100  # pixels: a smaller person may fill a rectangle
 INVALID = "photo{s} with a person whose segmentation is invalid"
 
 MAX_OUTLINE = 2**21  # pixels: drawing a polygon takes about 120 bytes for each
@@ -25,6 +26,7 @@ class Mask(NamedTuple):
 
     counts: bytes
     largest: int  # pixels of the largest segmentation
+    boxes: int = 0  # how many are rectangles: as a rule what a tool has made of bounding boxes
 
 
 class _RunLengths(msgspec.Struct, gc=False):
@@ -36,12 +38,19 @@ _segmentation = msgspec.json.Decoder(list[list[float]] | _RunLengths)
 
 
 def merge_segmentations(segmentations: list[msgspec.Raw], height: int, width: int) -> Mask | str:
-    """Returns the union of a photo's segmentations, or why one is unusable: without it the union would be wrong."""
+    """Returns the union of a photo's segmentations, or why one is unusable: without it the union would be wrong.
+
+    Without any it is empty.
+    """
+    if not segmentations:
+        return Mask(coco_mask.encode(np.zeros((height, width), np.uint8, "F"))["counts"], 0)
     try:
         masks, areas = zip(*(_encode(segmentation, height, width) for segmentation in segmentations), strict=True)
     except (ValueError, OverflowError, RecursionError):
         return ONLY_BBOX if any(map(has_only_bbox, segmentations)) else INVALID
-    return Mask(_merge(masks)["counts"], max(areas))
+    sides = coco_mask.toBbox(list(masks))[:, 2:]
+    boxes = sum(area >= MIN_BOX and area == width * height for area, (width, height) in zip(areas, sides, strict=True))
+    return Mask(_merge(masks)["counts"], max(areas), boxes)
 
 
 def _merge(masks: Sequence[dict]) -> dict:
@@ -75,6 +84,8 @@ def _check_polygon(polygon: list[float], height: int, width: int) -> None:
     """Raises a ValueError for a polygon that pycocotools, which walks every pixel of an edge, takes long to draw."""
     if len(polygon) < 6 or len(polygon) % 2:
         raise ValueError("a polygon has too few points")
+    if max(polygon) <= 1:  # fractions of the photo, as YOLO's, or nothing of a photo's size
+        raise ValueError("a polygon lies within the first pixel")
     farthest, max_outline = max(max(polygon), -min(polygon)), min(MAX_OUTLINE, 64 * (height + width))
     if farthest > 4 * max(height, width):
         raise ValueError("a polygon has points far outside the photo")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
-from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,15 @@ import numpy as np
 from loading.annotations import DataError, split_names
 from loading.cache import PhotoCache, open_cache
 from loading.index import index_candidates, index_of
-from loading.layout import DEFAULT_OPTIONS, DataOptions, Layout, find_layout
+from loading.layout import (
+    DEFAULT_OPTIONS,
+    OWN_NEGATIVES,
+    DataOptions,
+    Layout,
+    MissingSplitError,
+    find_layout,
+    negative_layout,
+)
 from loading.letterbox import fitted_size, letterbox, placement, to_rgba, unpadded
 from loading.reading import read_photo
 from loading.workers import usable_cores
@@ -35,6 +43,18 @@ class Source:
 
     def __len__(self) -> int:
         return len(self.index)
+
+    @property
+    def meaning(self) -> str:
+        """What its annotations or masks mean, as text."""
+        layout = self.layout
+        if not layout.has_persons:
+            return f"photos of {layout.photos.name}/ without persons"
+        if layout.category:
+            what = f"category {layout.category} of {layout.annotations.name}"
+        else:
+            what = f"masks in {layout.annotations.name}/: {self.index.meaning}"
+        return what + ", and photos without" * layout.keeps_empty
 
     def path(self, local_index: int) -> Path:
         return self.photos / self.index.file_name(local_index)
@@ -83,17 +103,31 @@ def open_sources(
 ) -> list[Source]:
     """Returns a source for each root that has the split, in the order given; the others must have another of `splits`.
 
-    The photo folder decides whether a root has it: COCO's archive of annotations holds those of both splits.
-
     Raises:
         DataError: a root has none of the splits or is named twice, or its data cannot be used.
     """
-    roots = data_roots(root) if not options.annotations else [Path(options.photos)]
-    has_split = [(path / split).exists() or not any((path / other).exists() for other in splits) for path in roots]
-    chosen = [*compress(roots, has_split)] or roots
-    layouts = [find_layout(path, split, splits, options) for path in chosen]
-    several = len(roots) > 1  # photos of two roots may have the same split and name
+    named = options.annotations or options.masks
+    roots = data_roots(root) if not named else [Path(options.photos)]
+    several, layouts = len(roots) > 1, []
+    for path in roots:
+        try:
+            layouts.append(find_layout(path, split, splits, options, is_only=not several))
+        except MissingSplitError:
+            if not (several and has_other_split(path, split, splits, options)):
+                raise
+    if not layouts:
+        raise DataError(f"none of {root} has the split {split}")
+    layouts += [negative_layout(Path(name)) for name in split_names(options.negatives) if name != OWN_NEGATIVES]
+    several = len(layouts) > 1 or several  # photos of two roots may have the same split and name
     return [Source(each, image_size, str(each.photos) if several else each.photos.name) for each in layouts]
+
+
+def has_other_split(root: Path, split: str, splits: Sequence[str], options: DataOptions) -> bool:
+    """Returns whether a data root has another one of the splits."""
+    for other in (name for name in splits if name != split):
+        with contextlib.suppress(MissingSplitError):
+            return bool(find_layout(root, other, splits, options, is_only=False))
+    return False
 
 
 def shared_folders(train: Sequence[Source], val: Sequence[Source]) -> list[Path]:

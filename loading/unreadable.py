@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import Dataset
@@ -16,6 +16,24 @@ SMALL_SET = 200  # photos: of fewer, one may be unreadable whatever the limit, u
 NAMED_IN_ERROR = 3  # photos; the list has all of them
 
 
+class PhotoSet(Protocol):
+    """A data set of photos, as `COCOPersonDataset`; `name` is a photo's in lists."""
+
+    seed: int
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
+
+    def share_memory(self) -> None: ...
+
+    def set_epoch(self, epoch: int) -> None: ...
+
+    def path(self, index: int) -> Path: ...
+
+    def name(self, index: int) -> str: ...
+
+
 class SkipUnreadable(Dataset):
     """The samples of a data set of which a few photos may be unreadable.
 
@@ -26,14 +44,21 @@ class SkipUnreadable(Dataset):
         folder: where `SKIPPED` lists them.
     """
 
-    def __init__(self, dataset: Dataset, training: bool, limit: float, folder: str | Path):
+    dataset: Any  # a PhotoSet; a COCOPersonDataset has more
+
+    def __init__(self, dataset: PhotoSet, training: bool, limit: float, folder: str | Path):
         self.dataset, self.training, self.limit, self.list = dataset, training, limit, Path(folder) / SKIPPED
         self.seed = dataset.seed
-        self._unreadable = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()  # in this epoch, by all workers
+        self._unreadable = torch.zeros(len(dataset), dtype=torch.bool)  # in this epoch, by all workers
         self._before: list[int] = []
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    def share_memory(self) -> None:
+        """Lets loader workers that start later see the epoch, and tell which photos they could not read."""
+        self._unreadable.share_memory_()
+        self.dataset.share_memory()
 
     def set_epoch(self, epoch: int) -> None:
         """Begins an epoch: the photos that cannot be read are counted anew."""
@@ -107,10 +132,8 @@ class SkipUnreadable(Dataset):
             by_name = {" ".join(self.dataset.name(index).split()): reason for index, reason in sorted(reasons.items())}
             new = [f"{name}: {reason}\n" for name, reason in by_name.items() if f"\n{name}: " not in f"\n{text}"]
             if new:
-                own = self.list.with_name(f"{SKIPPED}.{os.getpid()}")  # several workers may write it at the same time
-                with atomic_write(own) as file:
+                with atomic_write(self.list) as file:  # several workers may write it at the same time
                     file.write((text + "".join(new)).encode(errors="replace"))
-                os.replace(own, self.list)
         except OSError as error:
             return f"{self.list} cannot be written: {error.strerror}"
         return ""

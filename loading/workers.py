@@ -14,6 +14,7 @@ from multiprocessing import get_start_method, parent_process, resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import cv2
 from torch.utils.data import DataLoader
@@ -93,7 +94,7 @@ def start_worker(_worker: int) -> None:
     """
     cv2.setNumThreads(0)  # there is a worker for each core
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process: the training process ends the workers
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    libc: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):  # musl has none
         libc.mallopt(M_MMAP_THRESHOLD, 2**25)
         libc.mallopt(M_TRIM_THRESHOLD, 2**26)

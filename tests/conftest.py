@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import pytest
-import torch
-from helpers import *  # noqa: F403 - tests may import them from here as well
 from helpers import ROOT, SHARED, save_random_model, sharpen, write_split
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from reaper import pids_with
 
-from cutting.cutter import Cutter, load
-from models import UNetAutoencoder
+if TYPE_CHECKING:  # PyTorch takes seconds, which a test that needs none does not wait
+    from cutting.cutter import Cutter
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # tests that import onnxruntime do so before the tool that sets it
 # Of whoever launched the tests; a training would take itself for one of several processes.
 LAUNCH_VARIABLES = ("TORCHELASTIC_", "PET_", "SLURM_", "RANK", "LOCAL_", "WORLD_SIZE", "MASTER_")
 
-torch.set_num_threads(1)  # results must not depend on the cores, and threads spin on a busy machine
+
+def pytest_runtest_setup() -> None:
+    """Has PyTorch use one thread: results must not depend on the cores, and threads spin on a busy machine."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -72,6 +73,8 @@ def tiny(monkeypatch):
 @pytest.fixture
 def learning_rates() -> Iterator[list[float]]:
     """The learning rate of each optimiser step in this process, of its first parameter group."""
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+
     rates = []
     hook = register_optimizer_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
     yield rates
@@ -85,39 +88,29 @@ def learning_rates() -> Iterator[list[float]]:
 def start_process() -> Iterator[Callable[..., subprocess.Popen]]:
     """Starts Python with arguments, from the project's folder, its output in a pipe.
 
-    The process has a group of its own. At the test's end it is killed with all its descendants, also those in sessions
-    of their own, as torchrun's are: each has inherited an environment variable that names this test.
+    The process has a group of its own. At the test's end, also if pytest itself is killed, it is killed with all its
+    descendants, also those in sessions of their own, as torchrun's are: each has inherited an environment variable.
     """
-    mark, processes = uuid4().hex, []
+    mark, processes = f"STARTED_BY_TEST={uuid4().hex}", []
+    command = [sys.executable, ROOT / "tests" / "reaper.py", mark]
+    reaper = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
     def start(*arguments: object, **environment: str) -> subprocess.Popen:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCH_VARIABLES)}
         paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
-        environ = {**inherited, **paths, **environment, "STARTED_BY_TEST": mark}
+        environ = {**inherited, **paths, **environment, **dict([mark.split("=")])}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         command = [sys.executable, *map(str, arguments)]
         processes.append(subprocess.Popen(command, cwd=ROOT, env=environ, start_new_session=True, **pipes))
-        processes[-1].descendants = lambda: _pids_with(f"STARTED_BY_TEST={mark}")
+        processes[-1].descendants = lambda: pids_with(mark)
         return processes[-1]
 
     yield start
-    while pids := _pids_with(f"STARTED_BY_TEST={mark}"):
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+    reaper.communicate(b"\n")
     for process in processes:
         process.kill()  # where there is no /proc
         process.wait()
         process.stdout.close()
-
-
-def _pids_with(variable: str) -> list[int]:
-    pids = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):  # another user's, or one that has just ended
-            if variable.encode() in path.read_bytes().split(b"\0"):
-                pids.append(int(path.parent.name))
-    return pids
 
 
 # --- models -----------------------------------------------------------------------------------------------
@@ -125,21 +118,28 @@ def _pids_with(variable: str) -> list[int]:
 
 @pytest.fixture(scope="session")
 def small_checkpoint(tmp_path_factory) -> Path:
+    import torch
+
     torch.manual_seed(0)
     return save_random_model(tmp_path_factory.mktemp("model") / "best_model.pth", change=sharpen)
 
 
 @pytest.fixture(scope="session")
 def cut(small_checkpoint) -> Cutter:
+    from cutting.cutter import load
+
     return load(small_checkpoint, "cpu")
 
 
 @pytest.fixture
 def stub(monkeypatch):
     """Replaces the network by a function of (N, H, W) to alpha (N, H, W); by default all of it is a person."""
+    import torch
+
+    from models import UNetAutoencoder
 
     def stub(alpha: Callable = torch.ones_like) -> None:
-        def predicted(self: UNetAutoencoder, images: torch.Tensor) -> torch.Tensor:
+        def predicted(_model: UNetAutoencoder, images: torch.Tensor) -> torch.Tensor:
             return torch.cat([images, alpha(images[:, 0])[:, None]], dim=1)
 
         monkeypatch.setattr(UNetAutoencoder, "predict", predicted)

@@ -18,10 +18,6 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from loading.annotations import DataError
-from models import UNetAutoencoder
-from training import checkpoints
-
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 
@@ -115,6 +111,8 @@ def add_person(content: dict, segmentation: object, image_id: int = 1) -> None:
 
 def refusal(call: Callable, *args: object) -> str:
     """Returns the one line of the DataError that a call raises."""
+    from loading.annotations import DataError  # which imports PyTorch, and takes seconds
+
     with pytest.raises(DataError) as caught:
         call(*args)
     assert len(str(caught.value).splitlines()) == 1
@@ -123,8 +121,12 @@ def refusal(call: Callable, *args: object) -> str:
 
 # --- checkpoints, pictures, processes ---------------------------------------------------------------------
 
+
 def save_random_model(path: Path, epoch: int = 1, change: Callable[[dict], object] = lambda state: None) -> Path:
     """Saves a small model of random weights, after `change` has edited them in place. Returns the file."""
+    from models import UNetAutoencoder
+    from training import checkpoints
+
     config = {"encoder": "resnet18", "use_attention": True, "image_size": 64}
     state = UNetAutoencoder("resnet18", pretrained=False).state_dict()
     change(state)

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from helpers import add_person, edit, save_random_model, sharpen, write_split
+from helpers import save_random_model, sharpen, write_split
 
 import evaluate
 import predict
@@ -22,13 +22,11 @@ from utils import SegmentationMetrics
 VAL = "val2017"
 
 
-@pytest.fixture
-def checkpoint(tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
     """A small random model, sure of itself, so that its masks have something of everything."""
     torch.manual_seed(3)
-    path = tmp_path / "run" / "best_model.pth"
-    path.parent.mkdir()
-    return save_random_model(path, change=sharpen)
+    return save_random_model(tmp_path_factory.mktemp("model") / "best_model.pth", change=sharpen)
 
 
 def results(folder: Path) -> tuple[dict, list[dict]]:
@@ -41,28 +39,38 @@ def results(folder: Path) -> tuple[dict, list[dict]]:
 def run(checkpoint, tmp_path) -> Callable[..., tuple[dict, list[dict]]]:
     """Runs evaluate.py on a data root. Returns what it writes."""
 
-    def run(root: Path, *options: object) -> tuple[dict, list[dict]]:
-        arguments = (checkpoint, "--data-root", root, "--output", tmp_path / "results", "--device", "cpu", *options)
+    def run(root: Path, *options: object, checkpoint: Path = checkpoint) -> tuple[dict, list[dict]]:
+        folder = tmp_path / "results"
+        arguments = (checkpoint, "--data-root", root, "--output", folder, "--device", "cpu", *options)
         assert evaluate.run_command(["evaluate.py", *map(str, arguments)]) == 0
-        return results(tmp_path / "results")
+        return results(folder)
 
     return run
 
 
-@pytest.mark.parametrize(("data", "size"), [("coco_root", 64), ("coco_root", 96),
+@pytest.mark.parametrize(("data", "size"), [("coco_root", 64), ("coco_root", 96), ("coco_root", None),
                                             pytest.param("shared_coco", 64, marks=pytest.mark.slow)])  # fmt: skip
-def test_the_masks_at_the_photos_own_size_are_those_that_predict_writes(request, run, checkpoint, tmp_path, data, size):
-    root = request.getfixturevalue(data)
-    result, rows = run(root, "--image-size", size)
-    assert result["image_size"] == size
+def test_the_masks_at_the_photos_own_size_are_those_that_predict_writes(
+    request, run, checkpoint, tmp_path, monkeypatch, data, size
+):
+    monkeypatch.setattr(cutter, "SMALL_PERSONS", 0.16)  # two of five get a second look
+    if size is None:
+        content = torch.load(checkpoint, weights_only=True)
+        torch.save(content | {"config": content["config"] | {"image_size": 40}}, tmp_path / "smaller.pth")
+        checkpoint = tmp_path / "smaller.pth"
+    root, given = request.getfixturevalue(data), ["--image-size", size] if size else []
+    result, rows = run(root, *given, checkpoint=checkpoint)
+    assert result["image_size"] == (size or 40)
+    assert {row["look"] for row in rows} == ({str(size)} if size else {"40", "80"})
     options = ["--mask", "--threshold", "0.5", "--checkpoint", checkpoint, "--output", tmp_path / "masks"]
-    arguments = [root / VAL, *options, "--image-size", size, "--device", "cpu"]
+    arguments = [root / VAL, *options, *given, "--device", "cpu"]
     assert predict.run_command(["predict.py", *map(str, arguments)]) == 0
     dataset, ious = COCOPersonDataset(root, VAL), []
     for index, row in enumerate(rows):
         mask = cv2.imread(str((tmp_path / "masks" / row["file_name"]).with_suffix(".png")), cv2.IMREAD_GRAYSCALE)
         prediction, truth = mask > 127, dataset.alpha(index) > 0
         overlap = (prediction & truth, prediction & ~truth, ~prediction & truth)
+        assert float(row["largest_person"]) == pytest.approx(dataset.largest_person(index) / truth.size, rel=1e-5)
         counts = [int(row[f"original_{name}"]) for name in ("tp", "fp", "fn")]
         assert counts == [np.count_nonzero(pixels) for pixels in overlap]
         ious.append(counts[0] / sum(counts))
@@ -82,24 +90,16 @@ def test_the_networks_size_is_what_a_validation_measures(coco_root, checkpoint, 
         assert result["network"]["all"][name] == pytest.approx(metrics.compute()[name], abs=1e-6), name
 
 
-def test_photos_are_grouped_by_their_largest_person(coco_root, run):
-    square = [20, 20, 24, 20, 24, 24, 20, 24]  # 4 x 4 pixels of 64 x 48 or 50 x 50: under 1 %
-
-    def shrink(content: dict) -> None:
-        small = [image["id"] for image in content["images"]][:2]
-        content["annotations"] = [a for a in content["annotations"] if a["image_id"] not in small]
-        for image_id in small:
-            add_person(content, [square], image_id)
-
-    edit(coco_root, shrink, split=VAL)
-    result, rows = run(coco_root)
-    assert [result["original"][name]["photos"] for name in evaluate.SIZES] == [5, 2, 0, 3]
-    assert result["original"]["1 to 10 %"]["iou"] is None
-    small = [row for row in rows if float(row["largest_person"]) < 0.01]
-    for row in small:
-        assert float(row["largest_person"]) == pytest.approx(16 / (int(row["width"]) * int(row["height"])), rel=1e-4)
-    mean = sum(float(row["original_iou"]) for row in small) / 2
-    assert result["original"]["under 1 %"]["iou"] == pytest.approx(mean, rel=1e-4)
+def test_photos_are_grouped_by_their_largest_person():
+    ious = {0.009: 0.2, 0.0099: 0.6, 0.01: 0.3, 0.1: 0.4, 1.0: 0.5}
+    counts = {"boundary_iou": 1, "dice": 1, "tp": 1, "fp": 1, "fn": 2}
+    rows = [{"largest_person": part, "network_iou": iou, **{f"network_{name}": n for name, n in counts.items()}}
+            for part, iou in ious.items()]  # fmt: skip
+    groups = evaluate.summarise_by_size(rows, "network")
+    assert [group["photos"] for group in groups.values()] == [5, 2, 1, 2]
+    assert [group["iou"] for group in groups.values()] == pytest.approx([0.4, 0.4, 0.3, 0.45])
+    assert (groups["all"]["global_iou"], groups["all"]["precision"], groups["all"]["recall"]) == (1 / 4, 1 / 2, 1 / 3)
+    assert {*evaluate.summarise_by_size(rows[:2], "network")["over 10 %"].values()} == {0, None}
 
 
 def test_several_roots_are_evaluated_as_one_set(coco_root, run, tmp_path, monkeypatch):
@@ -137,15 +137,16 @@ def test_by_default_the_best_model_is_evaluated_on_the_data_of_its_training(coco
     torch.save(content, folder / "best_model.pth")
     monkeypatch.chdir(coco_root.parent)
     monkeypatch.setattr(cutter, "BUNDLED", folder / "best_model.pth")
-    for options in ([], ["--image_size=96"], ["bundled"]):
+    write_split(coco_root, "part/val", 1, first_id=201)
+    for options in ([], ["--image_size=96"], ["bundled"], ["--split=part/val"]):
         assert evaluate.run_command(["evaluate.py", *options]) == 0
     names = (f"best_model_on_coco_{VAL}", f"best_model_on_coco_{VAL}_at_96", f"bundled_on_coco_{VAL}")
-    assert {path.name for path in folder.iterdir() if path.is_dir()} == {*names}
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {*names, "best_model_on_coco_part_val"}
     result, bundled = (results(folder / name)[0] for name in names[::2])
     assert bundled == result | {"checkpoint": "bundled"}
 
 
-def test_the_table_fits_a_terminal_and_the_worst_are_shown_first(coco_root, checkpoint, run, tmp_path, capsys):
+def test_the_table_fits_a_terminal_and_the_worst_are_shown_first(coco_root, run, tmp_path, capsys):
     _, rows = run(coco_root)
     printed = capsys.readouterr().out
     assert max(map(len, printed[printed.index("largest person") :].splitlines()[:-1])) <= 80
@@ -156,6 +157,15 @@ def test_the_table_fits_a_terminal_and_the_worst_are_shown_first(coco_root, chec
     assert (sheet[24:48] < 128).any()  # its caption is above it
 
 
+def test_what_is_shown_of_the_worst_is_of_the_look_that_is_scored(coco_root, checkpoint, stub, monkeypatch):
+    stub(lambda red: (red > 0.5) * (0.95 if red.shape[1] == 40 else 1.0))
+    monkeypatch.setattr(cutter, "SMALL_PERSONS", 2)  # a second look at every photo with persons
+    loaded = cutter.load(checkpoint, "cpu")
+    loaded.image_size, loaded.second_size = 40, 80
+    shown = evaluate.find_persons(loaded, COCOPersonDataset(coco_root, VAL, 40), 0)
+    assert (shown.shape, shown.max()) == ((40, 40), 1)
+
+
 def test_small_persons_are_a_few_of_the_worst():
     rows = [{"index": n, "original_iou": n / 100, "largest_person": 0.005 if n < 20 else 0.01} for n in range(40)][::-1]
     assert [row["index"] for row in evaluate.select_worst(rows)] == [0, 1, 2, 3, *range(20, 28)]
@@ -164,16 +174,16 @@ def test_small_persons_are_a_few_of_the_worst():
 
 @pytest.mark.parametrize(("options", "words"), [
     (["no.pth"], "there is no checkpoint"), (["coco/annotations/instances_val2017.json"], "damaged or no checkpoint"),
-    (["run/best_model.pth", "--split", "other"], "no COCO data"),
-    (["run/best_model.pth", "--splitt", "other"], "did you mean --split?"),
-    (["run/best_model.pth", "--device", "toaster"], "--device toaster"),
-    (["run/best_model.pth", "--image-size", "31"], "image size of 31 is out of range: from 32 to 4096"),
-    (["run/best_model.pth", "--output", "run/best_model.pth"], "run/best_model.pth cannot be written"),
+    (["a.pth", "--split", "other"], "no data of the split other"), (["a.pth", "--splitt", "x"], "you mean --split?"),
+    (["a.pth", "--device", "toaster"], "--device toaster"), (["a.pth", "--output="], "--output= is empty"),
+    (["a.pth", "--image-size", "31"], "image size of 31 is out of range: from 32 to 4096"),
+    (["a.pth", "--output", "a.pth"], "a.pth cannot be written: File exists; --output names another folder"),
 ])  # fmt: skip
-@pytest.mark.usefixtures("coco_root", "checkpoint")
-def test_a_mistake_gets_one_line_before_the_work(tmp_path, capsys, monkeypatch, options, words):
+@pytest.mark.usefixtures("coco_root")
+def test_a_mistake_gets_one_line_before_the_work(checkpoint, tmp_path, capsys, monkeypatch, options, words):
     monkeypatch.setattr(evaluate, "evaluate_photos", None)
     monkeypatch.chdir(tmp_path)
+    Path("a.pth").symlink_to(checkpoint)
     assert evaluate.run_command(["evaluate.py", "--data-root", "coco", *options]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1

@@ -61,9 +61,6 @@ def settings(root: Path, folder: Path, **changes: object) -> Config:
     return Config(**short | changes)
 
 
-# --- the step ---------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_steps_have_the_losses_of_a_cpu(precision):
     cpu = Loop(torch.device("cpu"), "float32", SHAPE, copy_paste=0.0).steps(3)
@@ -147,9 +144,6 @@ def test_a_batch_that_does_not_fit_is_split_into_micro_batches():
     assert loop.run.micro_batches > before
     assert split["skipped_steps"] == 0
     assert split["loss"] == pytest.approx(whole["loss"], abs=0.2)  # BatchNorm sees fewer photos at a time
-
-
-# --- whole runs -------------------------------------------------------------------------------------------
 
 
 def test_short_trainings_are_as_good_as_on_a_cpu_and_their_files_need_no_gpu(photos, tmp_path):

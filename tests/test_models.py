@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -40,9 +41,6 @@ def small() -> UNetAutoencoder:
     return settled("resnet18")
 
 
-# --- forward pass -----------------------------------------------------------------------------------------
-
-
 def test_every_encoder_gives_rgba_and_learns_everywhere(model):
     with torch.no_grad():
         assert model(torch.rand(1, 3, 32, 32)).shape == (1, 4, 32, 32)
@@ -67,12 +65,13 @@ def test_untrained_colours_are_the_photos_own_in_float32(small, dtype):
     np.testing.assert_allclose(predicted.numpy(), 1 / (1 + np.exp(-raw.double().numpy())), atol=1e-6)
 
 
-OTHER_IMAGES = [torch.rand(s) for s in [(1, 3, 31, 64), (1, 3, 64, 31), (1, 4, 64, 64), (1, 64, 64, 3), (3, 64, 64)]]
-OTHER_IMAGES += [torch.zeros(1, 3, 64, 64, dtype=torch.uint8)]
-
-
-@pytest.mark.parametrize("images", OTHER_IMAGES, ids=lambda images: f"{images.dtype} {tuple(images.shape)}")
-def test_other_shapes_and_types_are_refused(small, images):
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((1, 3, 31, 64), torch.float32), ((1, 3, 64, 31), torch.float32), ((1, 64, 64, 3), torch.float32),
+     ((3, 64, 64), torch.float32), ((1, 3, 64, 64), torch.uint8)],
+)  # fmt: skip
+def test_other_shapes_and_types_are_refused(small, shape, dtype):
+    images = torch.zeros(shape, dtype=dtype)
     with pytest.raises(ValueError, match=r"expected.*{}, {}\)".format(*images.shape[-2:])):
         small(images)
 
@@ -121,23 +120,10 @@ def test_an_unknown_encoder_is_refused_with_the_list():
         UNetAutoencoder("resnet19", pretrained=False)
 
 
-@torch.no_grad()
-def test_upsampling_in_float32_as_on_a_gpu_goes_on_in_half_precision(small, monkeypatch):
-    images, dtypes = torch.rand(1, 3, 32, 32), []
-    hooks = [block.fuse.register_forward_pre_hook(lambda _, inputs: dtypes.append(inputs[0].dtype))
-             for block in small.decoder.blocks]  # fmt: skip
-    with torch.autocast("cpu", torch.bfloat16):
-        expected = small(images)
-        real = functional.interpolate
-        monkeypatch.setattr(functional, "interpolate", lambda values, **how: real(values.float(), **how))
-        raw = small(images)
-    for hook in hooks:
-        hook.remove()
-    assert set(dtypes) == {torch.bfloat16}
-    assert torch.equal(raw, expected)
-
-
-# --- attention gates --------------------------------------------------------------------------------------
+def test_upsampling_that_a_gpu_does_in_float32_goes_on_in_half_precision(monkeypatch):
+    real = functional.interpolate
+    monkeypatch.setattr(functional, "interpolate", lambda values, **how: real(values.float(), **how))
+    assert models.enlarge(torch.zeros(1, 1, 2, 2, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
 def doubling(size: int) -> np.ndarray:
@@ -172,9 +158,6 @@ def test_a_new_model_starts_at_the_foreground_prior_with_open_gates(small):
     assert sum(p.numel() for p in plain.parameters()) < sum(p.numel() for p in small.parameters())
 
 
-# --- pretrained weights -----------------------------------------------------------------------------------
-
-
 def trained(name: str) -> dict[str, Tensor]:
     """A torchvision network's state in which no value is what an untrained one would have."""
     torch.manual_seed(11)
@@ -201,7 +184,7 @@ def assert_encoder_holds(model: UNetAutoencoder, state: dict[str, Tensor]) -> No
 
 @pytest.mark.parametrize(
     ("name", "absent"),  # old files have no counters
-    [("resnet18", ("fc.", "num_batches_tracked")), ("mobilenet_v2", ()), ("mobilenet_v2", ("classifier.",))],
+    [("resnet18", ("fc.", "num_batches_tracked")), ("mobilenet_v2", ())],
 )
 def test_a_file_of_weights_is_loaded_value_by_value(name, absent, tmp_path):
     state = without(trained(name), *absent)
@@ -249,23 +232,21 @@ def test_a_damaged_cached_file_is_named(origin):
         UNetAutoencoder("mobilenet_v2")
 
 
-# --- files that are not what they should be ---------------------------------------------------------------
+def one_line(error: type, path: Path, call: Callable, *args: object, **options: object) -> str:
+    """Returns the one line, with the file's name, of the error that a call raises."""
+    with pytest.raises(error) as refusal:
+        call(*args, **options)
+    assert str(path) in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    return str(refusal.value)
 
 
 def weights_refusal(path: Path, name: str = "mobilenet_v2") -> str:
-    with pytest.raises(WeightsError) as refusal:
-        UNetAutoencoder(name, encoder_weights=path)
-    assert str(path) in str(refusal.value)
-    assert "\n" not in str(refusal.value)
-    return str(refusal.value)
+    return one_line(WeightsError, path, UNetAutoencoder, name, encoder_weights=path)
 
 
 def checkpoint_refusal(path: Path) -> str:
-    with pytest.raises(CheckpointError) as refusal:
-        read_checkpoint(path)
-    assert str(path) in str(refusal.value)
-    assert "\n" not in str(refusal.value)
-    return str(refusal.value)
+    return one_line(CheckpointError, path, read_checkpoint, path)
 
 
 class Malice:
@@ -278,8 +259,8 @@ class Malice:
 CHECKPOINT = {"epoch": 7, "config": {"seed": 0}, "model": {"weight": torch.arange(1000) / 7}, "history": [{"iou": 0.3}]}
 WHOLE = torch_bytes(CHECKPOINT)
 MALICE = {**CHECKPOINT, "features.0.0.weight": Malice()}
-DAMAGED = [b"", b"<html>not found</html>", bytes(1000), b"\x80\2.", b"G", b"M", torch_bytes(MALICE)]
-DAMAGED += [pickle.dumps(MALICE, 2), *(WHOLE[: len(WHOLE) * percent // 100] for percent in (1, 50, 99))]
+DAMAGED = [b"", b"<html>not found</html>", bytes(1000), b"\x80\2.", b"G", torch_bytes(MALICE), pickle.dumps(MALICE, 2),
+           WHOLE[: len(WHOLE) // 2], WHOLE[:-50]]  # fmt: skip
 
 
 @pytest.mark.parametrize("content", DAMAGED, ids=range(len(DAMAGED)))
@@ -297,8 +278,7 @@ def test_missing_files_are_not_called_damaged(tmp_path):
     checkpoint_refusal(tmp_path)  # a folder
 
 
-@pytest.mark.parametrize("content", [[torch.ones(3)], {"epoch": 3}, {}, {0: torch.ones(3)}, {"state_dict": {}},
-                                     {"model": {}, "config": [], "epoch": 3}])  # fmt: skip
+@pytest.mark.parametrize("content", [[torch.ones(3)], {}, {0: torch.ones(3)}, {"model": {}, "config": [], "epoch": 3}])
 def test_files_of_another_program_are_refused(content, tmp_path):
     torch.save(content, tmp_path / "a.pth")
     weights_refusal(tmp_path / "a.pth")

@@ -102,6 +102,7 @@ def test_photos_beside_masks_are_trained_on_and_resumed(own, tmp_path, capsys):
     assert read_checkpoint(tmp_path / "run" / "last.pth")["epoch"] == 2
 
 
+@pytest.mark.slow
 def test_an_evaluation_reads_the_data_as_the_training_did(export, coco_root, tmp_path):
     run = tmp_path / "run"
     trainer.main(small("data/coco", run, num_epochs=1, **export))
@@ -146,11 +147,22 @@ def test_training_and_validating_on_the_same_photos_is_warned_of(coco_root, tmp_
     assert "are trained on and validated" in printed(capsys)
 
 
+def test_photos_of_nobody_are_trained_on_and_not_validated(own, coco_root, tmp_path):
+    def sizes(root: Path, negatives: str) -> list[int]:
+        config = small(root, tmp_path / "run", negatives=negatives, val_fraction=0.3)
+        loaders = trainer.open_data(config, trainer.Processes(torch.device("cpu")))
+        return [len(loader.dataset) for loader in loaders]
+
+    assert sizes(coco_root, "") == [10, 5]
+    assert sizes(coco_root, f"data,{own / 'photos'}") == [10 + 1 + 11, 5]
+    assert sum(sizes(own, "data")) - sum(sizes(own, "")) == 1  # nobody.jpg, whose name makes it a training photo
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
-    [(["--photos=a"], "--annotations and --photos go together"),
-     (["--annotations=a.json", "--photos=a", "--data-root=b"], "--annotations and --data-root"),
-     (["--annotations=a.json", "--photos=a", "--sample"], "--annotations and --data-root (or --sample)"),
+    [(["--photos=a"], "--photos goes with --annotations, a COCO-format file, or --masks, a folder of mask files"),
+     (["--annotations=a.json", "--photos=a", "--data-root=b"], "--photos and --data-root (or --sample) both name"),
+     (["--masks=b", "--photos=a", "--sample"], "--photos and --data-root (or --sample) both name the data"),
      (["--val-fraction=0"], "--val-fraction 0.0 is out of range")],
 )  # fmt: skip
 def test_settings_that_do_not_go_together_are_refused(options, words):

@@ -36,7 +36,7 @@ def run(tmp_path, small_checkpoint, cut, capsys, monkeypatch) -> Callable[..., t
     monkeypatch.setattr(cutter, "BUNDLED", small_checkpoint)
 
     def run(*arguments: object) -> tuple[int, list[str], list[str]]:
-        loads_itself = {"--checkpoint", "--device", "--image-size"} & set(arguments)
+        loads_itself = {"--checkpoint", "--device", "--image-size", "--foreground-only"} & set(arguments)
         monkeypatch.setattr(predict, "load", load if loads_itself else lambda *_: cut)
         code = run_command(["predict.py", *map(str, arguments)])
         lines, errors = (text.strip("\n").splitlines() for text in capsys.readouterr())
@@ -130,13 +130,31 @@ def test_photos_without_anybody_are_counted_and_a_few_named(options, run, stub):
     assert run("in", "--output", "out", *options)[1] == [said]
 
 
+def test_a_cutout_is_made_of_the_look_that_its_note_names(run, stub, small_checkpoint):
+    stub(lambda red: (red > 0.5).float())
+    for name, side in (("small", 40), ("large", 100), ("nobody", 0)):
+        photo = np.zeros((200, 300, 3), np.uint8)
+        photo[60 : 60 + side, 100 : 100 + side] = 255
+        photo[150 : 150 + side // 4, 250 : 250 + side // 4] = 255  # a child behind
+        save_picture(Path("in", f"{name}.png"), photo)
+    sizes = [128, 64, 64]
+    for options, looks in ([], sizes), (["--image-size", "96"], [96] * 3), (["--foreground-only"], sizes):
+        assert run("in", "--output", "out", "--checkpoint", small_checkpoint, "--device", "cpu", *options)[0] == 0
+        notes = [jobs.read_note(Path(f"out/{name}.png")) for name in ("small", "large", "nobody")]
+        assert [note.rpartition("; ")[2] for note in notes] == [f"look at {size}" for size in looks]
+        alpha = read_rgba("out/large.png")[..., 3]
+        assert (alpha[110, 150], alpha[162, 262]) == (255, 0 if options == ["--foreground-only"] else 255)
+        assert not read_rgba("out/nobody.png").any()
+
+
 # --- names and folders ------------------------------------------------------------------------------------
 
 
 def test_structure_and_names(run, stub):
     stub()
-    names = ("a.jpg", "a.png", "B.JPG", "b.webp", "sub/deep/my.photo.jpg", "sub/a.jpg", ".hidden.jpg", ".no/a.jpg")
-    save_pictures(*(f"in/{name}" for name in names))
+    names = ("a.jpg", "a.png", "B.JPG", "b.webp", "sub/deep/my.photo.jpg", "sub/a.jpg")
+    others = (".hidden.jpg", ".thumbnails/a.jpg", "sub/@eaDir/a.jpg/THUMB_M.jpg", "__MACOSX/a.jpg")
+    save_pictures(*(f"in/{name}" for name in names + others))
     Path("in/notes.txt").write_text("no photo")
     save_pictures("single", format="JPEG")  # given by name: tried whatever it is called
     expected = {"a.jpg.png", "a.png.png", "B.JPG.png", "b.webp.png", "sub/deep/my.photo.png", "sub/a.png", "single.png"}
@@ -182,11 +200,10 @@ def test_an_interrupted_run_leaves_whole_files_and_goes_on(run, stub, monkeypatc
     encode, numbers = predict.encode_png, itertools.count(1)
 
     def interrupt_the_fourth(*arguments):
-        number = next(numbers)
-        for piece in encode(*arguments):
-            yield piece[:50] if number == 4 else piece
-            if number == 4:
-                raise KeyboardInterrupt
+        yield from encode(*arguments)[:2]  # in the middle of the file
+        if next(numbers) == 4:
+            raise KeyboardInterrupt
+        yield encode(*arguments)[2]
 
     with monkeypatch.context() as patch:
         patch.setattr(signal, "signal", Mock())  # a command ignores further interrupts, but here the process goes on
@@ -265,16 +282,20 @@ def test_photos_of_kinds_that_cannot_be_read_are_counted_with_what_helps(run, st
     assert run("in/a.HEIC", "--output", "out")[::2] == (1, ["in/a.HEIC cannot be read: pip install pillow-heif"])
 
 
-def test_large_photos_are_batches_of_one(tmp_path, monkeypatch):
-    work = [(save_picture(tmp_path / f"{n}.png"), tmp_path / f"out{n}.png") for n in range(7)]
+@pytest.fixture
+def work(tmp_path) -> list[jobs.Job]:
+    """Seven photos of 3500 pixels."""
+    return [(save_picture(tmp_path / f"{n}.png"), tmp_path / f"out{n}.png") for n in range(7)]
+
+
+def test_large_photos_are_batches_of_one(work, monkeypatch):
     monkeypatch.setattr(predict, "MAX_BATCH_PIXELS", 3 * 3500)
     assert [(len(batch), pixels) for batch, pixels in predict.group_jobs(work, 2)] == [(2, 7000)] * 3 + [(1, 3500)]
     assert [len(batch) for batch, _ in predict.group_jobs(work, 4)] == [1] * 4 + [3]
 
 
 @pytest.mark.parametrize(("limit", "most"), [(3500 * 2, 2), (1, 1), (10**9, 4)])
-def test_no_more_photos_are_at_work_than_pixels_and_cores_allow(tmp_path, cut, monkeypatch, limit, most):
-    work = [(save_picture(tmp_path / f"{n}.png"), tmp_path / f"out{n}.png") for n in range(7)]
+def test_no_more_photos_are_at_work_than_pixels_and_cores_allow(work, cut, monkeypatch, limit, most):
     running, met = threading.Semaphore(most), threading.Barrier(most)
 
     def cut_batch(cutter, batch, style):
@@ -284,9 +305,8 @@ def test_no_more_photos_are_at_work_than_pixels_and_cores_allow(tmp_path, cut, m
         running.release()
         return predict.Outcome(len(batch), [], [])
 
-    monkeypatch.setattr(predict, "cut_batch", cut_batch)
-    monkeypatch.setattr(predict, "usable_cores", lambda: 4)
-    monkeypatch.setattr(predict, "MAX_PIXELS", limit)
+    for name, value in (("cut_batch", cut_batch), ("usable_cores", lambda: 4), ("MAX_PIXELS", limit)):
+        monkeypatch.setattr(predict, name, value)
     assert predict.cut_all(cut, work, predict.Style(), 1) == [(1, [], [])] * 7
 
 
@@ -295,7 +315,8 @@ def test_no_more_photos_are_at_work_than_pixels_and_cores_allow(tmp_path, cut, m
 STYLES = ([], ["--image-size", "96"], ["--image-size", "96", "--checkpoint", "other.pth"],
           ["--mask"], ["--mask", "--threshold", "0.5"], ["--mask", "--threshold", "0.501"],
           ["--background", "red"], ["--background", "ground.png"], ["--background", "other.png"],
-          ["--keep-background-colours"], ["--threshold", "0.5"])  # fmt: skip
+          ["--keep-background-colours"], ["--threshold", "0.5"],
+          ["--threshold", "0.5", "--foreground-only"])  # fmt: skip
 UP_TO_DATE = "kept, made already (--overwrite to replace)"
 
 
@@ -345,7 +366,8 @@ def test_the_model_is_the_trained_one_or_else_the_bundled_one(run, monkeypatch):
 
 
 MISTAKES = [
-    ([], "PHOTO_OR_FOLDER"), (["none.jpg"], "no photo or folder none.jpg"), (["empty"], "no photo in empty"),
+    ([], "PHOTO_OR_FOLDER"), ([""], "an argument is empty"), (["a.png", "--output="], "--output= is empty"),
+    (["none.jpg"], "no photo or folder none.jpg"), (["empty"], "no photo in empty"),
     (["a.png", "--treshold", "1"], "did you mean --threshold?"), (["a.png", "--threshold", "nan"], "out of range"),
     (["a.png", "--batch-size", "0"], "--batch-size 0"), (["a.png", "--background", "no_colour"], "no_colour"),
     (["a.png", "--background", "text.jpg"], "text.jpg cannot be read"), (["a.png", "--image-size", "4097"], "4096"),
@@ -355,6 +377,7 @@ MISTAKES = [
     (["one", "two", "--output", "out"], "would both become"), (["four", "--output", "out"], "would both become"),
     (["one/a.png", "--output", "one"], "would overwrite"), (["one", "--output", "two/../one"], "would overwrite"),
     (["link.png", "--output", ".", "--overwrite"], "would overwrite"), (["three", "--output", "three"], "would mix"),
+    (["top/s", "--output", "top"], "would mix the results"),
     (["one/a.png", "--output", "one/a.png", "--overwrite"], "would overwrite"),
     (["one/a.png", "two/a.png", "--output", "b.png"], "one file"), (["one", "--output", "b.png"], "one file"),
     (["one/a.png", "--output", "c.jpg"], "is a PNG"), (["a.png", "--output", "text.jpg/c.png"], "cannot be written"),
@@ -364,7 +387,8 @@ MISTAKES = [
 @pytest.mark.parametrize(("arguments", "words"), MISTAKES)
 def test_a_mistake_gets_one_line_and_nothing_is_written(run, stub, arguments, words):
     stub()
-    save_pictures("a.png", "one/a.png", "two/a.png", "three/a.jpg", "four/a.jpg", "four/a.png", "four/a.jpg.webp")
+    save_pictures("a.png", "one/a.png", "two/a.png", "three/a.jpg", "four/a.jpg", "four/a.png", "four/a.jpg.webp",
+                  "top/s/s/q.jpg")  # fmt: skip
     os.symlink("one/a.png", "link.png")
     Path("empty").mkdir()
     Path("text.jpg").write_text("no photo")
@@ -377,18 +401,6 @@ def test_a_mistake_gets_one_line_and_nothing_is_written(run, stub, arguments, wo
 
 
 # --- as a program, and in other programs ------------------------------------------------------------------
-
-
-def python(folder: Path, *arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=folder, capture_output=True, text=True)
-
-
-@pytest.mark.slow
-def test_as_a_program(tmp_path, small_checkpoint):
-    photo = save_picture(tmp_path / "a.jpg")
-    done = python(tmp_path, predict.__file__, photo, "--checkpoint", small_checkpoint, "--device", "cpu")
-    assert done.stdout.startswith(f"model: {small_checkpoint} (resnet18 at 64)\n1 of 1 photo written to cutouts")
-    assert (done.returncode, done.stderr, outputs(tmp_path / "cutouts")) == (0, "", {"a.png"})
 
 
 def test_a_prediction_imports_little_and_shares_its_modules_with_the_project():
@@ -417,10 +429,16 @@ print(loading.MINE + models.small.MINE)
 
 
 @pytest.mark.slow
-def test_load_works_in_a_program_that_has_modules_of_the_same_names(tmp_path, small_checkpoint):
+def test_as_a_program_and_in_one_that_has_modules_of_the_same_names(tmp_path, small_checkpoint):
+    def python(*arguments: object) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, *map(str, arguments)], cwd=tmp_path, capture_output=True, text=True)
+
     for name in ("script", "loading", "models/__init__", "models/large", "models/small", "training/mine"):
         (tmp_path / "app" / f"{name}.py").parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "app" / f"{name}.py").write_text(PROGRAM if name == "script" else "MINE = 1\n")
-    arguments = [predict.HERE, small_checkpoint, save_picture(tmp_path / "a.png")]
-    done = python(tmp_path, tmp_path / "app" / "script.py", *arguments)
+    photo = save_picture(tmp_path / "a.jpg")
+    done = python(tmp_path / "app" / "script.py", predict.HERE, small_checkpoint, photo)
     assert done.stdout.splitlines() == ["(50, 70, 4) True False", "True", "2"], done.stderr
+    done = python(predict.__file__, photo, "--checkpoint", small_checkpoint, "--device", "cpu")
+    assert done.stdout.startswith(f"model: {small_checkpoint} (resnet18 at 64)\n1 of 1 photo written to cutouts")
+    assert (done.returncode, done.stderr, outputs(tmp_path / "cutouts")) == (0, "", {"a.png"})

@@ -69,9 +69,6 @@ def sections(text: str) -> list[str]:
     return re.split(r"^#+ .*$", text, flags=re.MULTILINE)
 
 
-# --- against the code -------------------------------------------------------------------------------------
-
-
 def test_every_command_names_a_script_and_flags_that_it_has(text):
     found = commands(text)
     assert len(found) > 15
@@ -112,9 +109,10 @@ def test_every_default_in_the_table_is_configs(text):
 
 def test_every_message_in_the_table_is_one_that_the_program_prints(text):
     table = next(part for part in sections(text) if "no COCO data" in part)
-    messages = [re.findall("`([^`]+)`", row[0])[0] for row in rows(table)[2:]]
-    assert len(messages) == 10
-    for message in messages:
+    found = [spans(row[0]) for row in rows(table)[2:]]
+    assert len(found) == 10
+    assert all(found)
+    for message in (message for messages in found for message in messages):
         assert all(part in printed() for part in message.split(" ... ")), message
 
 
@@ -151,9 +149,6 @@ def test_it_stays_short(name, lines):
     assert len(read(name).splitlines()) < lines
 
 
-# --- against each other -----------------------------------------------------------------------------------
-
-
 def test_both_have_the_same_code():
     ours, theirs = ([re.sub(r"(?m)(^|\s+)#.*", "", block) for block in blocks(read(name))] for name in READMES)
     assert ours == theirs
@@ -181,9 +176,6 @@ def figures(text: str) -> set[str]:
 def test_each_leads_to_the_other():
     assert f"({READMES[1]})" in read(READMES[0]).partition("##")[0]
     assert f"({READMES[0]})" in read(READMES[1]).partition("##")[0]
-
-
-# --- licences ---------------------------------------------------------------------------------------------
 
 
 def requirements() -> list[tuple[str, str]]:

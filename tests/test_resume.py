@@ -10,13 +10,14 @@ import os
 import re
 import shutil
 import signal
-import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 from helpers import edit, write_split
 from tiny_runs import (
+    HANG,
     assert_same_run,
     command_error,
     contents,
@@ -41,7 +42,6 @@ STEPS, BATCHES = 3, 5  # an epoch's steps, and with the batches of validation: 1
 TWO = {"num_epochs": 2, "restart_period": 2}
 OFTEN = {"save_every_minutes": 1e-9}
 ACCUMULATED = {"batch_size": 2, "grad_accum_steps": 2}
-HANG = 120  # seconds: only a run that hangs takes so long
 
 
 @pytest.fixture
@@ -151,22 +151,9 @@ def test_stopped_by_a_signal_a_run_ends_with_the_bits_of_a_straight_one(
 
 
 @pytest.mark.parametrize(
-    ("batch", "saved"), [(2, (0, 1)), (5, (0, STEPS)), (6, (1, 0)), (8, (1, 2))],
-    ids=["first step", "validation", "between epochs", "mid-epoch"],
-)  # fmt: skip
-def test_a_killed_run_loses_nothing_that_was_saved(batch, saved, straight, coco_root, tmp_path, capsys):
-    interrupt(small(coco_root, tmp_path / "run", **OFTEN, **TWO), batch, None)
-    assert position(tmp_path / "run" / "last.pth") == saved
-    capsys.readouterr()
-    resume(tmp_path / "run")
-    assert going_on(tmp_path / "run" / "last.pth", *saved) in capsys.readouterr().out
-    assert_same_run(tmp_path / "run", straight)
-
-
-@pytest.mark.parametrize(
     ("function", "name", "time"),
     [("replace", "last.pth", 2), ("replace", "best_model.pth", 1), ("replace", "epoch_0001.pth", 1),
-     ("link", ".last.pth.part", 1)],
+     ("link", ".last.pth", 1)],
 )  # fmt: skip
 def test_killed_within_a_save_a_run_goes_on_from_the_newest(
     function, name, time, straight, coco_root, tmp_path, monkeypatch, capsys
@@ -174,7 +161,7 @@ def test_killed_within_a_save_a_run_goes_on_from_the_newest(
     run, real, calls = tmp_path / "run", getattr(os, function), itertools.count(1)
 
     def killing(source, target):
-        if Path(target).name == name and next(calls) == time:
+        if Path(target).name.startswith(name) and next(calls) == time:
             raise Killed
         real(source, target)
 
@@ -193,13 +180,16 @@ def test_killed_within_a_save_a_run_goes_on_from_the_newest(
 @pytest.mark.parametrize(
     ("batch", "damaged", "used", "saved"),
     [
+        (2, [], "last.pth", (0, 1)),
+        (BATCHES, [], "last.pth", (0, STEPS)),  # in the validation
+        (BATCHES + 1, [], "last.pth", (1, 0)),
         (BATCHES + 3, ["last.pth"], "previous.pth", (1, 1)),
         (BATCHES + 3, ["last.pth", "previous.pth"], "epoch_0001.pth", (1, 0)),
         (BATCHES + 1, ["last.pth"], "epoch_0001.pth", (1, 0)),
         (BATCHES + 1, ["last.pth", "epoch_0001.pth"], "previous.pth", (0, STEPS)),
     ],
 )
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+def test_a_killed_run_goes_on_from_the_newest_checkpoint_that_is_whole(
     batch, damaged, used, saved, straight, coco_root, tmp_path, capsys
 ):
     run = tmp_path / "run"
@@ -213,48 +203,50 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     out = capsys.readouterr().out
     assert all(f"the checkpoint {run / name} is damaged" in out for name in damaged), out
     assert going_on(run / used, *saved) in out
-    (archive,) = run.glob("earlier_*")
-    assert {path.name for path in archive.iterdir()} == {*damaged}
-    shutil.rmtree(archive)
+    assert {path.name for path in run.glob("earlier_*/*")} == {*damaged}
+    for archive in run.glob("earlier_*"):
+        shutil.rmtree(archive)
     assert_same_run(run, straight)
 
 
 # --- the data and the settings ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("split", "photos"), [("train2017", 10), ("val2017", 5)])
-def test_other_data_of_as_many_photos_are_refused_with_both_checksums(split, photos, coco_root, tmp_path, capsys):
-    run = tmp_path / "run"
+def other_masks(split: str, root: Path) -> str:
+    """Returns the same root, of which the annotations of a split have changed."""
+    edit(root, lambda content: content["annotations"].reverse(), split=split)
+    return str(root)
+
+
+def another_root(root: Path) -> str:
+    """Returns the root and a second one, with photos to validate alone."""
+    write_split(root / "more", "val2017", 3, first_id=201)
+    return f"{root},{root / 'more'}"
+
+
+@pytest.mark.parametrize(
+    ("change", "split", "photos"),
+    [(partial(other_masks, "train2017"), "train2017", 10), (partial(other_masks, "val2017"), "val2017", 5),
+     (another_root, "val2017", 5)],
+)  # fmt: skip
+def test_other_data_are_refused_with_both_checksums(change, split, photos, coco_root, tmp_path, capsys):
+    run, path = tmp_path / "run", coco_root / "annotations" / f"instances_{split}.json"
     trainer.main(small(coco_root, run, num_epochs=1))
     before, data = contents(run), read_checkpoint(run / "last.pth")["data"]
-    path = edit(coco_root, lambda content: content["annotations"].reverse(), split=split)
-    error = command_error(capsys, *flags(small(coco_root, run, num_epochs=2, resume="newest")))
+    error = command_error(capsys, *flags(small(change(coco_root), run, num_epochs=2, resume="newest")))
     checksum = f"({photos} photos of checksum [0-9a-f]{{8}})"
-    said = re.search(f"trained with (.*): {checksum} and cannot go on with {checksum}: restore it, or begin a", error)
-    assert said[1] == str(path)
-    assert said[2] == data[f"annotations/{path.name}"] != said[3]
+    said = re.search(f"trained with (.*): {checksum} and cannot go on with {checksum}.*: restore it, or begin a", error)
+    assert str(path) in said[1].split(", ")
+    assert said[2] == data[f"annotations/{path.name}"]
+    assert (said[2] == said[3]) is (change is another_root)  # which comes after it
     assert contents(run) == before
 
 
 def test_more_photos_are_refused_with_both_numbers(coco_root, tmp_path, capsys):
     trainer.main(small(coco_root, tmp_path / "run", num_epochs=1))
-    write_split(tmp_path / "other", "val2017", 3, first_id=201)  # a second root, with photos to validate alone
-    more = small(f"{coco_root},{tmp_path / 'other'}", tmp_path / "run", num_epochs=2, resume="newest")
-    assert "instances_val2017.json: 5 photos of checksum" in command_error(capsys, *flags(more))
     write_split(coco_root, "train2017", 11, first_id=1)
+    more = small(coco_root, tmp_path / "run", num_epochs=2, resume="newest")
     assert "photos: 10 and cannot go on with 11" in command_error(capsys, *flags(more))
-
-
-def test_the_same_roots_in_another_order_are_other_data(coco_root, tmp_path, capsys):
-    other = shutil.copytree(coco_root, tmp_path / "other")
-    path = edit(other, lambda content: content["annotations"].reverse())
-    trainer.main(small(f"{coco_root},{other}", tmp_path / "run", num_epochs=1))
-    swapped = small(f"{other},{coco_root}", tmp_path / "run", num_epochs=2, resume="newest")
-    error = command_error(capsys, *flags(swapped))
-    assert f"{path}, {coco_root / 'annotations' / path.name}: " in error
-    sums = re.findall(r"10 photos of checksum ([0-9a-f]{8})", error)
-    assert sums[:2] == sums[:1:-1]
-    assert sums[0] != sums[1]
 
 
 @pytest.mark.parametrize("moved", [False, True])
@@ -276,52 +268,19 @@ def test_resume_needs_no_flag_of_the_run_again(moved, straight, coco_root, tmp_p
     assert changed == {"checkpoint_dir", "resume", "keep_checkpoints", "data_root"}
 
 
-def test_a_checkpoint_without_a_newer_setting_has_its_default_and_keeps_no_foreign_one(coco_root, tmp_path):
-    trainer.main(small(coco_root, tmp_path, num_epochs=1, contour_weight=0.0, copy_paste=0.25))
-    content = read_checkpoint(tmp_path / "last.pth")
-    del content["config"]["copy_paste"]
-    content["config"]["of_another_program"] = 1
-    checkpoints.save(content, tmp_path / "last.pth")
-    resume(tmp_path, "--num-epochs=2")
-    config = read_checkpoint(tmp_path / "last.pth")["config"]
-    assert (config["contour_weight"], config["copy_paste"], "of_another_program" in config) == (0.0, 0.5, False)
-
-
 # --- other learning rates and numbers of epochs -----------------------------------------------------------
 
 
-def wave(learning_rate: float, epochs: int) -> list[float]:
-    """Returns a cosine cycle over so many epochs of three steps."""
-    return [learning_rate * (1 + math.cos(math.pi * step / STEPS / epochs)) / 2 for step in range(STEPS * epochs)]
-
-
-@pytest.mark.parametrize(
-    ("settings", "batch", "arguments", "rates"),
-    [
-        ({"num_epochs": 1}, 0, "--num-epochs=3", wave(1e-4, 3)[STEPS:]),
-        ({"num_epochs": 2}, BATCHES + 1, "--num-epochs=3 --learning-rate=0.002", wave(2e-3, 3)[STEPS + 1 :]),
-        ({"num_epochs": 1, "restart_period": 1, "restart_mult": 1}, 0, "--num-epochs=2", wave(1e-4, 1)),
-    ],
-    ids=["complete", "stopped, another rate", "cycles that were asked for"],
-)
-def test_a_resumed_run_follows_the_schedule_of_its_settings_now(
-    settings, batch, arguments, rates, coco_root, tmp_path, learning_rates
-):
-    config = small(coco_root, tmp_path, **settings)
-    interrupt(config, batch) if batch else trainer.main(config)
-    learning_rates.clear()
-    resume(tmp_path, *arguments.split())
-    assert learning_rates == pytest.approx(rates)
-
-
-def test_another_learning_rate_and_penalty_are_followed_by_all_of_the_optimiser(
+def test_other_learning_rates_and_numbers_of_epochs_are_followed_by_all_of_the_optimiser(
     coco_root, tmp_path, learning_rates, capsys
 ):
-    interrupt(small(coco_root, tmp_path, pretrained=True, **TWO), 2)
+    interrupt(small(coco_root, tmp_path, pretrained=True, num_epochs=2), 2)
     learning_rates.clear()
-    resume(tmp_path, "--learning-rate=0.002", "--decoder-lr-mult=5", "--weight-decay=0.25")
-    assert learning_rates == pytest.approx(wave(2e-3, 2)[2:])
-    assert "learning_rate 0.0001 is now 0.002, decoder_lr_mult 10.0 is now 5.0, weight_decay" in capsys.readouterr().out
+    resume(tmp_path, "--num-epochs=3", "--learning-rate=0.002", "--decoder-lr-mult=5", "--weight-decay=0.25")
+    steps = range(2, 3 * STEPS)  # of one cosine cycle over all
+    assert learning_rates == pytest.approx([1e-3 * (1 + math.cos(math.pi * step / STEPS / 3)) for step in steps])
+    said = capsys.readouterr().out
+    assert "num_epochs 2 is now 3, learning_rate 0.0001 is now 0.002, decoder_lr_mult 10.0 is now 5.0, weight_d" in said
     last = read_checkpoint(tmp_path / "last.pth")
     encoder, decoder = last["optimizer"]["param_groups"]
     assert encoder["weight_decay"] == decoder["weight_decay"] == 0.25
@@ -357,50 +316,25 @@ def test_a_new_launch_by_torchrun_does_not_take_an_earlier_ones_run_for_its_own(
         assert len([*(tmp_path / "run").glob("earlier_*/last.pth")]) == archives
 
 
-def test_a_restart_that_skips_a_damaged_checkpoint_archives_nothing_else(coco_root, tmp_path, monkeypatch, capsys):
-    run = tmp_path / "run"
-    trainer.main(small(coco_root, run, **{**TWO, "num_epochs": 3}))
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    os.truncate(run / "last.pth", 1000)  # epoch_0003.pth is the same file
-    best = (run / "best_model.pth").read_bytes()
-    trainer.main(small(coco_root, run, resume=str(run / "epoch_0001.pth"), **TWO))
-    assert going_on(run / "epoch_0002.pth", 2, 0) in capsys.readouterr().out
-    (archive,) = run.glob("earlier_*")
-    assert sorted(path.name for path in archive.iterdir()) == ["epoch_0003.pth", "last.pth"]
-    assert (run / "best_model.pth").read_bytes() == best
-
-
 # --- numbers that break -----------------------------------------------------------------------------------
 
 
-def break_losses(monkeypatch, first: int) -> None:
-    """Makes no loss finite from this batch on, of training and validation."""
+def test_ten_skipped_steps_in_a_row_end_a_run_whatever_lies_between_them(coco_root, tmp_path, monkeypatch, capsys):
     forward, batch = LossCalculator.forward, itertools.count(1)
 
     def broken(*args):
         loss, terms = forward(*args)
-        return loss * (math.nan if next(batch) >= first else 1), terms
+        return loss * (math.nan if next(batch) > BATCHES + 1 else 1), terms
 
     monkeypatch.setattr(LossCalculator, "forward", broken)
-
-
-def test_ten_skipped_steps_in_a_row_end_a_run_though_its_epochs_have_fewer(coco_root, tmp_path, monkeypatch, capsys):
-    break_losses(monkeypatch, BATCHES + 2)
-    error = command_error(capsys, *flags(small(coco_root, tmp_path, num_epochs=9, keep_checkpoints=0)))
+    trainer.main(small(coco_root, tmp_path, num_epochs=3, restart_period=9, keep_checkpoints=0))
+    settings = small(coco_root, tmp_path, num_epochs=9, restart_period=9, keep_checkpoints=0, resume="newest")
+    error = command_error(capsys, *flags(settings))
     assert "10 steps in a row had no finite loss or gradient" in error
     assert f"{tmp_path / 'last.pth'} is the last good checkpoint" in error
     assert [row["skipped_steps"] for row in history(tmp_path)] == ["0", "2", "3", "3"]  # and two of the fifth epoch
-    models = [read_checkpoint(tmp_path / f"epoch_{epoch:04d}.pth")["model"] for epoch in (2, 3, 4)]
-    weights = [{name: value for name, value in model.items() if "num" not in name} for model in models]
-    assert all(same(weights[0], other) for other in weights)
-
-
-def test_skipped_steps_before_a_resume_count_with_those_after_it(coco_root, tmp_path, monkeypatch, capsys):
-    break_losses(monkeypatch, 1)
-    trainer.main(small(coco_root, tmp_path, num_epochs=2))
-    settings = small(coco_root, tmp_path, num_epochs=9, resume="newest", keep_checkpoints=0)
-    assert "10 steps in a row" in command_error(capsys, *flags(settings))
-    assert [row["skipped_steps"] for row in history(tmp_path)] == ["3", "3", "3"]  # and the first of the fourth epoch
+    models = [read_checkpoint(tmp_path / f"epoch_{epoch:04d}.pth")["model"] for epoch in (2, 4)]
+    assert same(*({name: value for name, value in model.items() if "num" not in name} for model in models))
 
 
 # --- writing while the training goes on -------------------------------------------------------------------
@@ -428,23 +362,6 @@ def test_with_a_full_disk_it_goes_on_and_has_the_right_best_model_afterwards(coc
     assert position(run / "last.pth") == (4, 0)
 
 
-def slowly(monkeypatch, before) -> None:
-    """Calls `before`, in the thread that writes, before each checkpoint of a whole epoch."""
-    write = checkpoints.write_epoch
-    monkeypatch.setattr(checkpoints, "write_epoch", lambda *args: (before(), write(*args)))
-
-
-def test_the_training_goes_on_while_the_state_of_before_is_written(straight, coco_root, tmp_path, monkeypatch):
-    two_steps_later, waits = threading.Event(), []
-    at_batch(monkeypatch, BATCHES + 2, two_steps_later.set)
-    slowly(monkeypatch, lambda: waits.append(two_steps_later.wait(HANG)))
-    trainer.main(small(coco_root, tmp_path / "run", keep_checkpoints=0, **TWO))
-    assert waits == [True, True]  # else nothing went on until the first one was written
-    assert_same_run(tmp_path / "run", straight)
-    first, expected = (read_checkpoint(folder / "epoch_0001.pth") for folder in (tmp_path / "run", straight))
-    assert all(same(first[name], expected[name]) for name in ("model", "optimizer", "ema", "schedule_epoch"))
-
-
 def test_a_signal_is_said_to_have_saved_when_all_is_written(coco_root, tmp_path, monkeypatch, capfd):
     write = checkpoints.write_last
     monkeypatch.setattr(checkpoints, "write_last", lambda *args: (time.sleep(0.3), write(*args), print("written")))
@@ -454,8 +371,14 @@ def test_a_signal_is_said_to_have_saved_when_all_is_written(coco_root, tmp_path,
 
 
 def test_the_end_of_a_run_waits_and_no_signal_cuts_it_off(coco_root, tmp_path, monkeypatch, capsys):
-    handlers = []
-    slowly(monkeypatch, lambda: (time.sleep(0.3), handlers.append(signal.getsignal(signal.SIGTERM))))
+    write, handlers = checkpoints.write_epoch, []
+
+    def write_slowly(*args: object) -> None:
+        time.sleep(0.3)
+        handlers.append(signal.getsignal(signal.SIGTERM))
+        write(*args)
+
+    monkeypatch.setattr(checkpoints, "write_epoch", write_slowly)
     monkeypatch.setattr(trainer, "finish", lambda *_: print(position(tmp_path / "last.pth")))
     trainer.main(small(coco_root, tmp_path, num_epochs=1))
     assert capsys.readouterr().out.endswith("\n(1, 0)\n")
@@ -472,36 +395,33 @@ def wait_for(path: Path) -> None:
         time.sleep(0.05)
 
 
+# After 30 seconds torchrun kills who is left: on a busy machine they may need more.
+PATIENT_TORCHRUN = f"""
+from torch.distributed.elastic.multiprocessing.api import PContext
+from torch.distributed.run import main
+PContext.close.__defaults__ = (None, {HANG})
+main()
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_to_torchrun_ends_all_its_processes_with_everything_saved(number, coco_root, tmp_path, start_process):
+def test_a_signal_to_torchrun_ends_all_its_processes_with_everything_saved(coco_root, tmp_path, start_process):
     settings = small(coco_root, tmp_path / "run", num_epochs=1000, batch_size=2, num_workers=1)
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    torchrun = ("-c", PATIENT_TORCHRUN, "--standalone", "--nproc-per-node=2")
     process = start_process(*torchrun, "tests/tiny_runs.py", *flags(settings))
     wait_for(tmp_path / "run" / "last.pth")
     pids = process.descendants()
     assert len(pids) >= 5  # torchrun, two ranks, a loader worker each
-    process.send_signal(number)
-    out = process.communicate(timeout=HANG)[0]
-    assert "forcefully" not in out, out  # torchrun loses its patience after 30 seconds, and kills who is left
+    process.send_signal(signal.SIGHUP)  # as the end of a terminal; SIGTERM is no other to a run
+    out = process.communicate(timeout=2 * HANG)[0]
     assert process.returncode != 0
-    assert out.count(f"stopped by {number.name} after epoch") == 1, out
+    assert out.count("stopped by SIGHUP after epoch") == 1, out
     epoch, step = position(tmp_path / "run" / "last.pth")
     assert f"after epoch {epoch}, step {step}: --resume goes on" in out
     assert len(read_checkpoint(tmp_path / "run" / "last.pth")["partial_metrics"]) == 2
     assert not process.descendants()
     memory = os.listdir("/dev/shm")  # of other programs too
     assert not [name for name in memory if any(name.startswith(f"torch_{pid}_") for pid in pids)]
-
-
-@pytest.mark.slow
-def test_a_killed_runs_workers_do_not_keep_its_folder(coco_root, tmp_path, start_process):
-    settings = small(coco_root, tmp_path / "run", num_epochs=1000, num_workers=2, **OFTEN)
-    process = start_process("tests/tiny_runs.py", *flags(settings))
-    wait_for(tmp_path / "run" / "last.pth")
-    process.kill()
-    process.wait()
-    checkpoints.claim(tmp_path / "run").close()
 
 
 @pytest.mark.slow

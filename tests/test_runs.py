@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import sys
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
-import torch
-from tiny_runs import Tiny, command_error, contents, flags, history, last_state, run_of, same, script, small, unwatched
+from tiny_runs import command_error, contents, flags, history, last_state, run_of, same, script, small, unwatched
 
 import trainer
 from datasets import COCOPersonDataset, make_loader
-from models import CheckpointError, UNetAutoencoder, model_weights, read_checkpoint
+from models import CheckpointError, UNetAutoencoder, read_checkpoint
 from tools import make_sample
 from training import checkpoints, pictures, resuming
 from training.pictures import save_curves
 
 pytestmark = pytest.mark.usefixtures("tiny")
-FOUR = {"num_epochs": 4, "restart_period": 3, "learning_rate": 2e-3}  # so that a resume after two falls within a cycle
-
-
-# --- what a run leaves ------------------------------------------------------------------------------------
+TWO = {"num_epochs": 2, "restart_period": 2, "learning_rate": 2e-3}  # a resume after one is within a cycle
 
 
 @pytest.mark.slow
@@ -31,12 +28,12 @@ def test_a_real_run_leaves_its_files_and_resumed_the_same_bits(coco_root, tmp_pa
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     monkeypatch.setattr(trainer, "UNetAutoencoder", UNetAutoencoder)
     monkeypatch.setattr(pictures, "save_curves", save_curves)
-    trainer.main(small(coco_root, straight, keep_checkpoints=2, **FOUR))
-    models = {"best_model.pth", "epoch_0003.pth", "epoch_0004.pth", "last.pth"}
+    trainer.main(small(coco_root, straight, keep_checkpoints=1, **TWO))
+    models = {"best_model.pth", "epoch_0002.pth", "last.pth"}
     assert {path.name for path in straight.iterdir()} == {
-        *models, ".lock", "history.csv", "preview.png", "curves.png", "run.json"}  # fmt: skip
-    assert [row["epoch"] for row in history(straight)] == ["1", "2", "3", "4"]
-    for picture in ("preview.png", "curves.png"):
+        *models, ".lock", "history.csv", "preview.png", "curves.png", "data.png", "run.json"}  # fmt: skip
+    assert [row["epoch"] for row in history(straight)] == ["1", "2"]
+    for picture in ("preview.png", "curves.png", "data.png"):
         assert (straight / picture).read_bytes().startswith(b"\x89PNG")
 
     best, model = read_checkpoint(straight / "best_model.pth"), UNetAutoencoder("resnet18", pretrained=False)
@@ -48,43 +45,30 @@ def test_a_real_run_leaves_its_files_and_resumed_the_same_bits(coco_root, tmp_pa
     metrics = trainer.validate(run := run_of(model), loader, unwatched(run))
     assert metrics == pytest.approx(best["metrics"], abs=1e-6)
 
-    trainer.main(small(coco_root, resumed, keep_checkpoints=1, **{**FOUR, "num_epochs": 2}))
-    trainer.main(small(coco_root, resumed, keep_checkpoints=1, resume="newest", **FOUR))
+    trainer.main(small(coco_root, resumed, **{**TWO, "num_epochs": 1}))
+    trainer.main(small(coco_root, resumed, resume="newest", **TWO))
     assert same(last_state(resumed), last_state(straight))
-    assert len(history(resumed)) == 4
-
-
-def test_the_best_is_the_first_of_the_highest(coco_root, tmp_path, monkeypatch):
-    script(monkeypatch, [0.0, 0.4, 0.7, 0.2, 0.7])
-    trainer.main(small(coco_root, tmp_path, num_epochs=5, keep_checkpoints=0))
-    best = read_checkpoint(tmp_path / "best_model.pth")
-    assert (best["epoch"], best["metrics"]["iou"]) == (3, 0.7)
-    assert same(best["model"], model_weights(read_checkpoint(tmp_path / "epoch_0003.pth")))
-
-
-def test_a_worse_epoch_after_a_resume_is_not_the_best(coco_root, tmp_path, monkeypatch):
-    script(monkeypatch, [0.9, 0.5, 0.6, 0.8])
-    trainer.main(small(coco_root, tmp_path, num_epochs=2))
-    os.truncate(tmp_path / "last.pth", 1000)  # epoch_0002.pth is the same file: the resumed run repeats that epoch
-    trainer.main(small(coco_root, tmp_path, num_epochs=3, resume="newest"))
-    assert read_checkpoint(tmp_path / "best_model.pth")["epoch"] == 1
-    assert [row["epoch"] for row in history(tmp_path)] == ["1", "2", "3"]
+    assert len(history(resumed)) == 2
 
 
 def test_a_last_batch_of_one_photo_does_not_break_batchnorm(coco_root, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "UNetAutoencoder", UNetAutoencoder)
-    trainer.main(small(coco_root, tmp_path, num_epochs=1, batch_size=3))  # 3 + 3 + 3 + 1, and 1 x 1 features
+    # Batches of 3, 3, 3 and 1; the deepest features have one pixel.
+    trainer.main(small(coco_root, tmp_path, num_epochs=1, batch_size=3, encoder="mobilenet_v2"))
     assert int(read_checkpoint(tmp_path / "last.pth")["optimizer"]["state"][0]["step"]) == 3
 
 
-def test_a_sample_run_draws_its_own_photos(tmp_path, monkeypatch, capsys):
+@pytest.mark.usefixtures("coco_root")
+def test_a_sample_run_draws_its_own_photos_into_the_first_root(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(make_sample.draw_sample, "__defaults__", (6, 3, 0))
-    folders = [f"--data-root={tmp_path / 'sample'}", f"--checkpoint-dir={tmp_path / 'run'}"]
+    monkeypatch.chdir(tmp_path)
+    folders = ["--data-root=sample,coco", "--checkpoint-dir=run"]
     size = ["--num-epochs=1", "--image-size=32", "--batch-size=4", "--num-workers=0"]
     assert trainer.run_command(["trainer.py", "--sample", *folders, *size]) == 0
     assert len(list((tmp_path / "sample" / "train2017").glob("*.jpg"))) == 6
     assert read_checkpoint(tmp_path / "run" / "best_model.pth")["config"]["encoder"] == "resnet18"
-    assert str(tmp_path / "sample") in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert "15 photos to train on (5 in sample, 10 in coco), 8 to validate (3 in sample, 5 in coco)" in said
 
 
 def test_a_run_of_a_name_has_a_folder_for_itself(coco_root, tmp_path, monkeypatch):
@@ -115,29 +99,15 @@ def test_the_log_is_what_the_console_showed_of_every_start(coco_root, tmp_path, 
     assert (archive / "run.log").read_text().splitlines() == log
 
 
-# --- the same bits ----------------------------------------------------------------------------------------
-
-
 def test_neither_a_repeat_nor_the_workers_change_a_bit(coco_root, tmp_path, capsys):
     states = []
-    for number, workers in enumerate((0, 0, 1, 2)):
+    for number, workers in enumerate((0, 0, 2)):
         trainer.main(small(coco_root, tmp_path / f"run{number}", num_epochs=2, num_workers=workers))
-        assert f"{workers} worker{'' if workers == 1 else 's'} each" in capsys.readouterr().out
+        assert f"{workers} workers each" in capsys.readouterr().out
         states.append(last_state(tmp_path / f"run{number}"))
     assert all(same(states[0], other) for other in states[1:])
     trainer.main(small(coco_root, tmp_path / "other", num_epochs=2, seed=1))
     assert not same(states[0]["model"], last_state(tmp_path / "other")["model"])
-
-
-def test_a_resume_needs_no_pretrained_weights(coco_root, tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(trainer, "UNetAutoencoder", lambda *args: (asked.append(args[1]), Tiny())[1])
-    for epochs in (1, 2):
-        trainer.main(small(coco_root, tmp_path, num_epochs=epochs, pretrained=True, resume="newest"))
-    assert asked == [True, False]
-
-
-# --- a folder that holds an earlier run -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("damaged", [False, True])
@@ -154,29 +124,19 @@ def test_a_run_that_starts_anew_archives_an_earlier_one_and_says_so(damaged, coc
     assert len(history(tmp_path / "run")) == 2
 
 
-def test_a_run_that_goes_on_from_another_folder_overwrites_nothing(coco_root, tmp_path, monkeypatch):
-    first, second = tmp_path / "first", tmp_path / "second"
-    script(monkeypatch, [0.9, 0.8, 0.5, 0.6])
-    trainer.main(small(coco_root, first, num_epochs=1))
-    trainer.main(small(coco_root, second, num_epochs=1, seed=7))
-    before = contents(second)
-    trainer.main(small(coco_root, second, num_epochs=3, resume=str(first / "last.pth")))
-    (archive,) = second.glob("earlier_*")
-    assert contents(archive) == before
-    assert [row["epoch"] for row in history(second)] == ["1", "2", "3"]
-    assert read_checkpoint(second / "best_model.pth")["epoch"] == 3  # the best of those made here
-
-
-def test_going_back_to_an_earlier_epoch_keeps_what_came_after_it(coco_root, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_a_run_that_goes_on_from_a_file_keeps_what_came_after_it(elsewhere, coco_root, tmp_path, monkeypatch):
+    run, file = tmp_path / "run", tmp_path / "copied.pth"
     script(monkeypatch, [0.5, 0.6, 0.9, 0.4])
-    trainer.main(small(coco_root, tmp_path, num_epochs=3, keep_checkpoints=0))
-    best = (tmp_path / "best_model.pth").read_bytes()
-    trainer.main(small(coco_root, tmp_path, num_epochs=2, keep_checkpoints=0, resume=str(tmp_path / "epoch_0001.pth")))
-    (archive,) = tmp_path.glob("earlier_*")
-    assert (archive / "best_model.pth").read_bytes() == best
-    assert [path.name for path in sorted(archive.glob("epoch_*"))] == ["epoch_0002.pth", "epoch_0003.pth"]
-    assert read_checkpoint(tmp_path / "best_model.pth")["epoch"] == 2
-    assert str(archive) in capsys.readouterr().out
+    trainer.main(small(coco_root, run, num_epochs=3, keep_checkpoints=0))
+    before = contents(run)
+    first = run / "epoch_0001.pth"
+    trainer.main(small(coco_root, run, num_epochs=2, resume=str(shutil.copy(first, file) if elsewhere else first)))
+    (archive,) = run.glob("earlier_*")
+    kept = {} if elsewhere else {first.name: first.read_bytes()}
+    assert contents(archive) | kept == before
+    assert [row["epoch"] for row in history(run)] == ["1", "2"]
+    assert read_checkpoint(run / "best_model.pth")["epoch"] == 2  # the best of those made since
 
 
 def test_a_finished_run_says_so_and_changes_nothing(coco_root, tmp_path, capsys):
@@ -186,28 +146,6 @@ def test_a_finished_run_says_so_and_changes_nothing(coco_root, tmp_path, capsys)
     trainer.main(dataclasses.replace(settings, resume="newest"))
     assert "1 epoch done: a higher --num-epochs goes on" in capsys.readouterr().out
     assert contents(tmp_path / "run") == before
-
-
-@pytest.mark.parametrize(
-    ("file", "change", "named"),
-    [
-        ("damaged.pth", {}, "damaged"), ("absent.pth", {}, "there is no checkpoint"),
-        ("best_model.pth", {}, "holds a model only, or is of an older version: last.pth --start-from"),
-        ("older.pth", {}, "holds a model only, or is of an older version: last.pth --start-from"),
-        ("", {"seed": 7, "restart_mult": 2}, "with --seed 0, --restart-mult 3 and cannot go on with 7, 2"),
-    ],
-)  # fmt: skip
-def test_resume_from_what_cannot_be_used_is_refused_in_one_line(file, change, named, coco_root, tmp_path, capsys):
-    run, settings = tmp_path / "run", small(coco_root, tmp_path / "run", num_epochs=1)
-    trainer.main(settings)
-    content = read_checkpoint(run / "last.pth")
-    content["tallies"] = content.pop("partial_metrics")  # as it was called once
-    checkpoints.save(content, run / "older.pth")
-    (run / "damaged.pth").write_bytes((run / "last.pth").read_bytes()[:1000])
-    before, resume = contents(run), str(run / file) if file else "newest"
-    error = command_error(capsys, *flags(dataclasses.replace(settings, resume=resume, **change)))
-    assert all(word in error for word in [file, *named.split()]), error
-    assert contents(run) == before
 
 
 def test_a_folder_is_claimed_before_its_checkpoint_is_read(coco_root, tmp_path, monkeypatch, capsys):
@@ -242,17 +180,3 @@ def test_a_resume_that_is_refused_leaves_no_claim_behind(owner, coco_root, tmp_p
     checkpoints.claim(run).close()  # the same process may have it at once
     trainer.main(small(coco_root, run, num_epochs=2, resume="newest"))
     assert checkpoints.same_launcher(run)
-
-
-# --- in processes of their own ----------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_bare_torchrun_on_a_cpu_is_one_process(coco_root, tmp_path, start_process):
-    device = "cpu" if torch.cuda.is_available() else "cuda:{local_rank}"
-    settings = small(coco_root, tmp_path / "run", num_epochs=1, device=device)
-    process = start_process("-m", "torch.distributed.run", "--standalone", "tests/tiny_runs.py", *flags(settings))
-    out = process.communicate(timeout=600)[0]
-    assert process.returncode == 0, out
-    assert "1 process," in out
-    assert len(history(tmp_path / "run")) == 1

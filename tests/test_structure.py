@@ -55,13 +55,6 @@ def test_no_two_files_import_each_other():
     TopologicalSorter({name: imports_of(path) for name, path in names.items()}).prepare()  # raises on a cycle
 
 
-def test_no_package_knows_the_trainers_config():
-    for path in SOURCES:
-        if path.parent != ROOT:
-            imported = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
-            assert "trainer" not in {node.module for node in imported}
-
-
 def test_the_top_level_is_the_designs():
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:

@@ -28,7 +28,7 @@ from trainer import SAMPLE, Config, parse
 from training import batches as steps
 from training.command_line import UsageError, flag
 from training.settings import LIMITS, WEIGHT_LIMITS, check, field_help
-from utils import LossCalculator, Processes
+from utils import LossCalculator
 
 pytestmark = pytest.mark.usefixtures("tiny")
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
@@ -47,7 +47,7 @@ def test_defaults_are_those_that_the_owner_fixed():
     assert parse([]) == (Config(), set())
 
 
-def test_every_field_has_a_comment_which_help_shows_beside_its_flag(capsys):
+def test_help_shows_each_flag_with_its_comment_its_choices_and_no_empty_default(capsys):
     with pytest.raises(SystemExit) as stop:
         parse(["--help"])
     assert stop.value.code == 0
@@ -56,6 +56,9 @@ def test_every_field_has_a_comment_which_help_shows_beside_its_flag(capsys):
         assert comment, name
         assert flag(name) in shown
         assert "".join(comment.split()) in shown
+    choices = "resnet18,resnet34,resnet50", "auto,float32,bfloat16;defaultauto", "global_iou,global_dice;defaultiou"
+    assert all(text in shown for text in choices)
+    assert not any(text in shown for text in ("{local_rank}", "()", "(default)"))
 
 
 def other_value(name: str) -> object:
@@ -68,7 +71,7 @@ def other_value(name: str) -> object:
 
 @pytest.mark.parametrize("spell", [flag, "--{}".format], ids=["dashes", "underscores"])
 @pytest.mark.parametrize("separator", [" ", "="])
-@pytest.mark.parametrize("left_out", ["annotations photos start_from", "data_root encoder_weights sample"])
+@pytest.mark.parametrize("left_out", ["annotations photos masks start_from", "data_root masks encoder_weights sample"])
 def test_every_field_is_a_flag_in_each_spelling(spell, separator, left_out):
     values = {name: other_value(name) for name in FIELDS if name not in left_out.split()} | {"pretrained": True}
     arguments = []
@@ -131,40 +134,12 @@ def test_resume_is_absent_bare_or_a_file_whose_folder_is_the_runs(arguments, res
     assert (config.resume, trainer.folder_of(config)) == (resume, Path(folder))
 
 
-def test_ctrl_c_ends_with_130_and_says_how_to_go_on(monkeypatch, capsys):
-    monkeypatch.setattr(trainer, "main", Mock(side_effect=KeyboardInterrupt))
-    assert trainer.run_command(["trainer.py"]) == 130
-    assert "--resume" in capsys.readouterr().err
-
-
 # --- the data ---------------------------------------------------------------------------------------------
-
-
-def banner_of(config: Config, capsys) -> str:
-    """Trains and returns what was printed, as one line."""
-    capsys.readouterr()
-    trainer.main(config)
-    return " ".join(capsys.readouterr().out.split())
-
-
-def test_several_roots_are_one_set_and_the_banner_names_each(coco_root, tmp_path, monkeypatch, capsys):
-    write_split(tmp_path / "other", "train2017", 6, first_id=3)
-    monkeypatch.chdir(tmp_path)
-    banner = banner_of(small("other, coco", "run", num_epochs=1), capsys)
-    assert "16 photos to train on (6 in other, 10 in coco), 5 to validate (5 in coco)" in banner
-
-
-def test_the_sample_is_drawn_into_the_first_of_several_roots(coco_root, tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr("tools.make_sample.draw_sample", drawn.append)
-    write_split(tmp_path / "other", "train2017", 6, first_id=3)
-    trainer.open_data(small(f"{coco_root}, {tmp_path / 'other'}", "unused", sample=True), ALONE)
-    assert drawn == [coco_root]
 
 
 @pytest.mark.parametrize(
     ("wanted", "cores", "processes", "workers"),
-    [(12, 64, 4, 12), (12, 64, 8, 8), (12, 2, 1, 2), (12, 8, 8, 1), (12, 4, 8, 1), (0, 8, 1, 0), (3, 4, 1, 3)],
+    [(12, 64, 4, 12), (12, 64, 8, 8), (12, 4, 8, 1), (0, 8, 1, 0), (3, 4, 1, 3)],
 )
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_workers_share_the_cores_of_the_machine(wanted, cores, processes, workers, coco_root, monkeypatch):
@@ -218,20 +193,16 @@ def cosine(start: float, epochs: float, period: float, mult: int) -> float:
     return start * (1 + math.cos(math.pi * epochs / period)) / 2
 
 
-THIRDS = [step / 3 for step in range(12)]  # ten photos in batches of four are three steps an epoch
-
-
 @pytest.mark.parametrize(
     ("settings", "cycle", "broken", "epochs"),
     [
-        ({"num_epochs": 3, "restart_mult": 1}, (3, 1), 0, THIRDS[:9]),
-        ({"num_epochs": 4, "restart_period": 2, "restart_mult": 1}, (2, 1), 0, THIRDS),
-        ({"num_epochs": 4, "restart_period": 1, "restart_mult": 2}, (1, 2), 0, THIRDS),
+        # Ten photos in batches of four are three steps an epoch.
+        ({"num_epochs": 4, "restart_period": 1, "restart_mult": 2}, (1, 2), 0, [step / 3 for step in range(12)]),
         ({"num_epochs": 2, "grad_accum_steps": 2}, (2, 1), 0, [0, 1 / 2, 1, 3 / 2]),
         # It stands still on a skipped step; the next epoch begins where it would have begun.
         ({"num_epochs": 2}, (2, 1), 2, [0, 1 / 3, 1 / 3, 2 / 3, 4 / 3, 5 / 3]),
     ],
-    ids=["one cycle", "equal cycles", "longer cycles", "accumulation", "skipped step"],
+    ids=["longer cycles", "accumulation", "skipped step"],
 )
 def test_learning_rate_follows_the_cosine_step_by_step(
     settings, cycle, broken, epochs, coco_root, tmp_path, learning_rates, monkeypatch
@@ -251,19 +222,6 @@ def test_learning_rate_follows_the_cosine_step_by_step(
     assert [row["skipped_steps"] for row in history] == [bool(broken), *[0] * (settings["num_epochs"] - 1)]
 
 
-@pytest.mark.parametrize(
-    ("changes", "lrs"),
-    [
-        ({}, [1e-4, 1e-3]), ({"decoder_lr_mult": 3.0, "learning_rate": 2e-4}, [2e-4, 6e-4]),
-        ({"decoder_lr_mult": 1.0}, [1e-4]), ({"pretrained": False}, [1e-4]),  # as random as the decoder
-    ],
-)  # fmt: skip
-def test_the_decoder_beside_a_pretrained_encoder_has_a_higher_learning_rate(changes, lrs):
-    run = trainer.start_run(Config(device="cpu", **changes), ALONE)
-    assert [group["lr"] for group in run.optimizer.param_groups] == pytest.approx(lrs)
-    assert run.scheduler.base_lrs == pytest.approx(lrs)
-
-
 # --- a step and a validation ------------------------------------------------------------------------------
 
 
@@ -277,7 +235,7 @@ def train_once(model: nn.Module, coco_root, batch_size: int, micro_batches: int 
     return trainer.train_one_epoch(run, training_loader(coco_root, batch_size), 0, config, unwatched(run))
 
 
-@pytest.mark.parametrize(("grad_accum_steps", "micro_batches"), [(1, 1), (1, 2), (2, 1), (2, 3), (3, 4), (7, 1)])
+@pytest.mark.parametrize(("grad_accum_steps", "micro_batches"), [(1, 1), (1, 2), (2, 3), (7, 1)])
 def test_a_step_takes_the_mean_over_its_photos_however_they_are_split(grad_accum_steps, micro_batches, coco_root):
     # Ten photos in batches of four, the last of two: with grad_accum_steps=2 the steps have eight photos and two.
     torch.manual_seed(0)
@@ -351,7 +309,7 @@ def test_validation_is_the_mean_over_photos_and_changes_nothing(coco_root):
             ious.append((alpha & mask).sum() / (alpha | mask).sum())
             losses.append(criterion(raw, sample)[0].item())
     assert len(set(ious)) == 5
-    for batch_size in (1, 2, 5, 8):
+    for batch_size in (2, 8):
         run = run_of(model.train())
         run.criterion = criterion
         metrics = trainer.validate(run, make_loader(dataset, batch_size, 0, training=False), unwatched(run))
@@ -393,22 +351,11 @@ def test_a_run_in_micro_batches_says_so_and_trains_and_validates(coco_root, tmp_
     run = trainer.start_run(config, ALONE)
     run.micro_batches = steps.find_micro_batches(run.model, 4, 32, ALONE.device, None)
     monkeypatch.setattr(trainer, "start_run", lambda *_: run)
-    banner = banner_of(config, capsys)
+    trainer.main(config)
+    banner = " ".join(capsys.readouterr().out.split())
     assert "4 photos at once do not fit in the free memory of cpu: each batch is split into 2 micro-batches" in banner
     assert "8 photos a step, 2 steps an epoch" in banner
     assert run.epochs_done == 1
-
-
-@pytest.mark.parametrize(("device", "sample", "tuned"), [("cuda:0", False, [True]), ("cuda:0", True, [False]),
-                                                         ("cpu", False, [])])  # fmt: skip
-def test_on_a_gpu_convolutions_are_tuned_before_the_memory_is_tried(device, sample, tuned, monkeypatch):
-    seen = []
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-    monkeypatch.setattr(trainer, "find_micro_batches", lambda *_: seen.append(torch.backends.cudnn.benchmark) or 1)
-    monkeypatch.setattr(trainer, "build_model", lambda *_, **__: Tiny())
-    trainer.start_run(Config(sample=sample, pretrained=False, precision="float32"), Processes(torch.device(device)))
-    assert seen == tuned
-    assert torch.backends.cudnn.benchmark is any(tuned)
 
 
 class Fetched(TorchDispatchMode):
@@ -432,23 +379,19 @@ def test_the_loop_waits_for_the_device_only_where_it_logs(coco_root, monkeypatch
     assert fetched.count == 2  # of five steps the second and the fourth
 
 
-@pytest.mark.parametrize(("grad_accum_steps", "micro_batches"), [(5, 1), (1, 5)])
-def test_a_step_is_skipped_whichever_of_its_micro_batches_is_broken(grad_accum_steps, micro_batches, coco_root):
-    batch_size, number, forward = PHOTOS // grad_accum_steps, itertools.count(1), LossCalculator.forward
-    config = small(coco_root, "unused", batch_size=batch_size, grad_accum_steps=grad_accum_steps)
-    run = trainer.start_run(config, ALONE)
-    run.micro_batches, run.steps_per_epoch, before = micro_batches, 1, copy.deepcopy(run.model.state_dict())
+def test_a_step_is_skipped_whichever_of_its_micro_batches_is_broken(coco_root, monkeypatch):
+    number, forward, model = itertools.count(1), LossCalculator.forward, nn.Conv2d(3, 4, 1)
+    before = copy.deepcopy(model.state_dict())
 
-    def second_is_broken(raw, target):
-        loss, terms = forward(run.criterion, raw, target)
+    def second_is_broken(*args: object):
+        loss, terms = forward(*args)
         return loss + (math.inf if next(number) == 2 else 0), terms  # the gradient stays finite
 
-    run.criterion.forward = second_is_broken
-    metrics = trainer.train_one_epoch(run, training_loader(coco_root, batch_size), 0, config, unwatched(run))
-    assert next(number) == 6
+    monkeypatch.setattr(LossCalculator, "forward", second_is_broken)
+    metrics = train_once(model, coco_root, 5, micro_batches=2, grad_accum_steps=2)
+    assert next(number) == 5
     assert metrics["skipped_steps"] == 1
-    after = run.model.state_dict()
-    assert all(torch.equal(after[name], value) for name, value in before.items() if "num_batches" not in name)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
 
 
 # --- compiled ---------------------------------------------------------------------------------------------
@@ -470,17 +413,3 @@ def test_compiled_the_model_gives_the_same_loss_and_gradients(monkeypatch, coco_
     for plain, compiled in zip(*results, strict=True):
         assert torch.allclose(plain, compiled, rtol=1e-3, atol=1e-5)
     assert not any("_orig_mod" in key for key in run.model.state_dict())
-
-
-def test_compiled_for_a_shorter_last_batch_the_shapes_stay_static(monkeypatch, coco_root):
-    compiled = []
-
-    def as_it_is(graph, inputs):
-        compiled.append([type(value) for value in inputs if not isinstance(value, torch.Tensor)])
-        return graph.forward
-
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=as_it_is))
-    run = trainer.start_run(small(coco_root, "unused", compile=True), ALONE)
-    for photos in (4, 2, 4, 3):
-        run.ddp_model(torch.rand(photos, 3, 32, 32))
-    assert compiled == [[], [], []]  # one for each size, none of which takes the size as an argument

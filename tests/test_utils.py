@@ -6,6 +6,8 @@ import errno
 import math
 import os
 import stat
+import subprocess
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -207,37 +209,20 @@ def one_of_two(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory) -> list[dict]:
-    """What `one_of_two` leaves, by rank."""
-    folder = tmp_path_factory.mktemp("two")
-    processes = torch.multiprocessing.spawn(one_of_two, (folder,), nprocs=2, join=False).processes
+@pytest.mark.slow
+def test_two_processes_exchange_values(tmp_path):
+    processes = torch.multiprocessing.spawn(one_of_two, (tmp_path,), nprocs=2, join=False).processes
     for process in processes:
         process.join(2 * LONG)
     for process in processes:
         process.kill()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
-
-
-@pytest.mark.slow
-def test_metrics_of_two_processes_are_those_of_one(two):
-    alone = measured(guesses())
-    for result in two:
+    results, alone = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)], measured(guesses())
+    for result in results:
         assert result["metrics"] == pytest.approx(alone, rel=1e-14)
         assert result["metrics"]["global_iou"] == alone["global_iou"]
-
-
-@pytest.mark.slow
-def test_two_processes_exchange_values(two):
-    for result in two:
         assert (result["largest"], result["object"], result["list"]) == ([1, 0], {0: 0}, [0, 1, 1])
-        assert result["async"] == (True, [1, 5])
-
-
-@pytest.mark.slow
-def test_run_on_rank0_gives_all_its_result_or_ends_all(two):
-    assert [result["rank 0"] for result in two] == ["of 0", "of 0"]
-    assert [result["failure"] for result in two] == ["KeyError('missing')", "SystemExit(2)"]
+        assert (result["async"], result["rank 0"]) == ((True, [1, 5]), "of 0")
+    assert [result["failure"] for result in results] == ["KeyError('missing')", "SystemExit(2)"]
 
 
 def test_alone_nothing_is_exchanged():
@@ -339,10 +324,25 @@ def test_a_folder_that_may_not_be_listed_can_be_written_to(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("name", ["a", "n" * 251 + ".png", "写真" * 41 + ".png", "\udcff" * 255])
-def test_a_name_may_be_as_long_as_the_file_system_allows(name, tmp_path):
-    with utils.atomic_write(tmp_path / name) as file:
-        file.write(b"new")
+def test_a_file_has_one_writers_content_whatever_its_name(name, tmp_path):
+    path = tmp_path / name
+    with utils.atomic_write(path) as file:
+        file.write(b"slow")
         (temporary,) = tmp_path.glob(".*.part")  # what is left of a killed run is known by that
-    assert len(os.fsencode(temporary.name)) <= max(len(os.fsencode(name)) + 6, 143)
-    assert (tmp_path / name).read_bytes() == b"new"
-    assert utils.temporary_path(tmp_path / f"{'n' * 250}1") != utils.temporary_path(tmp_path / f"{'n' * 250}2")
+        assert write(path, b"fast").read_bytes() == b"fast"  # by another process, which began later
+    assert len(os.fsencode(temporary.name)) <= 143  # eCryptfs allows no more
+    assert path.read_bytes() == b"slow"
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_what_a_dead_process_was_writing_is_removed_and_what_others_write_is_not(tmp_path):
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    mine = utils.temporary_path(tmp_path / "last.pth")
+    left = mine.with_name(mine.name.replace(f".{os.getpid()}.", f".{int(dead.stdout)}."))
+    elsewhere = left.with_name(left.name.replace(utils.machine(), "01234567"))
+    old = elsewhere.with_name(elsewhere.name.replace("last", "best"))
+    for path in (mine, left, elsewhere, old, tmp_path / ".a.part"):
+        path.touch()
+    os.utime(old, (0, 0))
+    path = write(tmp_path / "last.pth")
+    assert {*tmp_path.iterdir()} == {path, mine, elsewhere, tmp_path / ".a.part"}

@@ -25,6 +25,7 @@ from training.run import Run
 from utils import LossCalculator, Processes
 
 ALONE = Processes(torch.device("cpu"))
+HANG = 600  # seconds: only what hangs takes so long, also on a busy machine
 TIMES = {"seconds", "images_per_second", "data_wait"}  # columns of the history in which equal runs differ
 
 

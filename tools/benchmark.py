@@ -30,6 +30,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 # A side's process, which works in the folder of its checkout, imports the modules from there.
 sys.path.insert(0, os.getcwd() if sys.argv[1:2] == ["--serve"] else str(Path(__file__).resolve().parents[1]))
@@ -106,7 +107,7 @@ def machine() -> str:
 
 def start_side(name: str, checkout: Path, job: dict, stack: contextlib.ExitStack) -> Side:
     """Starts a process that does the job's rounds with a checkout's modules, until the stack is closed."""
-    process = stack.enter_context(subprocess.Popen(
+    process: Any = stack.enter_context(subprocess.Popen(
         [sys.executable, __file__, "--serve", json.dumps(job)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "NO_ALBUMENTATIONS_UPDATE": "1"},
         cwd=checkout, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -192,7 +193,8 @@ def our_data(with_workers: bool, cache: bool, job: Namespace) -> Round:
     passes = 10 if cache else 1  # or a round would be too short
     if with_workers:
         return lambda number: sum(len(batch) for _ in range(passes) for batch in batches(loader, number))
-    loader.worker_init_fn(0)  # this process becomes what a worker is
+    if loader.worker_init_fn:
+        loader.worker_init_fn(0)  # this process becomes what a worker is
 
     def work(number: int) -> int:
         dataset.set_epoch(number)  # new augmentations, the same ones in another checkout

@@ -21,7 +21,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -76,7 +76,9 @@ def to_onnx(model: UNetAutoencoder) -> onnx.ModelProto:
     axes = {"images": {0: "batch", 2: "height", 3: "width"}}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the exporter's own internals
-        program = torch.onnx.export(
+        for name in ("torch.onnx", "torch.fx.experimental.symbolic_shapes"):  # PyTorch 2.9 logs them as well
+            logging.getLogger(name).setLevel(logging.ERROR)
+        program: Any = torch.onnx.export(
             Predictor(model).eval(), (images,), dynamo=True, dynamic_shapes=axes, opset_version=OPSET,
             input_names=["images"], output_names=["rgba"], verbose=False,
         )  # fmt: skip

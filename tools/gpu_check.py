@@ -27,9 +27,9 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it is in tools/ that Python looks
@@ -104,9 +104,9 @@ class FixedLoader:
 class Loop:
     """The trainer's own run and steps, in float32, bfloat16 or float16; `shape` is as that of `Setup`."""
 
-    def __init__(self, device: torch.device, precision: str, shape: tuple[str, int, int], **settings: object):
+    def __init__(self, device: torch.device, precision: str, shape: tuple[str, int, int], **settings: Any):
         encoder, size, batch_size = shape
-        shaped = {"encoder": encoder, "image_size": size, "batch_size": batch_size}
+        shaped: dict[str, Any] = {"encoder": encoder, "image_size": size, "batch_size": batch_size}
         self.config = Config(pretrained=False, device=str(device), **shaped, **settings)
         with computing_in(precision):
             self.run = trainer.start_run(self.config, Processes(device))
@@ -118,7 +118,7 @@ class Loop:
     def steps(self, number: int) -> dict[str, float]:
         """Trains for an epoch of so many steps and returns its metrics, for which it waits for the device."""
         self.run.steps_per_epoch = number
-        loader = FixedLoader(self.batch, number * self.config.grad_accum_steps)
+        loader: Any = FixedLoader(self.batch, number * self.config.grad_accum_steps)
         metrics = trainer.train_one_epoch(self.run, loader, 0, self.config, self.watch)
         self.run.end_epoch({self.run.best_metric: 0.0}, has_best=True)
         return metrics
@@ -185,7 +185,7 @@ def step(setup: Setup) -> dict:
 
 
 def training_steps(
-    setup: Setup, precision: str, network: Callable[..., torch.nn.Module] = UNetAutoencoder, **settings: object
+    setup: Setup, precision: str, network: Callable[..., torch.nn.Module] = UNetAutoencoder, **settings: Any
 ) -> Callable[[], int]:
     """Returns a function that does a round of steps and returns the number of their photos."""
     with patch.object(trainer, "UNetAutoencoder", network):
@@ -198,7 +198,7 @@ def training_steps(
     return work
 
 
-def compare(makers: dict[str, Callable[[], Callable[[], int]]], setup: Setup) -> dict:
+def compare(makers: Mapping[str, Callable[[], Callable[[], int]]], setup: Setup) -> dict:
     """Measures each way in turn: images a second, median, slowest and fastest round. One that fails spoils no other."""
     sides, errors = [], {}
     for name, make in makers.items():

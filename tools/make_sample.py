@@ -11,6 +11,7 @@ import colorsys
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -49,7 +50,7 @@ class Scene:
         self.number = 0  # of the person who is being painted
         self.foot, self.unit = (0.0, 0.0), 1.0  # pixels: the point it stands on, and a person's height there
 
-    def paint(self, hulls: list[list[tuple]], colour: np.ndarray, stripes: np.ndarray | None = None) -> None:
+    def paint(self, hulls: Sequence[Sequence[tuple]], colour: np.ndarray, stripes: np.ndarray | None = None) -> None:
         """Fills convex hulls of circles (x, height, radius), in units from the foot point, as one round surface."""
         outlines = []
         for circles in map(np.array, hulls):
@@ -115,7 +116,7 @@ def joints(start: tuple[float, float], length: float, upper: float, lower: float
     return np.cumsum([start, *bones], axis=0)
 
 
-def limb(points: np.ndarray, radii: tuple[float, ...]) -> list[list[tuple]]:
+def limb(points: np.ndarray, radii: tuple[float, ...]) -> list[tuple[tuple, tuple]]:
     """Returns the hulls along the bones between points (n, 2)."""
     return list(pairwise((*point, radius) for point, radius in zip(points, radii, strict=False)))
 
@@ -201,7 +202,8 @@ def segmentation(mask: np.ndarray) -> list[list[float]] | dict:
 def draw_split(folder: Path, split: int, count: int, seed: int) -> dict:
     """Draws the photos of a split into a new folder and returns the content of its annotation file."""
     folder.mkdir()
-    images, annotations = [], []
+    images: list[dict] = []
+    annotations: list[dict] = []
     for number in range(count):
         image_id = number * len(SPLITS) + split + 1  # no two splits share one
         photo, masks = draw_photo(seed, split, number)

@@ -1,11 +1,13 @@
-"""Makes a smaller data set of a COCO-format one: photos held out of a split, or crops around one person each.
+"""Makes a data set of a COCO-format one: photos held out of a split, crops around one person each, or many copies.
 
     python tools/subsets.py hold-out data/more train2017 200 data/parted
     python tools/subsets.py portraits data/parted val2017 100 data/portraits/train2017
     python tools/subsets.py portraits data/coco val2017 43 data/portraits/val2017
+    python tools/subsets.py copies data/coco train2017 118287 data/large
 
 data/parted then holds annotations and links to the photos: 200 in val2017, all others in train2017. data/portraits
-holds photos/ and masks/ of each split: what somebody may have who has few photos of one kind.
+holds photos/ and masks/ of each split: what somebody may have who has few photos of one kind. data/large is of COCO's
+size, for `tools/benchmark.py start`: the same photos, by hard links, and annotations under new names and numbers.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import argparse
 import json
 import os
 import sys
+from collections import defaultdict
 from hashlib import sha256
 from pathlib import Path
 
@@ -72,6 +75,27 @@ def portraits(content: dict, options: argparse.Namespace) -> str:
     return f"{counted(options.number, 'portrait')} in {options.output}"
 
 
+def copies(content: dict, options: argparse.Namespace) -> str:
+    """Writes annotations of as many photos as wanted, by turns, and links to them. Returns what was made."""
+    originals, folder = content["images"], options.output / options.split
+    by_image = defaultdict(list)
+    for annotation in content["annotations"]:
+        by_image[annotation["image_id"]].append(annotation)
+    folder.mkdir(parents=True)
+    (options.output / "annotations").mkdir()
+    images, annotations = [], []
+    for number in range(options.number):
+        image = originals[number % len(originals)]
+        name = f"{number:012d}{Path(image['file_name']).suffix}"
+        os.link(options.root / options.split / image["file_name"], folder / name)
+        images.append(image | {"id": number, "file_name": name})
+        annotations += [annotation | {"image_id": number} for annotation in by_image[image["id"]]]
+    annotations = [annotation | {"id": number} for number, annotation in enumerate(annotations)]
+    with atomic_write(options.output / "annotations" / f"instances_{options.split}.json") as file:
+        file.write(json.dumps(content | {"images": images, "annotations": annotations}).encode())
+    return f"{len(images)} photos with {len(annotations)} annotations in {options.output}"
+
+
 def tallest_persons(content: dict) -> dict[int, list[float]]:
     """Returns, by image id, the box (left, top, width, height) of the tallest person, if it is tall enough."""
     person = next(category["id"] for category in content["categories"] if category["name"] == "person")
@@ -91,6 +115,9 @@ def crop_around(box: list[float], height: int, width: int) -> tuple[slice, slice
     return slice(int(top), min(height, bottom)), slice(int(left), min(width, right))
 
 
+KINDS = {"hold-out": hold_out, "portraits": portraits, "copies": copies}
+
+
 def save(pixels: np.ndarray, path: Path) -> None:
     with atomic_write(path) as file:
         file.write(cv2.imencode(path.suffix, pixels, [cv2.IMWRITE_JPEG_QUALITY, 95])[1])
@@ -98,10 +125,10 @@ def save(pixels: np.ndarray, path: Path) -> None:
 
 def main(argv: list[str]) -> None:
     parser = OneLineParser("subsets.py", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("kind", choices=("hold-out", "portraits"), help="what to make")
+    parser.add_argument("kind", choices=tuple(KINDS), help="what to make")
     parser.add_argument("root", type=Path, help="the COCO-format set")
     parser.add_argument("split", help="its photo folder")
-    parser.add_argument("number", type=int, help="photos to hold out, or portraits to make")
+    parser.add_argument("number", type=int, help="photos to hold out, portraits to make, or photos in all")
     parser.add_argument("output", type=Path, help="the folder to make")
     options = parser.parse_args(argv)
     annotations = options.root / "annotations" / f"instances_{options.split}.json"
@@ -109,8 +136,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"there is no {annotations}")
     if options.output.exists():
         raise UserError(f"{options.output} exists: choose another folder")
-    make = {"hold-out": hold_out, "portraits": portraits}[options.kind]
-    print(make(json.loads(annotations.read_text()), options))
+    print(KINDS[options.kind](json.loads(annotations.read_text()), options))
 
 
 if __name__ == "__main__":

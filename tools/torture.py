@@ -184,7 +184,7 @@ def run_once(folder: Path, ranks: int, data: Path, kind: Kind | None, results: R
     before = newest_position(folder)
     with Training(folder, ranks, data) as training:
         interrupted, start = kind is not None and reach(training, kind), time.monotonic()
-        if interrupted:
+        if kind and interrupted:
             interrupt(training.process.pid, kind)
         check(training.wait(training.ended), "it does not end")
         if ranks > 1:
@@ -198,7 +198,7 @@ def run_once(folder: Path, ranks: int, data: Path, kind: Kind | None, results: R
         check(not list(folder.glob("earlier_*")), "it moved its own files aside")
         for path in folder.glob("*.pth"):
             read_checkpoint(path)
-        if interrupted and newest != DONE:  # else it came too late
+        if kind and interrupted and newest != DONE:  # else it came too late
             missed = "" if getattr(training, kind.condition)() else " (just after it)"
             results.interruptions[kind.name + missed] += 1
             if kind.signal == signal.SIGTERM:
@@ -221,8 +221,8 @@ def interrupt(pid: int, kind: Kind) -> None:
     """Sends the signal to a training; SIGKILL to one of the ranks that torchrun has started."""
     with contextlib.suppress(ProcessLookupError, FileNotFoundError, IndexError):  # it has just ended
         if kind.ranks > 1 and kind.signal == signal.SIGKILL:
-            pid = random.choice(Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
-        os.kill(int(pid), kind.signal)
+            pid = int(random.choice(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+        os.kill(pid, kind.signal)
 
 
 def newest_position(folder: Path) -> tuple[int, int]:
@@ -233,7 +233,7 @@ def newest_position(folder: Path) -> tuple[int, int]:
 def equal_bits(folder: Path, other: Path) -> bool:
     """Returns whether two trainings ended with the same weights, best model and history, but for its times."""
     # last.pth may be older than the newest, if the kill came just after the last epoch's own file was written.
-    newest = [newest_usable(path)[1] for path in (folder, other)]
+    newest = [found[1] for path in (folder, other) if (found := newest_usable(path))]
     best = [read_checkpoint(path / BEST) for path in (folder, other)]
     rows = [[{k: v for k, v in row.items() if k not in TIMES} for row in content["history"]] for content in newest]
     weights = [(a["model"], b["model"]) for a, b in (newest, best)]

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -133,7 +134,7 @@ def try_step(model: nn.Module, photos: int, image_size: int, device: torch.devic
     return True
 
 
-def sync_gradients(model: nn.Module, is_last: bool) -> AbstractContextManager:
+def sync_gradients(model: Any, is_last: bool) -> AbstractContextManager:
     """Returns the context of a backward pass: DDP averages gradients in a step's last one, not in those before it."""
     return nullcontext() if is_last or not hasattr(model, "no_sync") else model.no_sync()
 

@@ -7,6 +7,7 @@ import copy
 import os
 import re
 import shutil
+import socket
 import time
 import weakref
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from concurrent import futures
 from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -23,16 +25,29 @@ from models import CheckpointError, model_weights, read_checkpoint
 from training.launching import launcher
 from training.loggers import HISTORY, PREVIEW, TENSORBOARD
 from training.run import Run
-from utils import UserError, atomic_write, explain_write_errors, fsync_folder, reason, temporary_path
+from utils import (
+    Processes,
+    UserError,
+    all_gather_list,
+    atomic_write,
+    explain_write_errors,
+    fsync_folder,
+    reason,
+    run_on_rank0,
+    temporary_path,
+)
 
 LOCK = ".lock"
 EPOCH_FILE = re.compile(r"epoch_(\d+)\.pth")
 EVALUATIONS = re.compile(r"(?:best_model|last|previous|epoch_(\d+))_on_.+")  # evaluate.py's folders
 BEST, LAST, PREVIOUS = "best_model.pth", "last.pth", "previous.pth"
-CURVES, RUN_JSON, RUN_LOG = "curves.png", "run.json", "run.log"
-RUN_FILES = (BEST, LAST, PREVIOUS, SKIPPED, HISTORY, PREVIEW, CURVES, RUN_JSON, RUN_LOG, TENSORBOARD)  # beside epochs
+CURVES, DATA_SHEET, RUN_JSON, RUN_LOG = "curves.png", "data.png", "run.json", "run.log"
+RUN_FILES = (  # beside the epochs
+    BEST, LAST, PREVIOUS, SKIPPED, HISTORY, PREVIEW, CURVES, DATA_SHEET, RUN_JSON, RUN_LOG, TENSORBOARD,
+)  # fmt: skip
 RETRY_SECONDS = 60.0  # after which a checkpoint that could not be written is tried again
 FINAL_SECONDS = 3600.0  # how long the last epoch's is tried again
+SHARED_SECONDS = 30.0  # within which another machine sees what rank 0 has written to a shared disk
 PICTURE_SECONDS = 20.0  # between two drawings of the curves and the preview
 
 
@@ -68,6 +83,17 @@ class RunFolder:
         if (self.path / LOCK).exists():
             with explain_write_errors(f"--checkpoint-dir {self.path}"):
                 self._lock = claim(self.path)
+
+    def warn_if_unshared(self, processes: Processes) -> None:
+        """Warns if a machine does not see rank 0's folder: it may be rank 0's after a restart."""
+        if processes.world_size == processes.local_world_size:
+            return
+        name = run_on_rank0(lambda: write_token(self.path), processes)
+        end = time.monotonic() + SHARED_SECONDS
+        while not (seen := (self.path / name).exists()) and time.monotonic() < end:
+            time.sleep(0.1)
+        blind = all_gather_list([] if seen else [socket.gethostname()])
+        run_on_rank0(lambda: remove_token(self.path / name, blind), processes)
 
     def claim_for(self, run: Run, went_back: bool) -> None:
         """Makes the folder this run's: archives another run's files, and those newer than what it resumes from."""
@@ -143,12 +169,12 @@ class BackgroundWriter:
     No process is forked while it works: the child would hold whatever lock the thread holds, for ever.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._pool = futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer")
         self._works: list[futures.Future] = []
         if hasattr(os, "register_at_fork"):
             writer = weakref.ref(self)
-            os.register_at_fork(before=lambda: writer() and writer().wait())
+            os.register_at_fork(before=lambda: (alive := writer()) and alive.wait())
 
     def submit(self, work: Callable[[], object]) -> None:
         """Queues work; what it needs must not change any more."""
@@ -176,8 +202,9 @@ def try_write(write: Callable[[], object]) -> bool:
     try:
         write()
     except (UserError, OSError) as error:
-        named = isinstance(error, OSError) and error.filename
-        what = f"{error.filename} cannot be written: {error.strerror}" if named else error
+        what = str(error)
+        if isinstance(error, OSError) and error.filename:
+            what = f"{error.filename} cannot be written: {error.strerror}"
         print(f"{what}: the training goes on, and it will be tried again", flush=True)
         return False
     return True
@@ -246,7 +273,7 @@ def link(path: Path, name: Path) -> None:
 def epoch_files(folder: Path, after: int = 0) -> list[Path]:
     """Returns the checkpoints of the epochs after one, newest first."""
     numbers = {path: int(match[1]) for path in folder.glob("epoch_*.pth") if (match := EPOCH_FILE.fullmatch(path.name))}
-    return sorted((path for path in numbers if numbers[path] > after), key=numbers.get, reverse=True)
+    return sorted((path for path in numbers if numbers[path] > after), key=numbers.__getitem__, reverse=True)
 
 
 def evaluations(folder: Path, after: int = 0) -> list[Path]:
@@ -283,6 +310,23 @@ def disk_needed(model_bytes: int, copies: int, keep: int, num_epochs: int) -> in
     return copies * model_bytes * kept + model_bytes
 
 
+def write_token(folder: Path) -> str:
+    """Writes a file whose name nobody has looked for yet, so that no machine's cache knows better. Returns the name."""
+    with explain_write_errors(f"--checkpoint-dir {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / (name := f".shared_{uuid4().hex}")).touch()
+    return name
+
+
+def remove_token(token: Path, blind: list[str]) -> None:
+    """Removes the file, and warns of machines that do not see it."""
+    token.unlink(missing_ok=True)
+    if blind:
+        machines = " and ".join(sorted({*blind}))
+        print(f"warning: {token.parent}, where rank 0 writes, is not seen by {machines}: a restart with rank 0 there "
+              "would not find the checkpoints; on a shared disk it does", flush=True)  # fmt: skip
+
+
 def claim(folder: Path) -> BinaryIO:
     """Keeps other runs out of a folder for as long as the returned file stays open and this process lives."""
     file = open(folder / LOCK, "ab")  # noqa: SIM115 - its being open is the claim
@@ -297,7 +341,7 @@ def claim(folder: Path) -> BinaryIO:
         print(f"{folder} cannot be locked: see to it that no second run writes there", flush=True)
     if hasattr(os, "register_at_fork"):  # a killed run's loader workers live on for some seconds, without the claim
         claimed = weakref.ref(file)
-        os.register_at_fork(after_in_child=lambda: claimed() and claimed().close())
+        os.register_at_fork(after_in_child=lambda: (lock := claimed()) and lock.close())
     return file
 
 

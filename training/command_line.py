@@ -10,10 +10,10 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 from utils import VERSION, UserError, user_message
 
@@ -35,7 +35,7 @@ def run_cli(
         try:
             return work() or 0
         except SystemExit as stop:  # --help, or a signal that trainer.py has saved for
-            return stop.code or 0
+            return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         except KeyboardInterrupt:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would interrupt the ending of the workers
             print(f"\n{interrupted}", file=sys.stderr)
@@ -52,21 +52,39 @@ def run_cli(
 class OneLineParser(argparse.ArgumentParser):
     """An argparse parser whose errors are one line, without the usage of thirty flags before it."""
 
-    def __init__(self, *args: object, **kwargs: object):
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+    def __init__(self, program: str | None = None, *, usage: str | None = None, description: str | None = None):
+        super().__init__(program, usage, description, allow_abbrev=False)
         self.add_argument("--version", action="version", version=f"Silueta {VERSION}")
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
 
-    def parse_args(self, args: list[str], namespace: argparse.Namespace | None = None) -> argparse.Namespace:
+    def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         """Parses as argparse does, with dashes or underscores in a flag, and suggests a flag for an unknown one."""
-        known, unknown = self.parse_known_args([dashed(argument) for argument in args], namespace)
+        arguments = [normalize(argument) for argument in (sys.argv[1:] if args is None else args)]
+        self._refuse_empty(arguments)
+        known, unknown = self.parse_known_args(arguments, namespace)
         if unknown:
             meant = closest_flag(unknown[0].split("=")[0], [*self._option_string_actions])
             hint = f"did you mean {meant}?" if meant else "--help lists them all"
             raise UsageError(f"unknown argument {unknown[0]}: {hint}")
         return known
+
+    def _refuse_empty(self, arguments: list[str]) -> None:
+        """Raises a UsageError for what a shell makes of "$OUTPUT" if that is not set: it would be the current folder.
+
+        `--photos=` is accepted for a setting that is empty by default: it turns one off whose default was edited.
+        """
+        for before, argument in zip(["", *arguments], arguments):  # noqa: B905 - the last is before nothing
+            name, equals, value = argument.partition("=")
+            action = self._option_string_actions.get(name)
+            if not argument.strip():
+                what = f"what follows {before}" if before in self._option_string_actions else "an argument"
+            elif action and equals and not value.strip() and action.default != "":
+                what = f"what follows {name}="
+            else:
+                continue
+            raise UsageError(f"{what} is empty: is it a variable of the shell that is not set?")
 
 
 def flag(name: str) -> str:
@@ -74,12 +92,23 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def dashed(argument: str) -> str:
-    """Returns --batch_size=8 as --batch-size=8; values and file names are left alone."""
+def normalize(argument: str) -> str:
+    """Returns --batch_size=8 as --batch-size=8, and a path in the home folder, as ~/a or --output=~/a, in full."""
     if not argument.startswith("--"):
-        return argument
+        return expand_home(argument)
     name, equals, value = argument.partition("=")
-    return name.replace("_", "-") + equals + value
+    return name.replace("_", "-") + equals + expand_home(value)
+
+
+def expand_home(text: str) -> str:
+    """Returns a path, or several separated by commas, with the home folder for a ~ at its beginning.
+
+    A shell does not expand it after an equals sign or in quotes.
+    """
+    paths = [os.path.expanduser(path.strip()) if path.strip()[:1] == "~" else path for path in text.split(",")]
+    if any(path == "~" or path.startswith("~/") for path in paths):
+        raise UsageError(f"{text} is in the home folder, and the environment variable HOME does not say where that is")
+    return ",".join(paths)
 
 
 def closest_flag(name: str, flags: list[str]) -> str:
@@ -133,10 +162,9 @@ class _Steady:
 
 def _flush_for_good() -> None:
     """Flushes the console; what it does not take is dropped, or Python's own flush at exit would fail."""
-    for stream in (sys.__stdout__, sys.__stderr__):
+    for stream in filter(None, (sys.__stdout__, sys.__stderr__)):
         try:
-            if stream is not None:
-                stream.flush()
+            stream.flush()
         except OSError:
             with contextlib.suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

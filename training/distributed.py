@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import torch
@@ -55,7 +56,7 @@ def process_group(device_setting: str) -> Iterator[Processes]:
 @contextlib.contextmanager
 def local_rank0_first(processes: Processes) -> Iterator[None]:
     """Lets each machine's local rank 0 run the block first, to fill a cache; the others wait, on the CPU, for a day."""
-    group = dist.new_group(timeout=timedelta(days=1), backend="gloo") if dist.is_initialized() else None
+    group: Any = dist.new_group(timeout=timedelta(days=1), backend="gloo") if dist.is_initialized() else None
     if group and processes.local_rank > 0:
         dist.barrier(group)
     yield
@@ -89,7 +90,7 @@ def make_store(rank: int, world_size: int) -> dist.Store:
     return dist.PrefixStore(prefix, store)
 
 
-def _send_prefix(prefix: str, store: dist.Store, world_size: int) -> None:
+def _send_prefix(prefix: str, store: Any, world_size: int) -> None:
     """Answers until every rank has received the prefix: a question may be an earlier attempt's at first."""
     ranks, end = range(1, world_size), time.monotonic() + store.timeout.total_seconds()
     while not store.check([f"received/{prefix}/{rank}" for rank in ranks]):
@@ -177,8 +178,8 @@ def error_to_raise(error: BaseException, store: dist.Store) -> BaseException:
 def abort_group(store: dist.Store | None, world_size: int) -> None:
     """Leaves the process group without the others, whose communication then fails."""
     with contextlib.suppress(RuntimeError):  # the error may have broken the group or the store as well
-        if dist.is_initialized():
-            dist.group.WORLD.abort()  # destroying NCCL's group alone would wait for pending work of all ranks
+        if group := dist.group.WORLD:
+            group.abort()  # destroying NCCL's group alone would wait for pending work of all ranks
             dist.destroy_process_group()
         if store:
             store.add("left", 1)

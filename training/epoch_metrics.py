@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,11 +56,16 @@ class EpochMetrics:
         named = {name if name == "loss" else f"{name}_loss": value for name, value in losses.items()}
         return named | total.scores.compute()
 
-    def state_dict(self) -> dict[str, Tensor | list[str]]:
+    def reset(self) -> None:
+        """Begins again, with the sums of no image."""
+        self.losses.sums.zero_()
+        self.scores.sums.zero_()
+
+    def state_dict(self) -> dict[str, Any]:
         """Returns this process's sums and the names of its losses."""
         return {"losses": self.losses.sums.cpu(), "names": [*self.losses.names], "scores": self.scores.sums.cpu()}
 
-    def add(self, state: dict[str, Tensor | list[str]]) -> None:
+    def add(self, state: dict[str, Any]) -> None:
         """Adds the sums of a `state_dict`; a term of the loss that it lacks counts as 0."""
         *sums, images = state["losses"].to(self.losses.sums.device)
         by_name = dict(zip(state["names"], sums, strict=True))

@@ -6,7 +6,9 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 from loading.workers import SIGNALS
 from training.checkpoints import LAST, RETRY_SECONDS, RunFolder
@@ -38,8 +40,9 @@ class Watch:
 
     def __init__(self, run: Run, folder: RunFolder, save_every_minutes: float):
         self._run, self._folder, self._interval = run, folder, 60 * save_every_minutes or float("inf")
-        self._signal, self._noted_at, self._handlers = 0, 0.0, {}
-        self._answer = None  # to what was asked of all processes after the last step
+        self._signal, self._noted_at = 0, 0.0
+        self._handlers: dict[int, Any] = {}  # of before, by signal
+        self._answer: Callable[[], list[int]] | None = None  # to what was asked of all processes after the last step
         self.restart_clock()
 
     def __enter__(self) -> Watch:

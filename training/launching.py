@@ -47,7 +47,7 @@ def visible_gpus(device_setting: str) -> int:
     return 0
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: Exception | str) -> str:
     """Returns PyTorch's message without its source location and the advice that CUDA appends to every error."""
     return str(error).partition("\n")[0].partition(" (Triggered")[0].rstrip(".")
 
@@ -118,5 +118,5 @@ def tasks_per_node(text: str) -> list[int]:
 
 def first_host(nodes: str) -> str:
     """Returns node01 for "node[01-04,07],gpu3": the machine of rank 0, as srun numbers its tasks."""
-    first = re.match(r"(?:[^,[]|\[[^]]*\])*", nodes)[0]
+    first = re.findall(r"(?:[^,[]|\[[^]]*\])*", nodes)[0]
     return re.sub(r"\[(\w+)[^]]*\]", r"\1", first)

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import cv2
 import torch
@@ -35,11 +35,12 @@ class Logger(Protocol):
 
     def close(self) -> None:
         """Does nothing, unless a logger has something to end."""
+        return
 
 
 def build_loggers(folder: Path, settings: dict, history: list[dict], step: int) -> list[Logger]:
     """Returns the loggers of a run in `folder`, with the history's rows and the steps that are done."""
-    loggers = [CsvLogger(folder / HISTORY, history), ConsoleLogger(folder, settings)]
+    loggers: list[Logger] = [CsvLogger(folder / HISTORY, history), ConsoleLogger(folder, settings)]
     if settings["tensorboard"]:
         try:
             loggers.append(TensorBoardLogger(folder, settings, step))
@@ -142,7 +143,7 @@ class TensorBoardLogger:
         self._writer.add_text("settings", f"| setting | value |\n| --- | --- |\n{rows}", step)
 
     def log(self, values: dict[str, float], step: int) -> None:
-        step = values.get("epoch", step)  # the x axis of an epoch's values
+        step = int(values.get("epoch", step))  # the x axis of an epoch's values
         for name in values.keys() - {"epoch"}:
             self._writer.add_scalar(tensorboard_tag(name), values[name], step)
         if "epoch" in values:
@@ -195,7 +196,7 @@ class DataTimer:
         else:
             self._seconds += self._now() - start
 
-    def _now(self) -> torch.cuda.Event | float:
+    def _now(self) -> Any:
         if not self._is_cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)

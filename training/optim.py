@@ -47,7 +47,7 @@ class Schedule(CosineAnnealingWarmRestarts):
             start, length = start + length, length * self.T_mult
         return (1 + math.cos(math.pi * (epoch - start) / length)) / 2
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list:  # of floats
         """Returns the present learning rate of each parameter group; called by `step`."""
         factor = self.lr_factor(self.last_epoch + self.T_cur % 1)  # a cycle starts with a whole epoch
         return [lr * factor for lr in self.base_lrs]
@@ -86,7 +86,8 @@ class FiniteGuard:
         self._counts = torch.tensor([skipped, skipped_in_a_row, skipped_in_a_row], device=device)
         self._statistics = [b for name, b in model.named_buffers() if name.rpartition(".")[2].startswith("running_")]
         # Concatenated: one kernel launch for all of them.
-        self._before, self._after = (torch.cat(self._statistics) if self._statistics else None for _ in range(2))
+        self._before = torch.cat(self._statistics) if self._statistics else torch.empty(0)
+        self._after = self._before.clone()
         self._lengths = [len(statistic) for statistic in self._statistics]
 
     def begin_step(self) -> None:
@@ -117,7 +118,7 @@ class FiniteGuard:
         # A first step of SGD that is skipped on the device would leave its momentum uninitialised.
         is_ready = optimizer.state or not optimizer.defaults.get("momentum")
         if getattr(optimizer, "_step_supports_amp_scaling", False) and is_ready:
-            optimizer.grad_scale, optimizer.found_inf = None, skip
+            vars(optimizer).update(grad_scale=None, found_inf=skip)
             return True
         return not skip.item()
 
@@ -133,7 +134,7 @@ class ModelEma:
     one as well (the warm-up of TensorFlow's ExponentialMovingAverage). It never waits for a GPU.
     """
 
-    def __init__(self, model: nn.Module, decay: float):
+    def __init__(self, model: UNetAutoencoder, decay: float):
         self.module = deepcopy(model).requires_grad_(False)
         self.decay, self.steps = decay, 0  # updates so far
 

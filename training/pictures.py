@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch import Tensor
 
+from loading.unreadable import SkipUnreadable
+from models import UNetAutoencoder
 from training.batches import autocast, to_model_input
 from utils import SCORES, UserError, atomic_write, reason
 
@@ -40,6 +41,7 @@ STYLE = {
 }  # fmt: skip
 
 PREVIEW_PHOTOS = 6
+SAMPLES, SAMPLES_A_ROW, SAMPLE_SIDE = 12, 6, 160  # of each split in data.png; pixels
 CAPTIONS = ("photo", "truth", "prediction", "cutout")
 CAPTION_HEIGHT = 24  # pixels
 GAP = 4  # pixels between two pictures
@@ -102,7 +104,7 @@ def mark_epochs(figure: Figure, history: list[dict], best: float) -> None:
         axes.set_xlim(history[0]["epoch"] - 0.5, history[-1]["epoch"] + 0.5)
         label(axes)
     grey = {"color": "#555555", "marker": "o"}
-    key = {"validation": grey, "training": grey | TRAIN_LINE, "best epoch": BEST_LINE}
+    key: dict[str, dict] = {"validation": grey, "training": grey | TRAIN_LINE, "best epoch": BEST_LINE}
     key |= {"restart of the learning rate": RESTART_LINE} if restarts else {}
     lines = [Line2D([], [], label=name, **look) for name, look in key.items()]
     figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), handlelength=2.5)
@@ -156,7 +158,7 @@ def label(axes: Axes) -> None:
 
 @torch.inference_mode()
 def preview(
-    model: nn.Module, dataset: Dataset, device: torch.device, amp_dtype: torch.dtype | None
+    model: UNetAutoencoder, dataset: SkipUnreadable, device: torch.device, amp_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
     """Returns targets and predictions of a few photos of a data set, the same ones every time, for `save_sheet`."""
     indices = np.linspace(0, len(dataset) - 1, min(PREVIEW_PHOTOS, len(dataset)), dtype=int)
@@ -182,9 +184,27 @@ def save_sheet(targets: Tensor, predictions: Tensor, path: Path, labels: Sequenc
     if labels:
         rows = [np.vstack([_text_strip({0: text}, width), row]) for text, row in zip(labels, rows, strict=True)]
     captions = _text_strip({column * step: caption for column, caption in enumerate(CAPTIONS)}, width)
-    sheet = np.vstack([captions, *rows])
+    write_png(np.vstack([captions, *rows]), path)
+
+
+def save_samples(train: SkipUnreadable, val: SkipUnreadable, path: Path) -> None:
+    """Writes a sheet of samples as they are trained on and validated: photos, and what their masks cut out."""
+    strips = []
+    for name, dataset in (("training", train), ("validation", val)):
+        indices = np.linspace(0, len(dataset) - 1, min(SAMPLES, len(dataset)), dtype=int)
+        samples = [cv2.resize(dataset[int(i)].permute(1, 2, 0).numpy(), (SAMPLE_SIDE,) * 2) for i in indices]
+        samples += [np.full_like(samples[0], 255)] * (-len(samples) % SAMPLES_A_ROW)
+        cells = [np.hstack([rgba[..., :3], on_checkerboard(rgba)]) for rgba in samples]
+        padded = [np.pad(cell, ((0, GAP), (0, GAP), (0, 0)), constant_values=255) for cell in cells]
+        rows = [np.hstack(padded[k : k + SAMPLES_A_ROW]) for k in range(0, len(padded), SAMPLES_A_ROW)]
+        strips += [_text_strip({0: f"{name}: photo, and what its mask cuts out"}, rows[0].shape[1]), *rows]
+    write_png(np.vstack(strips), path)
+
+
+def write_png(rgb: np.ndarray, path: Path) -> None:
+    """Writes uint8 RGB (height, width, 3) as a PNG, whole or not at all."""
     with atomic_write(path) as file:
-        file.write(cv2.imencode(".png", cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))[1].tobytes())
+        file.write(cv2.imencode(".png", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))[1].tobytes())
 
 
 def on_checkerboard(rgba: np.ndarray, side: int = 8) -> np.ndarray:

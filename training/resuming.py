@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import socket
 from collections.abc import Collection
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from datasets import COCOPersonDataset
+from loading.annotations import DataError
 from loading.sources import data_roots
 from models import CheckpointError, UNetAutoencoder, model_weights, read_checkpoint
 from training.checkpoints import RunFolder, newest_usable, same_launcher
 from training.command_line import flag
 from training.run import REQUIRED
-from utils import Processes, UserError, run_on_rank0
+from utils import Processes, UserError, all_gather_list, broadcast_object, run_on_rank0
 
-Settings = TypeVar("Settings")
+Settings = TypeVar("Settings", bound=Any)  # a dataclass, as `Config`
 Checkpoint = tuple[Path, dict]  # a file and its content
 
 NEWEST = "newest"  # what a bare --resume means
@@ -24,10 +26,10 @@ NEWEST = "newest"  # what a bare --resume means
 NOT_RESTORED = ("resume", "checkpoint_dir", "run_name", "device")
 # Settings that a resumed run must share with the one before it, or it would be another run.
 SAME_WHEN_RESUMED = (
-    *("encoder", "use_attention", "image_size", "train_split", "val_split", "category", "val_fraction", "sample"),
-    *("seed", "restart_period", "restart_mult", "grad_accum_steps"),
+    *("encoder", "use_attention", "image_size", "train_split", "val_split", "category", "mask_values", "val_fraction"),
+    *("sample", "seed", "restart_period", "restart_mult", "grad_accum_steps"),
 )
-DATA_FIELDS = ("data_root", "annotations", "photos")  # one explicit flag of them stands for all: data may have moved
+DATA_FIELDS = ("data_root", "annotations", "photos", "masks")  # one explicit flag stands for all: data may have moved
 INIT_ONLY = ("pretrained", "encoder_weights", "start_from")  # what a run began from cannot change later
 
 
@@ -115,6 +117,23 @@ def refuse_other_data(checkpoint: Checkpoint, settings: dict, *datasets: COCOPer
     for name, before in (content["data"] or {}).items():
         files = ", ".join(str(root / name) for root in roots)
         refuse_changes(path, {f"{files}:": (before, now.get(name))}, advice)
+
+
+def refuse_unshared_data(processes: Processes, *datasets: COCOPersonDataset) -> None:
+    """Raises a DataError if another machine has other photos or masks than rank 0's."""
+    if processes.world_size == processes.local_world_size:
+        return
+    described = describe_data(*datasets)
+    same = described == broadcast_object(described)
+    others = all_gather_list([] if same else [f"{datasets[0].sources[0].root} of {socket.gethostname()}"])
+    run_on_rank0(lambda: refuse_others(sorted({*others}), described), processes)
+
+
+def refuse_others(others: list[str], described: dict[str, str]) -> None:
+    """Raises a DataError that names the folders whose data are not rank 0's, if there are any."""
+    if others:
+        raise DataError(f"other photos or masks than rank 0's machine has ({'; '.join(described.values())}) are in "
+                        f"{' and '.join(others)}: give all machines the same data")  # fmt: skip
 
 
 def describe_data(*datasets: COCOPersonDataset) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from loading.unreadable import SkipUnreadable
-from models import CheckpointError
+from models import CheckpointError, UNetAutoencoder
 from training.epoch_metrics import EpochMetrics
 from training.loggers import Logger, Progress, log_all
 from training.optim import FiniteGuard, ModelEma, Schedule, freeze_batchnorm
@@ -33,8 +34,8 @@ class Run:
 
     processes: Processes
     settings: dict  # by name; its checkpoints hold them
-    model: nn.Module
-    ddp_model: nn.Module  # the same, wrapped where several processes train it together, or compiled
+    model: UNetAutoencoder
+    ddp_model: Callable[..., Tensor]  # the same, wrapped where several processes train it together, or compiled
     criterion: LossCalculator
     optimizer: Optimizer
     scheduler: Schedule
@@ -51,8 +52,8 @@ class Run:
 
     epochs_done: int = 0
     step: int = 0  # optimiser steps done of the current epoch
-    metrics: EpochMetrics | None = None  # of the current epoch so far
-    guard: FiniteGuard | None = None  # of the current epoch
+    metrics: EpochMetrics = dataclasses.field(init=False)  # of the current epoch so far
+    guard: FiniteGuard = dataclasses.field(init=False)  # of the current epoch
     skipped: int = 0  # steps of the current epoch that were skipped before this start
     skipped_in_a_row: int = 0  # steps that were skipped since the last good one, before this epoch or start
     unreadable: list[int] = dataclasses.field(default_factory=list)  # photos, met in this epoch before this start
@@ -60,12 +61,15 @@ class Run:
     learning_rate: float = 0.0  # the encoder's, of the last step
     history: list[dict] = dataclasses.field(default_factory=list)  # a row an epoch
 
+    def __post_init__(self) -> None:
+        self.metrics, self.guard = EpochMetrics(self.criterion, self.device), FiniteGuard(self.model, self.device)
+
     @property
     def device(self) -> torch.device:
         return self.processes.device
 
     @property
-    def eval_model(self) -> nn.Module:
+    def eval_model(self) -> UNetAutoencoder:
         """The model that is validated and saved: the EMA's, if there is one."""
         return self.model if self.ema is None else self.ema.module
 
@@ -79,20 +83,19 @@ class Run:
         """The column of the history by which the best model is picked."""
         return f"val_{self.settings['best_metric']}"
 
-    def best_row(self) -> dict | None:
-        """Returns the history's row of the epoch that best_model.pth is of; None before the first epoch."""
-        return next((row for row in reversed(self.history) if row["best"]), None)
+    def best_row(self) -> dict:
+        """Returns the history's row of the epoch that best_model.pth is of; an empty one before the first epoch."""
+        return next((row for row in reversed(self.history) if row["best"]), {})
 
     def most_skipped_in_a_row(self) -> int:
         """Returns the longest streak of skipped steps, as far as it is known without waiting for a GPU."""
-        return self.guard.most_in_a_row if self.guard else self.skipped_in_a_row
+        return self.guard.most_in_a_row
 
     def begin_epoch(self) -> None:
         """Starts an epoch, or what is left of one."""
         self.model.train()
         if self.frozen_bn:
             freeze_batchnorm(self.pretrained_module)
-        self.metrics = self.metrics or EpochMetrics(self.criterion, self.device)
         self.guard = FiniteGuard(self.model, self.device, self.skipped, self.skipped_in_a_row)
         if self.dataset is not None:
             self.dataset.continue_epoch(self.unreadable)
@@ -110,7 +113,7 @@ class Run:
         self.step += 1
         if self.device.type == "cpu" or self.step % fetch_every == 0 or self.step == self.steps_per_epoch:
             self.guard.fetch()
-        self.learning_rate = self.scheduler.get_last_lr()[0]
+        self.learning_rate = float(self.scheduler.get_last_lr()[0])
         self.schedule_epoch = self.epochs_done + (self.step - self.guard.skipped) / self.steps_per_epoch
         return self.schedule_epoch
 
@@ -120,14 +123,15 @@ class Run:
             return
         values = torch.stack([loss.detach(), *terms.values()]).tolist()
         named = {f"step/{name}": value for name, value in zip(("loss", *terms), values, strict=True)}
-        for loggers in ([progress], self.loggers):  # of which one that fails is removed
-            log_all(loggers, named | {"step/learning_rate": self.learning_rate}, self.global_step)
+        named["step/learning_rate"] = self.learning_rate
+        log_all([progress], named, self.global_step)
+        log_all(self.loggers, named, self.global_step)  # of which one that fails is removed
 
     def training_metrics(self) -> dict[str, float]:
         """Returns the training metrics of an epoch whose steps are done, over all processes."""
         self.guard.fetch()
-        encoder, decoder = self.scheduler.base_lrs[0], self.scheduler.base_lrs[-1]  # the same for a single group
-        lrs = {"learning_rate": self.learning_rate, "decoder_learning_rate": self.learning_rate * (decoder / encoder)}
+        ratio = float(self.scheduler.base_lrs[-1] / self.scheduler.base_lrs[0])  # 1 for a single group
+        lrs = {"learning_rate": self.learning_rate, "decoder_learning_rate": self.learning_rate * ratio}
         return {**self.metrics.compute(), **lrs, "skipped_steps": self.guard.skipped}
 
     def end_epoch(self, row: dict, has_best: bool) -> bool:
@@ -135,10 +139,11 @@ class Run:
 
         If there is no best_model.pth, as after going back, it is the best, whatever earlier epochs had.
         """
-        best = self.best_row() if has_best else None
-        is_best = best is None or row[self.best_metric] > best[self.best_metric]
+        best = self.best_row() if has_best else {}
+        is_best = not best or row[self.best_metric] > best[self.best_metric]
         self.skipped_in_a_row = self.guard.skipped_in_a_row
-        self.epochs_done, self.step, self.metrics, self.guard = self.epochs_done + 1, 0, None, None
+        self.metrics.reset()
+        self.epochs_done, self.step = self.epochs_done + 1, 0
         self.unreadable, self.skipped = [], 0
         self.history.append(row | {"best": int(is_best)})
         return is_best
@@ -166,7 +171,7 @@ class Run:
 
     def gather_partial_metrics(self) -> list[dict]:
         """Returns all processes' metrics of the current epoch; an empty list between two epochs."""
-        if self.metrics is None:
+        if not self.step:
             return []
         self.guard.fetch()
         self.skipped_in_a_row = self.guard.skipped_in_a_row

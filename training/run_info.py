@@ -11,12 +11,13 @@ import sys
 import textwrap
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
-from datasets import COCOPersonDataset
+from datasets import COCOPersonDataset, PhotoLoader
 from loading.annotations import describe_left_out
+from loading.layout import Subset
 from loading.sources import shared_folders
 from training.checkpoints import BEST, disk_needed
 from training.loggers import ConsoleLogger
@@ -27,7 +28,7 @@ from utils import SCORES, VERSION, atomic_write, counted
 PACKAGES = ("torch", "torchvision", "albumentations", "numpy", "cv2", "simplejpeg", "PIL")  # that bits may depend on
 
 
-def banner(run: Run, changed: dict, folder: Path, train_loader: DataLoader, val_loader: DataLoader) -> str:
+def banner(run: Run, changed: dict, folder: Path, train_loader: PhotoLoader, val_loader: PhotoLoader) -> str:
     """Returns the facts of a run, with the settings that are `changed`, and the head of the epochs' table."""
     train, val, settings = train_loader.dataset.dataset, val_loader.dataset.dataset, run.settings
     processes, num_epochs, keep = run.processes, settings["num_epochs"], settings["keep_checkpoints"]
@@ -35,10 +36,7 @@ def banner(run: Run, changed: dict, folder: Path, train_loader: DataLoader, val_
     disk = disk_needed(4 * parameters, 3 + (run.ema is not None), keep, num_epochs)
     facts = {
         "settings": " ".join(f"{name}={value}" for name, value in changed.items()) or "all as in the file",
-        "data": data_fact(train, val),
-        "split": split_fact(val),
-        "left out": "; ".join(f"{source.name}: {describe_left_out(source.index.left_out)}"
-                              for source in [*train.sources, *val.sources] if source.index.left_out),
+        **data_facts(train, val),
         "device": f"{processes.device}, {dtype_name(run.amp_dtype)}, {processes.world_size} process"
                   f"{'es' * (processes.world_size > 1)}, {counted(train_loader.num_workers, 'worker')} each",
         "note": "; ".join(filter(None, [processes.note, overlap_warning(train, val)])),
@@ -52,14 +50,27 @@ def banner(run: Run, changed: dict, folder: Path, train_loader: DataLoader, val_
         "disk": f"up to {readable_size(disk)} for checkpoints of {f'{keep} epochs' if keep else 'all epochs'} "
                 f"in {folder}, {readable_size(shutil.disk_usage(folder).free)} free",
     }  # fmt: skip
-    return wrapped({name: text for name, text in facts.items() if text}) + "\n" + ConsoleLogger.HEAD
+    return wrapped(facts) + "\n" + ConsoleLogger.HEAD
 
 
 def wrapped(facts: dict[str, str]) -> str:
-    """Returns facts under one another, wrapped to the terminal: `{"data": "252 photos ...", ...}`."""
+    """Returns facts that are not empty, under one another, wrapped to the terminal: `{"data": "252 photos ..."}`."""
+    facts = {name: text for name, text in facts.items() if text}
     margin, columns = max(map(len, facts)) + 2, min(shutil.get_terminal_size((100, 24)).columns, 100)
-    layout = {"width": columns, "subsequent_indent": " " * margin, "break_on_hyphens": False, "break_long_words": False}
-    return "\n".join(textwrap.fill(f"{name:>{margin - 2}}  {text}", **layout) for name, text in facts.items())
+    layout: dict[str, Any] = {"subsequent_indent": " " * margin, "break_on_hyphens": False, "break_long_words": False}
+    return "\n".join(textwrap.fill(f"{name:>{margin - 2}}  {text}", columns, **layout) for name, text in facts.items())
+
+
+def data_facts(train: COCOPersonDataset, val: COCOPersonDataset) -> dict[str, str]:
+    """Returns where the photos lie, how many there are, what their masks mean, and what is left out."""
+    sources = [*train.sources, *val.sources]
+    return {
+        "data": data_fact(train, val),
+        "read as": "; ".join(dict.fromkeys(source.meaning for source in sources)),
+        "split": split_fact(val),
+        "left out": "; ".join(f"{source.name}: {describe_left_out(source.index.left_out)}"
+                              for source in sources if source.index.left_out),
+    }  # fmt: skip
 
 
 def data_fact(train: COCOPersonDataset, val: COCOPersonDataset) -> str:
@@ -73,7 +84,8 @@ def data_fact(train: COCOPersonDataset, val: COCOPersonDataset) -> str:
 
 def split_fact(val: COCOPersonDataset) -> str:
     """Returns where and how a split was made, or "" where the data have one."""
-    made = {str(source.photos): source.layout.subset.val_fraction for source in val.sources if source.layout.subset}
+    subsets = {str(source.photos): source.layout.subset for source in val.sources}
+    made = {photos: subset.val_fraction for photos, subset in subsets.items() if isinstance(subset, Subset)}
     if not made:
         return ""
     fraction = f"{max(made.values()):g} of them to validate (--val-fraction)"

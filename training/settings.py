@@ -13,13 +13,13 @@ import textwrap
 import tokenize
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from models import ENCODERS, MAX_IMAGE_SIZE, MIN_IMAGE_SIZE
-from training.command_line import OneLineParser, UsageError, flag
+from training.command_line import OneLineParser, UsageError, expand_home, flag
 from utils import SCORES
 
-Settings = TypeVar("Settings")
+Settings = TypeVar("Settings")  # a dataclass
 TYPES = {"bool": bool, "int": int, "float": float, "str": str}
 
 
@@ -33,9 +33,9 @@ def read_settings(
     field that turns it on, and returns settings; `special` has further options of argparse, by field.
     """
     parser, unset = build_parser(settings, description, special), object()
-    names = argparse.Namespace(**{field.name: unset for field in dataclasses.fields(settings)})
-    explicit = {name: value for name, value in vars(parser.parse_args(argv, names)).items() if value is not unset}
     values = checked_defaults(settings)
+    names = argparse.Namespace(**dict.fromkeys(values, unset))
+    explicit = {name: value for name, value in vars(parser.parse_args(argv, names)).items() if value is not unset}
     for name, preset in presets.items():
         if value := explicit.get(name, values[name]):
             values |= preset(value)
@@ -76,11 +76,14 @@ def checked_defaults(settings: type) -> dict[str, object]:
 
 def coerce_default(name: str, field: dataclasses.Field) -> object:
     """Returns a field's default in the field's type."""
-    value, kind = field.default, TYPES.get(getattr(field.type, "__name__", field.type))
+    kind_name = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", "")
+    value, kind = field.default, TYPES.get(kind_name)
     if kind is None:
         raise UsageError(f"{name} is of the type {field.type}: settings are {', '.join(TYPES)}")
     if kind is str and isinstance(value, os.PathLike):
         value = os.fspath(value)
+    if isinstance(value, str) and kind is str:
+        return expand_home(value)
     if isinstance(value, kind) and isinstance(value, bool) == (kind is bool):  # Python takes True for a 1
         return value
     with contextlib.suppress(OverflowError, ValueError):  # infinity is no integer
@@ -97,9 +100,10 @@ def field_help(settings: type) -> dict[str, tuple[str, str]]:
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
     titles = {row: text.strip("- ") for row, text in comments.items() if text.startswith("---")}
-    for node in ast.parse(source).body[0].body:
-        if isinstance(node, ast.AnnAssign):
-            beside = [comments[row] for row in range(node.lineno, node.end_lineno + 1) if row in comments]
+    for node in cast(ast.ClassDef, ast.parse(source).body[0]).body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            rows = range(node.lineno, (node.end_lineno or node.lineno) + 1)
+            beside = [comments[row] for row in rows if row in comments]
             above = [title for row, title in titles.items() if row < node.lineno]
             help_texts[node.target.id] = (above[-1] if above else "settings", beside[-1] if beside else "")
     return help_texts
@@ -114,6 +118,7 @@ LIMITS = {  # smallest and largest value of each number
     "grad_clip": (0, 1e6), "ema_decay": (0, 1 - 1e-9), "seed": (0, 2**32 - 1), "save_every_minutes": (0, 1e6),
     "keep_checkpoints": (0, 10**6), "log_every": (1, 10**6),
 }  # fmt: skip
+NOT_EMPTY = ("data_root", "train_split", "val_split", "checkpoint_dir")  # others are off if they are empty
 WEIGHT_LIMITS = (0, 1e6)  # of every term of the loss
 
 
@@ -127,10 +132,14 @@ def check(config: Any) -> None:
     for name, choices in CHOICES.items():
         if getattr(config, name) not in choices:
             raise UsageError(f"{flag(name)} {getattr(config, name)} is not known: there are {', '.join(choices)}")
-    if bool(config.annotations) != bool(config.photos):
-        raise UsageError("--annotations and --photos go together: a COCO-format file, and the folder of its photos")
-    if config.annotations and config.data_root != type(config).data_root:
-        raise UsageError("--annotations and --data-root (or --sample) both name the data: choose one")
+    for name in NOT_EMPTY:
+        if not getattr(config, name).strip():
+            raise UsageError(f"{flag(name)} is empty, which would be the current folder: write . if you mean that")
+    named = bool(config.annotations) + bool(config.masks)
+    if named != bool(config.photos):
+        raise UsageError("--photos goes with --annotations, a COCO-format file, or --masks, a folder of mask files")
+    if named and config.data_root != expand_home(type(config).data_root):
+        raise UsageError("--photos and --data-root (or --sample) both name the data: choose one")
     if config.encoder_weights and not config.pretrained:
         raise UsageError("--encoder-weights needs --pretrained, which --no-pretrained or --sample has turned off")
     if config.encoder_weights and config.start_from:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -19,18 +21,14 @@ from models import CheckpointError, read_checkpoint
 
 
 @pytest.mark.parametrize(("probability", "alpha"), [(0.0, 0), (0.05, 0), (0.2, 43), (0.5, 128), (0.95, 255), (1, 255)])
-def test_alpha_has_a_margin_and_is_never_stretched(cut, stub, probability, alpha):
+def test_alpha_has_a_margin_and_is_never_stretched_nor_more_than_the_photos(tmp_path, cut, stub, probability, alpha):
     stub(lambda red: torch.full_like(red, probability))  # 0.15 / 0.9 of 255 is 43
     rgba = cut(PICTURE)
     assert (rgba[..., 3] == alpha).all()
     np.testing.assert_array_equal(rgba[..., :3], PICTURE if alpha else 0)  # what was cut away is not in the file
-
-
-def test_a_cutout_is_never_more_opaque_than_the_photo(tmp_path, cut, stub):
-    stub(lambda red: torch.full_like(red, 0.5))
-    rgba = np.dstack([PICTURE, np.tile(np.linspace(0, 255, 70).astype(np.uint8), (50, 1))])
-    for photo in (save_picture(tmp_path / "a.png", rgba), rgba):
-        np.testing.assert_array_equal(cut(photo)[..., 3], np.minimum(rgba[..., 3], 128))
+    own = np.tile(np.linspace(0, 255, 70).astype(np.uint8), (50, 1))
+    photo = save_picture(tmp_path / "a.png", np.dstack([PICTURE, own]))
+    np.testing.assert_array_equal(cut(photo)[..., 3], np.minimum(own, alpha))
 
 
 def test_paths_images_and_arrays_give_the_same_and_are_not_modified(tmp_path, cut):
@@ -60,6 +58,90 @@ def test_the_network_sees_the_letterboxed_photo(stub, small_checkpoint, size, si
     stub(lambda red: seen.append(red) or torch.zeros_like(red))
     assert load(small_checkpoint, "cpu", size)(PICTURE).shape == (50, 70, 4)
     assert torch.equal(seen[0], torch.from_numpy(letterbox(PICTURE, side)[0][None, ..., 0]).float() / 255)
+
+
+@pytest.fixture
+def looks_of(stub, small_checkpoint) -> Callable[..., list[int]]:
+    """Returns the sizes of the squares in which a network that finds what is bright looks at photos together."""
+
+    def looks_of(*photos: np.ndarray, **options: object) -> list[int]:
+        seen: list[int] = []
+        stub(lambda red: seen.extend([red.shape[1]] * len(red)) or (red > 0.5).float())
+        assert [look.size for look in load(small_checkpoint, "cpu", **options).look([*photos])] == expected_last(seen)
+        return seen
+
+    def expected_last(seen: list[int]) -> list[int]:
+        return seen if len({*seen}) == 1 else seen[-1:]
+
+    return looks_of
+
+
+def bright(side: int, height: int = 200, width: int = 400) -> np.ndarray:
+    photo = np.zeros((height, width, 3), np.uint8)
+    photo[60 : 60 + side, 100 : 100 + side] = 255
+    return photo
+
+
+def test_a_second_look_is_taken_where_persons_are_small(looks_of):
+    assert looks_of(bright(80)) == [64, 128]  # 8 % of the photo
+    assert looks_of(bright(100)) == [64]  # 12.5 %
+    assert looks_of(bright(0)) == [64]  # nobody
+    assert looks_of(bright(60), image_size=64) == looks_of(bright(60), image_size=64, foreground_only=True) == [64]
+    assert looks_of(cv2.resize(bright(60), (64, 32))) == [64]  # there is no more to see
+
+
+def test_a_second_look_takes_the_place_of_the_first_photo_by_photo(stub, small_checkpoint):
+    batches: list[tuple[int, int]] = []
+
+    def alpha(red: torch.Tensor) -> torch.Tensor:
+        batches.append((len(red), red.shape[1]))
+        return (red > 0.5) * (0.95 if red.shape[1] == 64 else 1.0)
+
+    stub(alpha)
+    cutter, sides = load(small_checkpoint, "cpu"), (100, 80, 0, 70, 60, 140, 50, 75, 65, 55)
+    photos = [bright(side) for side in sides]
+    looks = cutter.look(photos)
+    assert batches == [(10, 64), (2, 128), (2, 128), (2, 128), (1, 128)]  # four times the pixels
+    for photo, look in zip(photos, looks, strict=True):
+        assert look.size == (128 if 0 < photo.mean() / 255 < 0.1 else 64)
+        square, metadata = letterbox(photo, look.size)
+        np.testing.assert_array_equal(look.square, square)
+        assert look.metadata == metadata
+        np.testing.assert_allclose(look.probabilities, (square[..., 0] > 127) * (0.95 if look.size == 64 else 1.0))
+        np.testing.assert_allclose(look.first, (letterbox(photo, 64)[0][..., 0] > 127) * 0.95)
+    assert cutter.look([]) == []
+
+
+def test_no_square_is_larger_than_the_network_takes(stub, small_checkpoint, monkeypatch):
+    stub(lambda red: (red > 0.5).float())
+    monkeypatch.setattr("cutting.cutter.MAX_IMAGE_SIZE", 127)
+    assert load(small_checkpoint, "cpu").look([bright(60)])[0].size == 64
+
+
+@pytest.mark.parametrize(("config", "last_row"), [({}, 255), ({"bars": "black"}, 255), ({"bars": "mean"}, 57)])
+def test_persons_are_continued_to_the_border_if_the_network_fades_at_bars(
+    tmp_path, small_checkpoint, stub, config, last_row
+):
+    def fade(red: torch.Tensor) -> torch.Tensor:
+        alpha = torch.ones_like(red)
+        alpha[:, 46:] = 0.25  # in the last two rows of the photo, and in the bar below it
+        return alpha
+
+    stub(fade)
+    content = read_checkpoint(small_checkpoint)
+    torch.save(content | {"config": content["config"] | config}, tmp_path / "a.pth")
+    alpha = load(tmp_path / "a.pth", "cpu")(np.full((32, 64, 3), 99, np.uint8))[..., 3]
+    assert (alpha[-1] == last_row).all()  # 0.2 / 0.9 of 255 is 56.7
+    assert (alpha[:-2] == 255).all()
+
+
+def test_with_the_foreground_only_persons_who_are_much_smaller_are_left_out(stub, small_checkpoint):
+    stub(lambda red: (red > 0.5).float())
+    photo = bright(100)
+    photo[60:100, 300:340] = 255
+    both, alone = (load(small_checkpoint, "cpu", foreground_only=only)(photo)[..., 3] for only in (False, True))
+    assert both[80, 320] == both[110, 150] == alone[110, 150] == 255
+    assert not alone[:, 250:].any()
 
 
 def test_several_threads_may_cut_with_one_model(cut):

@@ -12,7 +12,6 @@ from PIL import Image, PngImagePlugin
 
 from cutting.jobs import BESIDE_INPUT, FOREIGN, OF_ANOTHER, UP_TO_DATE, origin, plan, split_jobs
 from cutting.png import encode_png, read_note
-from utils import UserError
 
 HOW = "cutout, by 012345"
 
@@ -23,7 +22,7 @@ def made(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     photo, output = save_picture(Path("in/a.jpg")), Path("out/a.png")
     output.parent.mkdir()
-    output.write_bytes(b"".join(encode_png(PICTURE, None, "; ".join(origin(photo, HOW)))))
+    output.write_bytes(b"".join(encode_png(PICTURE, None, "; ".join([*origin(photo, HOW), "look at 64"]))))
     return output
 
 
@@ -42,6 +41,12 @@ def test_an_output_is_kept_if_it_is_what_would_be_made():
     assert why_kept(overwrite=True) is why_kept(how="mask, by 012345") is why_kept(output="out/b.png") is None
     os.rename("in", "elsewhere")
     assert why_kept("elsewhere/a.jpg") == UP_TO_DATE  # the same photo
+
+
+def test_an_output_from_before_there_were_two_looks_is_made_again(made):
+    note = "; ".join(origin(Path("in/a.jpg"), HOW))
+    made.write_bytes(b"".join(encode_png(PICTURE, None, note)))
+    assert why_kept() is None
 
 
 @pytest.mark.usefixtures("made")
@@ -81,14 +86,8 @@ def test_a_users_photo_beside_other_photos_of_the_run_is_not_overwritten(tmp_pat
     assert kept == {BESIDE_INPUT: [tmp_path / "a/y.png"]}
 
 
-def test_results_that_would_land_among_the_photos_of_a_folder_are_refused(tmp_path):
-    save_picture(tmp_path / "top/s/s/q.jpg")
-    with pytest.raises(UserError, match="would mix the results"):
-        plan([str(tmp_path / "top/s")], tmp_path / "top")
-
-
 def test_any_reader_finds_the_note(made):
     with Image.open(made) as image:
         assert image.info["Silueta"].startswith(f"{HOW}; ")
-    assert read_note(made) == "; ".join(origin(Path("in/a.jpg"), HOW))
+    assert read_note(made) == "; ".join([*origin(Path("in/a.jpg"), HOW), "look at 64"])
     assert read_note(made.parent) == read_note(Path("none.png")) == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 import sys
@@ -10,11 +11,12 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import pytest
-from helpers import PICTURE, save_picture
+from helpers import PICTURE, fresh_python, save_picture
 from PIL import Image, features
 
 from cutting import photos
 from cutting.photos import PhotoError, open_photo
+from loading import headers
 
 GREY, RAMP = PICTURE[..., 1], np.tile(np.linspace(0, 255, 70).astype(np.uint8), (50, 1))
 DEEP = (np.arange(50 * 70, dtype=np.uint16) * 18).reshape(50, 70)  # 0 to 62982
@@ -137,6 +139,19 @@ def test_damaged_exif_does_not_spoil_a_photo(tmp_path, monkeypatch):
     np.testing.assert_array_equal(open_photo(path).rgb, PICTURE)
     monkeypatch.setattr(Image.Image, "getexif", lambda self: struct.unpack(">I", b""))
     np.testing.assert_array_equal(open_photo(path).rgb, PICTURE)
+
+
+def test_photos_of_200_megapixels_are_opened_and_pillows_limit_is_left_to_the_program(tmp_path, monkeypatch):
+    path = save_picture(tmp_path / "a.png")  # of 3500 pixels
+    own = "from PIL import Image; before = Image.MAX_IMAGE_PIXELS; import cutting.photos as photos"
+    assert fresh_python(f"{own}; print(before == photos.PILLOW_LIMIT == Image.MAX_IMAGE_PIXELS)") == ["True"]
+    assert photos.MAX_PIXELS == headers.MAX_PIXELS > 200e6
+    monkeypatch.setattr(photos, "PILLOW_LIMIT", 1000)
+    for limit, is_refused in ((1000, False), (1001, True)):  # Pillow's own, and one that a program has set
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(PhotoError, match="limit of 2002 pixels") if is_refused else contextlib.nullcontext():
+            assert open_photo(path).rgb.shape == (50, 70, 3)
+        assert limit == Image.MAX_IMAGE_PIXELS
 
 
 def test_heic_is_registered_if_its_plugin_is_installed(monkeypatch):

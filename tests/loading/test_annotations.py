@@ -12,7 +12,6 @@ from helpers import add_person, edit, refusal
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from loading.annotations import describe_left_out, with_example
 from loading.files import PhotoFolder
 from loading.index import PersonIndex, index_of
 from loading.layout import DataOptions, find_layout
@@ -130,6 +129,22 @@ def test_a_photo_whose_mask_may_be_wrong_is_left_out_and_counted(coco_root, name
     assert (described.partition(" (")[0], counted) == (reason, number)
 
 
+@pytest.mark.parametrize("number", [4, 5, 10])
+def test_rectangles_are_bounding_boxes_where_a_set_has_several(coco_root, number):
+    def add_boxes(content: dict) -> None:
+        for image_id in range(1, number + 1):
+            add_person(content, [[5, 5, 25, 5, 25, 30, 5, 30]], image_id)
+
+    edit(coco_root, add_boxes)
+    reason = "photos with a person who has a bounding box and no mask"
+    if number == 10:
+        assert f"{number} {reason} ({FIRST}, ...)" in refusal(open_index, coco_root)
+    else:
+        index = open_index(coco_root)
+        assert ids_of(index) == [*range(6 if number == 5 else 1, 11)]
+        assert index.left_out == ({f"{reason} ({FIRST}, ...)": 5} if number == 5 else {})
+
+
 def test_records_that_change_nothing_are_passed_over(coco_root):
     def change(content: dict) -> None:
         add_image(content)  # the same again
@@ -139,12 +154,6 @@ def test_records_that_change_nothing_are_passed_over(coco_root):
     edit(coco_root, change)
     index = open_index(coco_root)
     assert (len(index), index.left_out) == (10, {"annotation of an unknown photo (image_id 999)": 1})
-
-
-def test_reasons_have_an_example_on_one_line_and_agree_with_their_number():
-    assert with_example("photo{s} not on disk", ["a\n.jpg"]) == "photo not on disk (a\\n.jpg)"
-    counts = {with_example("photo{s} not on disk", ["a.jpg", "b.jpg"]): 2, "mask without a photo (c.png)": 1}
-    assert describe_left_out(counts) == "2 photos not on disk (a.jpg, ...), 1 mask without a photo (c.png)"
 
 
 NOT_COCO = [
@@ -159,12 +168,26 @@ def test_an_annotation_file_that_is_cut_or_not_coco_is_named(coco_root):
     path = coco_root / "annotations" / f"instances_{TRAIN}.json"
     whole = path.read_bytes()
     beyond = [whole.replace(b"1.jpg", b"\xff.jpg"), whole.replace(b'd": 1,', b'd": 9223372036854775808,')]
-    for text in NOT_COCO + beyond + [whole[:length] for length in range(1, len(whole), 499)]:
+    for text in [*NOT_COCO, *beyond, whole + b"x", whole.replace(b": ", b" ", 1)]:
         path.write_bytes(text)
-        assert str(path) in refusal(open_index, coco_root)
-    path.unlink()
-    path.mkdir()
-    assert str(path) in refusal(open_index, coco_root)
+        assert str(path) in (message := refusal(open_index, coco_root))
+        assert ("is cut short" in message) == (not text)
+    for length in range(1, len(whole), 499):
+        path.write_bytes(whole[:length])
+        assert refusal(open_index, coco_root).startswith(f"{path} is cut short: ")
+
+
+def test_numbers_may_be_texts_and_floats_and_a_wrong_one_is_named_with_its_record(coco_root):
+    def write_differently(content: dict) -> None:
+        for image in content["images"]:
+            image.update(id=str(image["id"]), width=float(image["width"]), height=f"{image['height']}.0")
+
+    checksum = open_index(coco_root).checksum()
+    edit(coco_root, write_differently)
+    assert open_index(coco_root).checksum() == checksum
+    edit(coco_root, lambda content: content["images"][3].update(width="wide"))
+    assert "is not a COCO annotation file: Expected `int`, got `str` - at `$.images[3].width`" in refusal(
+        open_index, coco_root)  # fmt: skip
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32-be"])
@@ -198,9 +221,20 @@ FOUND = {
     "1.jpg": ["1.jpg"], ".//1.jpg": ["1.jpg"], "export/images/1.jpg": ["1.jpg"], "project\\a\\2.jpg": ["a/2.jpg"],
     "x/3.jpg": ["a/b/3.jpg"], "x/b/3.jpg": ["a/b/3.jpg"],
     "x/4.jpg": ["day/4.jpg", "night/4.jpg"], "x/night/4.jpg": ["night/4.jpg"],
-    "gone.jpg": [], "x/gone.jpg": [], "2.jpg": [], "a/1.jpg": [],  # a folder that exists is meant
+    "2.jpg": ["a/2.jpg"], "4.jpg": ["day/4.jpg", "night/4.jpg"],
+    "gone.jpg": [], "x/gone.jpg": [], "a/1.jpg": [],  # a folder that exists is meant
     "inside.jpg": ["inside.jpg"], "link.jpg": [""], "x/link.jpg": [], "away/secret.jpg": [""], ".hidden/5.jpg": [""],
     "round.jpg": [], "pipe.jpg": [],
+    # as tools write them: absolute, relative to another folder, with the disk, as an address, quoted, in another case
+    "/home/me/a/2.jpg": ["a/2.jpg"], "../../upload/1.jpg": ["1.jpg"], "..\\..\\media\\night\\4.jpg": ["night/4.jpg"],
+    "C:\\set\\a\\2.jpg": ["a/2.jpg"], "D:1.jpg": ["1.jpg"], "file:///C:/set/a/2.jpg": ["a/2.jpg"],
+    "/data/local-files/?d=set/night/4.jpg": ["night/4.jpg"], "https://host/upload/1.jpg?key=a/2.jpg": ["1.jpg"],
+    "s3://bucket/day/4.jpg": ["day/4.jpg"], "Jos%C3%A9%201.jpg": ["José 1.jpg"],
+    "file:///x/b%2F3.jpg": ["a/b/3.jpg"], "100%.jpg": ["100%.jpg"], "1.JPG": ["1.jpg"], "A/2.jpg": ["a/2.jpg"],
+    "x/Night/4.JPG": ["night/4.jpg"], "a/x\\1.jpg": ["1.jpg"],
+    # nothing of these lies in the folder
+    "../secret.jpg": [], "a/../../secret.jpg": [], "..\\secret.jpg": [], "file:///etc/passwd": [], "/etc/passwd": [],
+    "..": [], "a/": [], "": [], "a": [], "x\0/2.jpg": ["a/2.jpg"], "a\0.jpg": [], "?d=": [], "/": [], "C:": [],
 }  # fmt: skip
 
 
@@ -208,7 +242,8 @@ FOUND = {
 def folder(tmp_path) -> Path:
     (tmp_path / "secret.jpg").touch()
     root = tmp_path / "photos"
-    for name in ("1.jpg", "a/2.jpg", "a/b/3.jpg", "day/4.jpg", "night/4.jpg", ".hidden/5.jpg"):
+    names = ("1.jpg", "a/2.jpg", "a/b/3.jpg", "day/4.jpg", "night/4.jpg", ".hidden/5.jpg", "100%.jpg", "José 1.jpg")
+    for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).touch()
     links = {"inside.jpg": "1.jpg", "link.jpg": "../secret.jpg", "round.jpg": "round.jpg", "away": ".."}
@@ -220,8 +255,8 @@ def folder(tmp_path) -> Path:
 
 
 def test_names_are_found_wherever_they_may_lie_and_nowhere_else(folder):
-    photos = PhotoFolder(folder)
-    assert {name: photos.find(name) for name in FOUND} == FOUND
+    photos, outside = PhotoFolder(folder), {str(folder.parent / "secret.jpg"): []}
+    assert {name: photos.find(name) for name in FOUND | outside} == FOUND | outside
 
 
 @pytest.mark.parametrize(("written", "on_disk"), [(NFC, NFD), (NFD, NFC), (NFC, MIXED)])
@@ -262,9 +297,13 @@ def test_photos_that_are_not_found_are_counted_with_an_example(coco_root, tmp_pa
     assert open_index(coco_root).fingerprint != index.fingerprint
 
 
-@pytest.mark.parametrize(
-    "name", ["../x.jpg", "/etc/passwd", "a/../../x.jpg", "..\\x.jpg", "C:\\x.jpg", "", "a/", "..", "x\0.jpg", "../\n"]
-)
-def test_names_that_lead_out_of_the_photo_folder_are_refused(coco_root, name):
-    rename_photos(coco_root, {4: name})
-    assert repr(name) in refusal(open_index, coco_root)
+def test_a_photo_without_a_name_has_the_one_of_its_address(coco_root):
+    def move_names(content: dict) -> None:
+        for image in content["images"]:
+            image["coco_url"] = f"http://images.cocodataset.org/{TRAIN}/{image.pop('file_name')}"
+
+    checksum = open_index(coco_root).checksum()
+    edit(coco_root, move_names)
+    assert open_index(coco_root).checksum() == checksum
+    edit(coco_root, lambda content: content["images"][3].pop("coco_url"))
+    assert refusal(open_index, coco_root).endswith(".json has an image without file_name: the one of id 4")

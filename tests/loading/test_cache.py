@@ -145,6 +145,7 @@ def test_the_next_folder_is_used_if_one_cannot_be_written(tmp_path):
     assert "cannot be kept" in refusal(lambda: cache.open_cache("n", "s", folders[:1], **settings))
 
 
+@pytest.mark.slow
 def test_two_runs_may_fill_the_same_file(coco_root, start_process):
     code = f"import sys, datasets; datasets.COCOPersonDataset(sys.argv[1], '{TRAIN}', 48, cache=True)"
     COCOPersonDataset(coco_root, TRAIN, 48)

@@ -1,7 +1,7 @@
 """Damaged and hostile annotation files and photos end in a DataError of one line, or are counted and left out.
 
-The files are read in a process of its own, which may not take more memory or time than is written here, and whose
-crash is seen. `python tests/loading/test_hostile_files.py NUMBER SEED FOLDER` tries as many as it is told.
+They are read in a process of its own, which may not take more memory or time than is written here, and whose crash is
+seen. `python tests/loading/test_hostile_files.py NUMBER SEED FOLDER` reads as many as it is told.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from itertools import chain, product
+from itertools import chain
 from pathlib import Path
 
 import cv2
@@ -62,11 +62,11 @@ def holders(content: object, key: str) -> Iterator[dict]:
 
 
 def hostile_annotations(text: str) -> Iterator[bytes]:
-    """Yields annotation files with a field replaced, in the first object that has it and in all."""
+    """Yields annotation files with a field replaced, by turns in the first object that has it and in all."""
     for key, values in VALUES.items():
-        for value, number in product([*values, "@"], (1, None)):
+        for number, value in enumerate([*values, "@"]):
             content = json.loads(text)
-            for holder in [*holders(content, key)][:number]:
+            for holder in [*holders(content, key)][: 1 if number % 2 else None]:
                 holder[key] = value
             data = json.dumps(content).encode()
             yield from [data.replace(b'"@"', raw) for raw in RAW] if value == "@" else [data]
@@ -176,9 +176,8 @@ def child(number: int, seed: int, root: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the limits are POSIX's")
-@pytest.mark.parametrize("number", [40, pytest.param(2000, marks=pytest.mark.slow)])
-def test_no_file_crashes_leaves_the_folder_or_takes_much(number, tmp_path, start_process):
-    process = start_process(__file__, number, 0, tmp_path.resolve() / "coco")
+def test_no_file_crashes_leaves_the_folder_or_takes_much(tmp_path, start_process):
+    process = start_process(__file__, 40, 0, tmp_path.resolve() / "coco")
     output = process.communicate()[0]
     assert process.returncode == 0, f"exit code {process.returncode}, files in {tmp_path}:\n{output[-6000:]}"
     result = json.loads(output.splitlines()[-1])

@@ -1,27 +1,27 @@
-"""A folder of masks as a person index: against the arrays that the masks were written from, and COCO's own layout."""
+"""A folder of masks as a person index: which mask is which photo's, what is left out, and COCO's own layout."""
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from helpers import refusal, write_photo, write_split
+from helpers import refusal, write_photo
 from PIL import Image
 
 from datasets import COCOPersonDataset
 from loading.layout import DataOptions
-from loading.masks import read_mask, same_shape
-from loading.run_lengths import draw_mask
+from loading.masks import pair_files, same_shape
 
 TRAIN, VAL = "train2017", "val2017"
 HALF, NEARLY_ALL = DataOptions(val_fraction=0.5), DataOptions(val_fraction=0.999)
 BLOB = cv2.circle(np.zeros((48, 64), np.uint8), (30, 20), 12, 255, -1)
-WHITE = np.full_like(BLOB, 255)
+PICTURE = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
 
 
 @pytest.fixture
@@ -37,17 +37,26 @@ def add(root: Path, name: str, mask: np.ndarray) -> None:
     save(root / "masks" / f"{name}.png", mask)
 
 
-def save(path: Path, mask: np.ndarray | Image.Image, **options: object) -> None:
+def save(path: Path, mask: np.ndarray, **options: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    (mask if isinstance(mask, Image.Image) else Image.fromarray(mask)).save(path, **options)
+    Image.fromarray(mask).save(path, **options)
 
 
 def both(root: Path, options: DataOptions = HALF, **more: object) -> list[COCOPersonDataset]:
     return [COCOPersonDataset(root, split, 48, options=options, **more) for split in (TRAIN, VAL)]
 
 
-def alphas(root: Path) -> dict[str, np.ndarray]:
-    return {dataset.file_name(i): dataset.alpha(i) for dataset in both(root) for i in range(len(dataset))}
+def alphas(root: Path, options: DataOptions = HALF) -> dict[str, np.ndarray]:
+    return {dataset.file_name(i): dataset.alpha(i) for dataset in both(root, options) for i in range(len(dataset))}
+
+
+def left_out(root: Path, options: DataOptions = HALF) -> Counter[str]:
+    """Returns what both subsets leave out together, without the examples."""
+    counts = Counter()
+    for dataset in both(root, options):
+        reasons = dataset.index.left_out.items()
+        counts.update({reason.partition(" (")[0].replace("photos", "photo"): number for reason, number in reasons})
+    return counts
 
 
 def test_coco_written_as_masks_gives_the_same_samples(coco_root, tmp_path):
@@ -67,64 +76,86 @@ def test_coco_written_as_masks_gives_the_same_samples(coco_root, tmp_path):
         assert min(map(len, datasets)) > 0
 
 
-def test_folders_of_splits_and_an_annotation_file_come_before_masks(own):
-    shutil.copytree(own, own / TRAIN)
-    shutil.copytree(own / TRAIN, own / VAL)
-    (own / VAL / "photos" / "a.jpg").unlink()
-    assert [len(dataset) for dataset in both(own)] == [8, 7]
-    write_split(own, TRAIN, 3, first_id=1)
-    assert len(COCOPersonDataset(own, TRAIN, 48)) == 3
+def test_the_masks_of_both_splits_decide_and_are_followed_together(tmp_path):
+    for split in ("train", "val"):
+        for name in "abc":
+            add(tmp_path / split, name, BLOB // 255)
+    train, val = (COCOPersonDataset(tmp_path, split, 48) for split in (TRAIN, VAL))
+    assert all(np.array_equal(dataset.alpha(i), BLOB) for dataset in (train, val) for i in range(3))
+    cv2.circle(car := BLOB // 255, (50, 40), 6, 2, -1)
+    save(tmp_path / "val" / "masks" / "a.png", car)  # of the validation, and what 1 means is no longer plain
+    for split in (TRAIN, VAL):
+        assert "more than two values that fill areas: 0 (" in refusal(COCOPersonDataset, tmp_path, split, 48)
+    chosen = DataOptions(mask_values="1")
+    assert np.array_equal(COCOPersonDataset(tmp_path, VAL, 48, options=chosen).alpha(0), BLOB)
 
 
-def test_a_category_is_refused_where_there_are_masks(own):
-    masks = f"the masks of {own / 'masks'} have no categories"
-    message = refusal(both, own, DataOptions("dog"))
-    assert message == f"--category dog was given, and {masks}: leave it out, or give --category person"
+CLASSES = cv2.rectangle(BLOB.copy(), (50, 40), (56, 46), 128, -1)
+ONE_ODD = [  # trained on, or validated
+    ("a", PICTURE, "photo whose mask is a picture"), ("h", PICTURE, "photo whose mask is a picture"),
+    ("h", CLASSES, "photo whose mask has areas of other values than most"),
+]  # fmt: skip
 
 
-def palette(colours: list[int]) -> Image.Image:
-    image = Image.fromarray(BLOB // 255, "P")
-    image.putpalette(colours)
-    return image
+@pytest.mark.parametrize(("name", "odd", "reason"), ONE_ODD)
+def test_one_odd_mask_among_200_is_left_out_and_counted(own, name, odd, reason):
+    for number in range(192):
+        add(own, f"{number}", BLOB)
+    save(own / "masks" / f"{name}.png", odd)
+    assert len(alphas(own, DataOptions(val_fraction=0.1))) == 199
+    assert left_out(own, DataOptions(val_fraction=0.1)) == {reason: 1}
 
 
-KINDS = {
-    "grey": BLOB, "black and white": Image.fromarray(BLOB).convert("1"), "zeros and ones": BLOB // 255,
-    "colours": np.dstack([BLOB, BLOB * 0, BLOB * 0]), "16 bits": BLOB.astype(np.uint16) * 257,
-    "16 bits, ones": (BLOB // 255).astype(np.uint16), "floats": (BLOB / 255).astype(np.float32),
-    "palette": palette([0, 0, 0, 192, 128, 128]), "palette of zeros and ones": palette([0, 0, 0, 1, 1, 1]),
-    "cutout": np.dstack([WHITE // 3] * 3 + [BLOB]), "grey cutout": np.dstack([WHITE * 0, BLOB]),
-    "opaque": np.dstack([BLOB] * 3 + [WHITE]), "soft": cv2.GaussianBlur(BLOB, (5, 5), 0),
-    "twice as large": cv2.resize(BLOB, (128, 96), interpolation=cv2.INTER_NEAREST),
-    "turned": Image.fromarray(np.rot90(BLOB)),
-}  # fmt: skip
+def test_a_few_odd_masks_of_a_small_set_are_refused(own):
+    save(own / "masks" / "a.png", PICTURE)
+    message = refusal(both, own)
+    assert message.startswith(f"{own / 'masks'}: 1 photo whose mask is a picture (a.jpg), of ")
+    assert message.endswith(": --mask-values says which values are persons, as in --mask-values 255")
 
 
-def drawn(path: Path) -> np.ndarray:
-    return draw_mask(read_mask(path, (64, 48)).counts, 48, 64)
+def test_inverted_masks_are_left_out_and_more_than_half_refused(own):
+    for name in "abc":
+        add(own, name, 255 - BLOB)
+    assert {*alphas(own)} == {f"{name}.jpg" for name in "defgh"}
+    assert left_out(own) == {"photo whose mask covers the photo's border, as an inverted one does": 3}
+    for name in "defg":
+        add(own, name, 255 - BLOB)
+    assert refusal(both, own).endswith("--mask-values says which values are persons, as in --mask-values 0")
+    add(own, "h", 255 - BLOB)
+    assert all(np.array_equal(alpha, BLOB) for alpha in alphas(own, HALF._replace(mask_values="0")).values())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_mask_is_read(tmp_path, kind):
-    exif = Image.Exif()
-    exif[0x0112] = 6 if kind == "turned" else 1  # shown a quarter turn clockwise
-    path = tmp_path / ("a.tif" if kind == "floats" else "a.png")
-    save(path, KINDS[kind], exif=exif)
-    assert np.array_equal(drawn(path), (KINDS[kind] > 127) * np.uint8(255) if kind == "soft" else BLOB)
+def test_photos_of_nobody_are_used_where_they_are_asked_for(own):
+    add(own, "a", BLOB * 0)
+    assert left_out(own) == {"photo with an empty mask": 1}
+    found = alphas(own, HALF._replace(negatives="data"))
+    assert len(found) == 8
+    assert not found["a.jpg"].any()
 
 
-@pytest.mark.parametrize("suffix", ["bmp", "gif", "tif", "webp", "jpg", "PNG", "pgm"])
-def test_masks_may_have_any_format_that_pillow_reads(own, suffix):
-    (own / "masks" / "a.png").unlink()
-    save(own / "masks" / f"a.{suffix}", BLOB, **({"lossless": True} if suffix == "webp" else {}))
-    assert np.count_nonzero(alphas(own)["a.jpg"] != BLOB) < 3
+AFFIXES = {  # photos, of which the last has no mask; masks; and what a mask's name has beside its photo's
+    "*_mask": (["1.jpg", "sub/12.png", "x.jpg"], ["1_mask.gif", "sub/12_mask.gif"]),
+    "*.jpg": (["a.jpg", "b.jpg", "x.jpg"], ["a.jpg.png", "b.jpg.png"]),
+    "mask_*": (["a.jpg", "b.jpg", "x.jpg"], ["mask_a.png", "mask_b.png"]),
+    "*_seg": (["1_img.jpg", "2_img.jpg", "3_img.jpg"], ["1_seg.png", "2_seg.png"]),
+    "gt-*-0": (["photo1.jpg", "photo12.jpg", "photo2.jpg"], ["gt-1-0.png", "gt-12-0.png"]),
+    "": (["a.jpg", "a_mask.jpg", "x.jpg"], ["a.png", "a_mask.png"]),
+}
 
 
-@pytest.mark.parametrize("factor", [0.25, 0.5, 1.5, 3])
-def test_a_mask_of_another_size_is_resized_to_its_photo(tmp_path, factor):
-    save(tmp_path / "a.png", cv2.resize(BLOB, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA))
-    alpha = drawn(tmp_path / "a.png")
-    assert np.count_nonzero(alpha & BLOB) / np.count_nonzero(alpha | BLOB) > 0.85
+@pytest.mark.parametrize("affix", AFFIXES)
+def test_masks_have_the_names_of_photos_or_one_beginning_and_ending_beside_them(tmp_path, affix):
+    photos, masks = AFFIXES[affix]
+    for path in [*(tmp_path / "photos" / name for name in photos), *(tmp_path / "masks" / name for name in masks)]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    unused = defaultdict(list)
+    pairs = pair_files(tmp_path / "photos", tmp_path / "masks", unused)
+    assert pairs == ([*zip(photos[:-1], masks, strict=True)], affix)
+    assert {reason: names for reason, names in unused.items() if names} == {"photo{s} without a mask": photos[-1:]}
+    if affix:
+        (tmp_path / "masks" / "another 7.png").touch()  # then it is not of all masks, and pairs none
+        assert pair_files(tmp_path / "photos", tmp_path / "masks", unused) == ([], "")
 
 
 def test_sizes_of_one_shape():
@@ -151,39 +182,27 @@ def test_the_shape_of_a_mask_tells_whether_it_was_drawn_on_the_photo_as_shown(ow
 
 
 def test_unusable_photos_and_masks_are_counted_with_an_example(own):
+    for name in "ijkl":
+        add(own, name, BLOB)
     (own / "masks" / "b.png").unlink()
     (own / "photos" / "c.jpg").unlink()
     add(own, "d", BLOB * 0)
-    add(own, "e", BLOB // 3)
     add(own, "f", BLOB[:40])
     (own / "masks" / "g.png").write_bytes(b"\x89PNG and no more")
     (own / "photos" / "h.jpg").write_bytes(b"no photo")
     save(own / "masks" / "a.gif", BLOB)
-    add(own, "i", BLOB)
+    cut = (own / "masks" / "i.png").read_bytes()[:-40]
+    (own / "masks" / "i.png").write_bytes(cut)
     (own / "photos" / "notes.txt").touch()
     (own / "photos" / ".hidden.jpg").touch()
     dataset = COCOPersonDataset(own, VAL, 48, options=NEARLY_ALL)
-    assert [dataset.file_name(i) for i in range(len(dataset))] == ["i.jpg"]
+    assert [dataset.file_name(i) for i in range(len(dataset))] == ["e.jpg", "j.jpg", "k.jpg", "l.jpg"]
     assert dataset.index.left_out == {
         "masks with the same name as another (a.gif, ...)": 2,
         "photos without a mask (a.jpg, ...)": 2, "mask without a photo (c.png)": 1,
-        "photo whose mask has another shape (f.jpg)": 1, "photo whose mask cannot be read (g.jpg)": 1,
+        "photo whose mask has another shape (f.jpg)": 1, "photos whose mask cannot be read (g.jpg, ...)": 2,
         "photo that cannot be read (h.jpg)": 1, "photo with an empty mask (d.jpg)": 1,
-        "photo whose mask is dark everywhere but not empty (e.jpg)": 1,
     }  # fmt: skip
-
-
-def test_where_nothing_fits_the_refusal_says_what_there_is(own):
-    for path in (own / "masks").iterdir():
-        path.rename(path.with_name(f"{path.stem}_mask.png"))
-    message = refusal(both, own)
-    assert f"of 0 in {own / 'masks'} none can be used in {own / 'photos'} (8 photos without a mask (a.jpg," in message
-    assert "8 masks without a photo (a_mask.png, ...)" in message
-    (own / "images").mkdir()
-    assert "in one folder beside it, photos or images: there are both" in refusal(both, own)
-    shutil.rmtree(own / "photos")
-    (own / "images").rmdir()
-    assert "there is none" in refusal(both, own)
 
 
 def test_nothing_leads_out_of_the_two_folders_and_names_are_unicode(own, tmp_path):

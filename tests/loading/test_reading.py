@@ -95,15 +95,6 @@ def test_a_damaged_orientation_counts_as_none(order):
     assert {orientation(good[:length]) for length in range(len(good) - 2)} == {1}
 
 
-def test_exif_behind_other_segments_is_found_by_the_index_as_by_the_reader(content, tmp_path):
-    for name, turn in (("turned.jpg", 6), ("half.jpg", 3)):
-        add(content, tmp_path, name, WIDE, turn)
-        plain = (tmp_path / TRAIN / name).read_bytes()
-        between = b"\xff\xed\xff\xff" + bytes(65533) + b"\xff"  # a long segment, and a fill byte before the next
-        (tmp_path / TRAIN / name).write_bytes(plain[:2] + between + plain[2:])
-    assert checked_names(opened(content, tmp_path)) == ["turned.jpg", "half.jpg"]
-
-
 @pytest.mark.parametrize("exif_applied", [True, False])
 def test_photos_that_a_quarter_turn_resizes_decide_for_the_others(content, tmp_path, capsys, exif_applied):
     names = [f"{turn}_{size[0]}.jpg" for turn in range(1, 9) for size in (WIDE, SQUARE)]

@@ -8,9 +8,11 @@ import shutil
 import unicodedata
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
-from helpers import add_person, edit, refusal, write_split
+from helpers import add_person, edit, refusal, write_photo, write_split
 
 from datasets import COCOPersonDataset, letterbox, to_sample
 from loading.augmentation import Augmenter
@@ -152,7 +154,7 @@ def test_photos_of_two_roots_have_augmentations_of_their_own(coco_root, tmp_path
 def test_a_text_names_one_folder_or_several(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("my, photos").mkdir()
-    texts = {"data/coco": ["data/coco"], "a,b/c": ["a", "b/c"], " a , b c,": ["a", "b c"], "my, photos": ["my, photos"],
+    texts = {"data/coco": ["data/coco"], "a,b/c": ["a", "b/c"], " a , b c": ["a", "b c"], "my, photos": ["my, photos"],
              " a": [" a"], ",": [","]}  # fmt: skip
     assert {text: [*map(str, data_roots(text))] for text in texts} == texts
     assert data_roots(tmp_path) == [tmp_path]
@@ -172,12 +174,53 @@ def test_a_root_may_lack_a_split_only_if_it_has_another(coco_root, other, tmp_pa
 
     assert folders(VAL, other, coco_root) == [coco_root / VAL]
     assert folders(TRAIN, other, coco_root) == [other / TRAIN, coco_root / TRAIN]
-    lacking = f"no COCO data: {other / 'annotations' / f'instances_{VAL}.json'} is missing. Expected are"
+    lacking = f"no data of the split {VAL}: {other} holds annotations/"
     shutil.copytree(other, tmp_path / "third")
-    for roots in ((other,), (other, tmp_path / "third")):
-        assert lacking in refusal(folders, VAL, *roots)
+    assert lacking in refusal(folders, VAL, other)
+    assert refusal(folders, VAL, other, tmp_path / "third").endswith(f"{tmp_path / 'third'} has the split {VAL}")
     assert lacking in refusal(lambda: folders(VAL, coco_root, other, splits=()))
     (tmp_path / "none").mkdir()
     assert str(tmp_path / "none") in refusal(folders, VAL, coco_root, tmp_path / "none")
-    (other / VAL).mkdir()  # photos without annotations are not passed over
-    assert lacking in refusal(folders, VAL, coco_root, other)
+    (other / "images").mkdir()
+    (other / TRAIN).rename(other / "images" / TRAIN)
+    assert folders(VAL, coco_root, other) == [coco_root / VAL]  # none of what is trained on is validated
+    assert lacking in refusal(folders, VAL, other)
+
+
+@pytest.fixture
+def nobody(tmp_path) -> list[str]:
+    """Two folders of photos without persons, of three and of two."""
+    for folder, names in (("streets", ("a.jpg", "sub/b.png", "c.webp")), ("rooms", ("a.jpg", "d.jpg"))):
+        for name in names:
+            write_photo(tmp_path / folder / name, np.full((30, 40, 3), 90, np.uint8))
+    (tmp_path / "rooms" / "notes.txt").touch()
+    (tmp_path / "rooms" / "broken.jpg").write_bytes(b"no photo")
+    return [str(tmp_path / "streets"), str(tmp_path / "rooms")]
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_photos_without_persons_are_samples_of_an_empty_alpha_where_they_are_asked_for(coco_root, nobody, cache):
+    counts = {"": 10, "data": 11, nobody[0]: 13, ",".join(nobody): 15, f"data, {nobody[1]}": 13}
+    for text, number in counts.items():
+        dataset = COCOPersonDataset(coco_root, TRAIN, 48, cache=cache, options=DataOptions(negatives=text))
+        empty = [i for i in range(len(dataset)) if not dataset.alpha(i).any()]
+        assert (len(dataset), len(empty)) == (number, number - 10)
+        for i in empty:
+            square = letterbox(cv2.imread(str(dataset.path(i)), cv2.IMREAD_COLOR_RGB), 48)[0]
+            assert torch.equal(dataset[i], to_sample(square, np.zeros((48, 48), np.uint8)))
+            assert dataset.largest_person(i) == 0
+        assert len({dataset.name(i) for i in range(number)}) == number
+        left_out = sum(sum(source.index.left_out.values()) for source in dataset.sources)
+        assert left_out == (nobody[1] in text)  # the broken one
+    assert len(COCOPersonDataset(coco_root, TRAIN, 48)) == 10  # the indices are kept apart
+
+
+def test_a_folder_of_negatives_that_is_missing_or_has_no_photo_is_refused(coco_root, tmp_path):
+    def negatives(folder: Path) -> str:
+        options = DataOptions(negatives=str(folder))
+        return refusal(lambda: COCOPersonDataset(coco_root, TRAIN, options=options))
+
+    missing = tmp_path / "none"
+    assert negatives(missing) == f"there is no folder {missing}: --negatives names one of photos without persons"
+    (tmp_path / "empty").mkdir()
+    assert str(tmp_path / "empty") in negatives(tmp_path / "empty")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import edit, refusal
-from tiny_runs import ALONE, Tiny, command_error, flags, history, run_of, small, unwatched
+from tiny_runs import ALONE, Tiny, flags, history, run_of, small, unwatched
 
 import trainer
 from datasets import COCOPersonDataset, DataError, batches, make_loader
@@ -128,18 +128,6 @@ def test_of_fewer_than_200_photos_one_may_be_unreadable(tmp_path, photos, limit,
     assert listed(tmp_path) == [f"photo {n}: broken" for n in range(allowed + 1)]
 
 
-@pytest.mark.usefixtures("tiny")
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_run_with_too_many_ends_with_one_line_and_the_list(coco_root, tmp_path, capsys, workers):
-    for index in range(5):
-        empty(photo(coco_root, TRAIN, index))
-    run, paths = tmp_path / "run", [str(photo(coco_root, TRAIN, index)) for index in range(3)]
-    error = command_error(capsys, *flags(small(coco_root, run, max_unreadable_fraction=0.4, num_workers=workers)))
-    assert error.startswith("trainer.py: error: 5 of 10 photos cannot be read, and --max-unreadable-fraction is 0.4: ")
-    assert error.endswith(f": {', '.join(paths)}, ... ({run / 'skipped.txt'} says why)\n")
-    assert len(listed(run)) == 5
-
-
 def test_processes_within_the_limit_may_exceed_it_together(coco_root, tmp_path, monkeypatch):
     train, val = skipping(coco_root, TRAIN, tmp_path, 0.2), skipping(coco_root, VAL, tmp_path)
     empty(photo(coco_root, TRAIN, 3))
@@ -150,16 +138,6 @@ def test_processes_within_the_limit_may_exceed_it_together(coco_root, tmp_path, 
     assert len(listed(tmp_path)) == 2
     train.limit = 0.1
     assert "2 of 10 photos" in refusal(count_unreadable, train, val, ALONE)
-
-
-def test_a_list_that_cannot_be_written_is_reported_and_stops_nothing(coco_root, tmp_path, capsys):
-    train, val = skipping(coco_root, TRAIN, tmp_path), skipping(coco_root, VAL, tmp_path)
-    empty(photo(coco_root, TRAIN, 3))
-    assert torch.equal(train[3], train[4])
-    (tmp_path / "skipped.txt").mkdir()
-    capsys.readouterr()
-    assert count_unreadable(train, val, ALONE)["train_unreadable"] == 1
-    assert capsys.readouterr().out == f"{tmp_path / 'skipped.txt'} cannot be written: Is a directory\n"
 
 
 @pytest.mark.parametrize(("workers", "batch_size"), [(0, 1), (0, 2), (1, 5)])

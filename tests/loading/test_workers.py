@@ -17,10 +17,7 @@ from loading import workers
 
 
 class Probe(torch.utils.data.Dataset):
-    seed = 0
-
-    def __len__(self) -> int:
-        return 4
+    seed, __len__, share_memory = 0, lambda self: 4, lambda self: None
 
     def __getitem__(self, index: int) -> torch.Tensor:
         return torch.tensor([cv2.getNumThreads(), signal.getsignal(signal.SIGINT) == signal.SIG_IGN])
@@ -44,6 +41,7 @@ from loading import workers
 
 class Numbers(torch.utils.data.Dataset):
     seed, __len__, set_epoch = 0, lambda self: 4, lambda self, epoch: None
+    share_memory = lambda self: None
     def __getitem__(self, index): return torch.tensor(index)
 
 def hit_while_starting(worker):
@@ -71,12 +69,12 @@ if __name__ == "__main__":
 """
 # How a program with loader workers ends, and what it prints beside its samples.
 OUTCOMES = {"signalled": (0, ["False", "0"]), "killed": (-signal.SIGKILL, []), "left behind": (0, [])}
-STARTS = ["fork", *(pytest.param(start, marks=pytest.mark.slow) for start in ("spawn", "forkserver"))]
+CASES = [("fork", how) for how in OUTCOMES]
+CASES += [pytest.param("forkserver", "signalled", marks=pytest.mark.slow)]
 
 
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="nothing tells who sent a signal")
-@pytest.mark.parametrize("how", OUTCOMES)
-@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize(("start", "how"), CASES)
 def test_workers_survive_signals_to_all_processes_and_end_with_the_training(start, how, tmp_path, start_process):
     (tmp_path / "program.py").write_text(SCRIPT)
     process = start_process(tmp_path / "program.py", start, how, PYTHONWARNINGS="ignore")
@@ -109,24 +107,17 @@ def test_a_worker_keeps_the_memory_that_it_has_freed():
     assert fresh_python(code) == ["True"]  # 8192 pages otherwise
 
 
-QUOTAS = {
-    "no control groups": ({}, 8),
-    "version 2": ({"cpu.max": "250000 100000"}, 2),
-    "version 2, more than there are": ({"cpu.max": "1600000 100000"}, 8),
-    "version 2, no limit": ({"cpu.max": "max 100000"}, 8),
-    "version 1": ({"cpu/cpu.cfs_quota_us": "765000", "cpu/cpu.cfs_period_us": "100000"}, 7),
-    "version 1, half a core": ({"cpu/cpu.cfs_quota_us": "50000", "cpu/cpu.cfs_period_us": "100000"}, 1),
-    "version 1, no limit": ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
-    "damaged": ({"cpu.max": "x", "cpu/cpu.cfs_quota_us": "100000", "cpu/cpu.cfs_period_us": "0"}, 8),
-}
-
-
-@pytest.mark.parametrize("name", QUOTAS)
-def test_usable_cores_are_limited_by_a_quota(name, tmp_path, monkeypatch):
-    files, cores = QUOTAS[name]
+@pytest.mark.parametrize(  # control groups of version 2 and of version 1
+    ("limit", "quota", "period", "cores"),
+    [("", "", "", 8), ("250000 100000", "", "", 2), ("1600000 100000", "", "", 8), ("max 100000", "", "", 8),
+     ("", "765000", "100000", 7), ("", "50000", "100000", 1), ("", "-1", "100000", 8), ("x", "100000", "0", 8)],
+)  # fmt: skip
+def test_usable_cores_are_limited_by_a_quota(tmp_path, monkeypatch, limit, quota, period, cores):
+    files = {"cpu.max": limit, "cpu/cpu.cfs_quota_us": quota, "cpu/cpu.cfs_period_us": period}
     for path, text in files.items():
         (tmp_path / path).parent.mkdir(exist_ok=True)
-        (tmp_path / path).write_text(text + "\n")
+        if text:
+            (tmp_path / path).write_text(text + "\n")
     monkeypatch.setattr(workers, "CGROUP_ROOT", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {*range(8)}, raising=False)
     assert workers.usable_cores() == cores

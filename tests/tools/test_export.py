@@ -155,8 +155,9 @@ def test_a_reduced_precision_is_smaller_and_says_its_loss(command, exported, coc
 def mean_iou(path: Path, root: Path) -> float:
     """Works out the mean IoU photo by photo, with sets of pixels."""
     dataset, scores = COCOPersonDataset(root, "val2017", 64), []
+    network = session(path)
     for sample in (dataset[index].numpy() for index in range(len(dataset))):
-        alpha = session(path).run(None, {"images": sample[None, :3].astype(np.float32) / 255})[0][0, 3]
+        alpha = network.run(None, {"images": sample[None, :3].astype(np.float32) / 255})[0][0, 3]
         predicted, true = set(np.flatnonzero(alpha > 0.5)), set(np.flatnonzero(sample[3]))
         scores.append(len(predicted & true) / len(predicted | true))
     return float(np.mean(scores))

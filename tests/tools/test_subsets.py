@@ -24,6 +24,17 @@ def test_held_out_photos_and_the_others_are_the_whole_set(coco_root, tmp_path):
     assert all((part[i] == samples[part.file_name(i)]).all() for part in parts for i in range(len(part)))
 
 
+def test_copies_are_the_photos_by_turns(coco_root, tmp_path):
+    subsets.main(["copies", str(coco_root), "train2017", "25", str(tmp_path / "large")])
+    whole, large = (COCOPersonDataset(root, "train2017", 64) for root in (coco_root, tmp_path / "large"))
+    content = json.loads((coco_root / "annotations/instances_train2017.json").read_text())
+    originals = {whole.image_id(i): whole[i] for i in range(len(whole))}
+    assert len(large) == sum(content["images"][k % len(content["images"])]["id"] in originals for k in range(25))
+    for index in range(len(large)):
+        original = content["images"][large.image_id(index) % len(content["images"])]["id"]
+        assert (large[index] == originals[original]).all()
+
+
 def test_a_photo_stays_held_out_when_others_go():
     images = [{"id": number, "file_name": f"{number}.jpg"} for number in range(50)]
     content = {"images": images, "annotations": []}

@@ -12,17 +12,22 @@ if sys.platform != "linux":
 
 from tools import torture
 
+WRITING, VALIDATING, *_ = torture.KILLS
+KINDS = [WRITING._replace(before=0.5), VALIDATING, torture.TERMINATION._replace(before=0.0, ranks=1)]
+
 
 @pytest.mark.slow
-def test_interrupted_trainings_end_with_the_bits_of_undisturbed_ones(tmp_path):
+def test_an_interrupted_training_ends_with_the_bits_of_an_undisturbed_one(tmp_path, monkeypatch):
     random.seed(0)
-    kinds = [kind._replace(before=1.0) for kind in (*torture.KILLS[:3], torture.TERMINATION)]
+    for limit in ("SILENT_SECONDS", "ORPHAN_SECONDS"):
+        monkeypatch.setattr(torture, limit, 600)  # a busy machine is slow
     results = torture.Results()
     try:
-        torture.torture(tmp_path, kinds, results, photos=(64, 16))
+        torture.torture(tmp_path, KINDS, results, photos=(32, 8))
     except torture.BrokenPromiseError as error:
         outputs = [path.read_text() for path in tmp_path.glob("*.txt")]
         pytest.fail("\n".join([str(error), *outputs]))
-    assert results.interruptions.total() == 4
+    assert results.interruptions.total() == len(KINDS)
+    assert results.equal >= 1
     assert results.resumed >= 1  # SIGTERM always saves
-    assert results.equal >= 2  # of one process, and of two
+    assert results.slowest > 0

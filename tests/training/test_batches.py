@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -21,9 +20,6 @@ from training.batches import find_micro_batches, split_micro_batches
 from utils import LaunchError, Processes
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-
-
-# --- a batch on the device --------------------------------------------------------------------------------
 
 
 def test_copy_paste_pastes_persons_of_the_preceding_sample():
@@ -64,9 +60,6 @@ def test_rng_is_seeded_by_all_numbers_in_order_and_on_no_other_device(monkeypatc
     assert len(seeded) == 1
 
 
-# --- precision --------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("device", "precision", "native", "dtype"),
     [
@@ -93,13 +86,6 @@ def test_a_device_says_whether_it_has_bfloat16(flags, has_it, monkeypatch):
     monkeypatch.setattr(Path, "read_text", lambda *_: f"flags : {flags}\n")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or has_it)
     assert batches.has_bfloat16(CPU) is batches.has_bfloat16(CUDA) is has_it
-
-
-# --- gradient accumulation and micro-batches --------------------------------------------------------------
-
-
-def test_groups_take_every_batch_once():
-    assert list(batches.group_batches(iter("abcde"), 2)) == [["a", "b"], ["c", "d"], ["e"]]
 
 
 @pytest.mark.parametrize(("photos", "count", "sizes"), [(8, 1, [8]), (8, 4, [2, 2, 2, 2]), (8, 3, [3, 3, 2]),
@@ -188,32 +174,13 @@ def test_an_error_that_the_gpu_does_not_recover_from_is_raised(monkeypatch):
     assert model.passes == 1
 
 
-@pytest.mark.parametrize("several", [False, True])
-def test_memory_is_kept_for_nccl_beside_other_processes(several, monkeypatch):
-    made, alive, empty, model = [], [], torch.empty, Cramped(4)
-
-    def remembered(*size: int, **kind: object) -> Tensor:
-        tensor = empty(*size, **kind)
-        made.append(weakref.ref(tensor))
-        return tensor
-
-    monkeypatch.setattr(torch, "empty", remembered)
-    monkeypatch.setattr(dist, "is_initialized", lambda: several)
-    monkeypatch.setattr(model, "fill", lambda _: alive.append(sum(t().nbytes for t in made if t() is not None)))
-    assert batches.try_step(model, 4, 32, CPU, None)
-    assert alive == [batches.NCCL_RESERVE * several]
-
-
-# --- several processes ------------------------------------------------------------------------------------
-
-
-def test_buffers_are_broadcast_once_from_rank_0(monkeypatch):
-    model, other, sent = nn.BatchNorm1d(2), nn.BatchNorm1d(2), []
-    batches.broadcast_buffers(model)  # alone
-    monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "broadcast", lambda buffer, src: sent.append((id(buffer), src)))
-    batches.broadcast_buffers(model, model, other)
-    assert sent == [(id(buffer), 0) for module in (model, other) for buffer in module.buffers()]
+def test_memory_is_kept_for_nccl_beside_other_processes(monkeypatch):
+    sizes, empty = [], torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **kind: (sizes.extend(size), empty(*size, **kind))[1])
+    for several in (False, True):
+        monkeypatch.setattr(dist, "is_initialized", lambda several=several: several)
+        assert batches.try_step(Cramped(4), 4, 32, CPU, None)
+        assert (batches.NCCL_RESERVE in sizes) is several
 
 
 @pytest.mark.parametrize(

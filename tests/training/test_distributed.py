@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import atexit
 import os
+import subprocess
 import time
 from concurrent import futures
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -33,10 +35,11 @@ def environ(monkeypatch) -> dict[str, str]:
 
 
 TRAINING = """
-import os, pathlib, signal, sys, torch, tiny_runs, trainer
+import os, pathlib, signal, sys, torch
 from training import launching
 gpus, torch.cuda.device_count = torch.cuda.device_count, lambda: 2
 launching.spread_over_gpus(sys.argv, "cuda")
+import tiny_runs, trainer
 torch.cuda.device_count, forward, batches = gpus, trainer.LossCalculator.forward, []
 killed = pathlib.Path(sys.argv.pop())
 def forward_or_die(*arguments):
@@ -54,19 +57,22 @@ sys.exit(trainer.run_command(sys.argv))
 @pytest.mark.slow
 def test_torchrun_uses_every_gpu_and_resumes_to_the_same_run_after_a_kill(coco_root, start_process, tmp_path):
     (tmp_path / "script.py").write_text(TRAINING)
-    restart, two, one = "--max-restarts=1", "--nproc-per-node=2", "--nproc_per_node=1"
-    killed, outputs = tmp_path / "killed", []
-    for options in ([restart], [two, restart], [two], [one]):
-        killed.unlink(missing_ok=True) if restart in options else killed.touch()
-        config = small(coco_root, tmp_path / f"run{len(outputs)}", batch_size=2, num_epochs=1, save_every_minutes=1e-9)
-        arguments = *options, tmp_path / "script.py", *flags(config), killed
-        process = start_process("-m", "torch.distributed.run", *arguments)
+    outputs, folders = [], [tmp_path / "restarted", tmp_path / "undisturbed"]
+
+    def start(option: str, folder: Path) -> subprocess.Popen:
+        config = small(coco_root, folder, batch_size=2, num_epochs=1, save_every_minutes=1e-9)
+        arguments = option, tmp_path / "script.py", *flags(config), tmp_path / "killed"
+        return start_process("-m", "torch.distributed.run", *arguments)
+
+    for option, folder in zip(("--max-restarts=1", "--nproc-per-node=2"), folders, strict=True):
+        process = start(option, folder)
         outputs.append(process.communicate(timeout=SECONDS)[0])
         assert process.returncode == 0, outputs[-1]
-    assert ["2 processes" in out for out in outputs] == [True, True, True, False]
-    assert ["last.pth" in out for out in outputs] == [True, True, False, False]  # the message of what it resumes from
-    assert_same_run(tmp_path / "run0", tmp_path / "run2")
-    assert_same_run(tmp_path / "run1", tmp_path / "run2")
+    assert ["2 processes" in output for output in outputs] == [True, True]
+    assert ["last.pth" in output for output in outputs] == [True, False]  # the message of what it resumes from
+    assert_same_run(*folders)
+    kept = start("--nproc_per_node=1", tmp_path / "one").stdout  # read only up to the line that says so
+    assert ", 1 process" in next(line for line in kept if line.startswith("  device"))
 
 
 @pytest.mark.parametrize("late", [{0}, {1}, {1, 2}])

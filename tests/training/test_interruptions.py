@@ -1,11 +1,11 @@
-"""What interrupts a training: signals, the clock, too many skipped steps."""
+"""What interrupts a training: signals and the clock."""
 
 from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from training import interruptions
-from training.interruptions import SIGNALS, BrokenNumbersError, Stopped, Watch
+from training.interruptions import SIGNALS, Stopped, Watch
 from utils import Processes
 
 
@@ -34,9 +34,9 @@ class Folder:
         return news
 
 
-def watch(skipped: int = 0, folder: Folder | None = None, minutes: float = 0, world_size: int = 1) -> Watch:
-    processes = Processes(torch.device("cpu"), world_size=world_size)
-    run = SimpleNamespace(processes=processes, most_skipped_in_a_row=lambda: skipped, gather_partial_metrics=list,
+def watch(folder: Folder | None = None, minutes: float = 0) -> Watch:
+    processes = Processes(torch.device("cpu"))
+    run = SimpleNamespace(processes=processes, most_skipped_in_a_row=lambda: 0, gather_partial_metrics=list,
                           epochs_done=1, step=2)  # fmt: skip
     return Watch(run, folder or Folder(), minutes)
 
@@ -94,21 +94,16 @@ def test_a_run_that_nohup_started_outlives_its_session():
 
 
 def test_in_a_thread_another_processs_signal_stops_the_run(monkeypatch):
-    before, codes = handlers(), []
-
     def training() -> None:
-        try:
-            with watch() as watching:
-                watching.between_steps()
-                monkeypatch.setattr(interruptions, "all_reduce_max_async", lambda _: lambda: [signal.SIGTERM, 0, 0])
-                watching.between_steps()
-        except Stopped as stop:
-            codes.append(stop.code)
+        with watch() as watching:
+            watching.between_steps()
+            monkeypatch.setattr(interruptions, "all_reduce_max_async", lambda _: lambda: [signal.SIGTERM, 0, 0])
+            watching.between_steps()
 
-    thread = threading.Thread(target=training)
-    thread.start()
-    thread.join()
-    assert codes == [128 + signal.SIGTERM]
+    before = handlers()
+    with ThreadPoolExecutor() as pool, pytest.raises(Stopped) as stop:
+        pool.submit(training).result()
+    assert stop.value.code == 128 + signal.SIGTERM
     assert handlers() == before
 
 
@@ -119,28 +114,3 @@ def test_a_checkpoint_is_due_by_the_clock_and_sooner_after_a_failure(monkeypatch
         for now[0] in (899, 900, 910, 969, 970, 1869, 1870):  # the failure is reported at 910
             watching.between_steps()
     assert folder.saves == [900, 970, 1870]
-
-
-def test_ten_skipped_steps_in_a_row_are_too_many():
-    watch(skipped=9).between_steps()
-    with pytest.raises(BrokenNumbersError, match=r"10 steps in a row.*no checkpoint yet"):
-        watch(skipped=10).between_steps()
-
-
-def test_no_process_waits_for_the_others_before_its_next_step(monkeypatch):
-    talk, answers = [], iter([[0, 0, 0], [signal.SIGTERM, 0, 0]])
-
-    def ask(numbers: list[int]):
-        talk.append("asked")
-        return lambda: talk.append("answered") or next(answers)
-
-    monkeypatch.setattr(interruptions, "all_reduce_max_async", ask)
-    with pytest.raises(Stopped), watch(world_size=2) as watching:  # noqa: PT012
-        watching.between_steps()
-        assert talk == ["asked"]
-        watching.between_steps()
-        assert talk == ["asked", "answered", "asked"]
-        watching.after_steps()  # an epoch's last: it is answered before the next thing begins
-    assert talk == ["asked", "answered", "asked", "answered"]
-    watching.after_steps()  # and once
-    assert talk[-2:] == ["asked", "answered"]

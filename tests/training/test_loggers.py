@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import sys
-from pathlib import Path
 from unittest.mock import Mock
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from tiny_runs import history
 
 from training import loggers
 from training.loggers import ConsoleLogger, CsvLogger, Progress, build_loggers, clock, log_all
@@ -28,14 +27,6 @@ def row(epoch: int = 1, loss: float = 0.5, score: float = 0.5, **more: float) ->
              "data_wait": score, "skipped_steps": 0}  # fmt: skip
     unreadable = {"train_unreadable": 0, "val_unreadable": 0}
     return loggers.history_row(epoch, metrics | speed, metrics, unreadable) | {"best": 0} | more
-
-
-def history(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-# --- loggers of a run -------------------------------------------------------------------------------------
 
 
 def test_a_failing_logger_is_named_and_removed_unless_a_disk_is_full(capsys):
@@ -67,12 +58,10 @@ def test_a_resumed_history_goes_on_after_the_checkpoints_epochs(tmp_path):
         first.log(STEP, epoch)
     resumed = CsvLogger(path, [row(1), row(2)])
     resumed.log(row(3, score=0.75), 3)
-    assert [(line["epoch"], line["val_iou"]) for line in history(path)] == [("1", "0.5"), ("2", "0.5"), ("3", "0.75")]
-    assert {name: float(value) for name, value in history(path)[0].items()} == pytest.approx(row(1), rel=1e-5)
+    rows = history(tmp_path)
+    assert [(line["epoch"], line["val_iou"]) for line in rows] == [("1", "0.5"), ("2", "0.5"), ("3", "0.75")]
+    assert {name: float(value) for name, value in rows[0].items()} == pytest.approx(row(1), rel=1e-5)
     assert [file.name for file in tmp_path.iterdir()] == ["history.csv"]
-
-
-# --- console ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -111,9 +100,6 @@ def test_clock(seconds, text):
     assert clock(seconds) == text
 
 
-# --- TensorBoard ------------------------------------------------------------------------------------------
-
-
 def test_without_tensorboard_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"--tensorboard .* pip install tensorboard$"):
@@ -138,9 +124,6 @@ def test_tensorboard_reads_steps_epochs_settings_and_the_preview(tmp_path):
     (image,) = events.Images("preview")
     assert np.array_equal(cv2.imdecode(np.frombuffer(image.encoded_image_string, np.uint8), cv2.IMREAD_COLOR), preview)
     assert b"| encoder | resnet18 |" in events.Tensors("settings/text_summary")[0].tensor_proto.string_val[0]
-
-
-# --- progress ---------------------------------------------------------------------------------------------
 
 
 class Clock:

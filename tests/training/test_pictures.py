@@ -28,8 +28,8 @@ def history(*ious: float, lrs: tuple[float, ...] = (), loss: float = 1.0, **more
 
 @pytest.mark.parametrize(
     "rows",
-    [history(0.5), history(0.1, math.nan, 0.3, lrs=(1e-4, 0.0, 1e-4)), history(math.nan, math.nan, loss=math.inf),
-     history(*[0.0] * 40, loss=0.0), history(0.1) + history(0.2, 0.2, val_new_loss=0.1)[1:]],  # a term added later
+    [history(0.1, math.nan, 0.3, lrs=(1e-4, 0.0, 1e-4)), history(math.nan, math.nan, loss=math.inf),
+     history(0.0, loss=0.0) + history(0.2, 0.2, val_new_loss=0.1)[1:]],  # a term added later
 )  # fmt: skip
 def test_any_history_becomes_a_picture_without_the_users_configuration(rows, tmp_path, recwarn):
     with matplotlib.rc_context({"figure.facecolor": "red"}):

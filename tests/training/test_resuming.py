@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import ALONE, command_error, small
+from tiny_runs import ALONE, Tiny, command_error, small
 from torch import nn
 
 import trainer
 from models import CheckpointError, UNetAutoencoder
 from trainer import Config
-from training import checkpoints, run_info
+from training import checkpoints, resuming, run_info
 from training.resuming import ResumeError, find_checkpoint, merge_settings, resume_message
+from training.run import REQUIRED
 
 DEFAULTS = dataclasses.asdict(Config())
 
@@ -22,9 +23,6 @@ DEFAULTS = dataclasses.asdict(Config())
 def checkpoint(**config: object) -> tuple[Path, dict]:
     content = {"config": DEFAULTS | config, "epoch": 3, "step": 0, "world_size": 1}
     return Path("last.pth"), content
-
-
-# --- settings of a resumed run ----------------------------------------------------------------------------
 
 
 def resumed(before: dict, explicit: dict, **in_the_file: object) -> dict:
@@ -63,6 +61,14 @@ def test_settings_are_the_checkpoints_except_explicit_flags(before, explicit, in
     assert resumed(before, explicit, **in_the_file) == now
 
 
+def test_a_setting_that_a_checkpoint_lacks_has_its_default_and_a_foreign_one_is_left_out(tmp_path):
+    config = {name: value for name, value in DEFAULTS.items() if name != "copy_paste"} | {"of_another_program": 1}
+    content = {name: {} for name in REQUIRED} | {"config": config | {"contour_weight": 0.0}}
+    checkpoints.save(content, tmp_path / "last.pth")
+    now = merge_settings(find_checkpoint(tmp_path, "newest", DEFAULTS), DEFAULTS | {"copy_paste": 0.25}, ())
+    assert now == DEFAULTS | {"contour_weight": 0.0}
+
+
 def test_all_settings_that_cannot_change_are_refused_at_once():
     explicit = {"encoder": "resnet18", "image_size": 64, "seed": 1, "sample": True, "num_workers": 1,
                 "grad_accum_steps": 2}  # fmt: skip
@@ -97,7 +103,13 @@ def test_without_a_checkpoint_a_run_begins(resume, tmp_path, capsys):
     assert bool(resume) == ("nothing to resume in" in capsys.readouterr().out)
 
 
-# --- --start-from -----------------------------------------------------------------------------------------
+def test_a_file_that_holds_a_model_only_is_refused_and_one_that_is_not_there(tmp_path):
+    path = tmp_path / "best_model.pth"
+    with pytest.raises(CheckpointError, match=f"there is no checkpoint {path}"):
+        find_checkpoint(tmp_path, str(path), DEFAULTS)
+    checkpoints.save({"epoch": 1, "config": {}, "model": {}, "metrics": {}}, path)
+    with pytest.raises(CheckpointError, match=rf"^{path} holds a model only, .*last.pth .*--start-from {path}\)$"):
+        find_checkpoint(tmp_path, str(path), DEFAULTS)
 
 
 @pytest.fixture(scope="module")
@@ -157,17 +169,15 @@ def test_pretrained_batchnorm_is_frozen_for_small_batches(batch_size, whole_mode
 
 
 @pytest.mark.usefixtures("tiny")
-def test_a_resume_needs_no_file_that_the_run_began_with(coco_root, tmp_path):
-    settings = small(coco_root, tmp_path / "run", num_epochs=1)
-    trainer.main(settings)
-    now = dataclasses.replace(settings, pretrained=True, start_from=str(tmp_path / "gone.pth"), resume="newest")
-    with trainer.RunFolder(tmp_path / "run", 0) as folder:
-        config, found = trainer.resuming.find_start(now, trainer.FIELDS, ALONE, folder)
-    run = trainer.start_run(config, ALONE, found)
-    assert (run.settings["pretrained"], run.settings["start_from"]) == (False, "")
-    assert (run.scheduler.base_lrs, run.frozen_bn, run.epochs_done) == ([1e-4], False, 1)
-    weights = run.model.state_dict()
-    assert all(torch.equal(weights[name], value) for name, value in found[1]["model"].items())
+@pytest.mark.parametrize(("start_from", "asked"), [("", [True, False]), ("gone.pth", [False, "gone.pth", False])])
+def test_only_a_new_run_loads_weights_to_start_from(start_from, asked, coco_root, tmp_path, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(trainer, "UNetAutoencoder", lambda *args: (loaded.append(args[1]), Tiny())[1])
+    monkeypatch.setattr(resuming, "load_weights", lambda _, path: loaded.append(str(path)))
+    for epochs in (1, 2):
+        settings = {"pretrained": True, "start_from": start_from, "resume": "newest"}
+        trainer.main(small(coco_root, tmp_path, num_epochs=epochs, **settings))
+    assert loaded == asked
 
 
 @pytest.mark.parametrize("flags", [["--encoder", "resnet34"], ["--use-attention"]])

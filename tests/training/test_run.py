@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -16,7 +18,7 @@ from torch import nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, RMSprop
 
 import trainer
-from models import CheckpointError, read_checkpoint
+from models import CheckpointError, model_weights, read_checkpoint
 from training.checkpoints import RunFolder, save, snapshot
 from training.interruptions import BrokenNumbersError, Watch
 from training.optim import ModelEma
@@ -75,31 +77,30 @@ def train(monkeypatch, root: Path, path: Path, kind: type, options: dict, broken
     return run, trainer.train_one_epoch(run, loader, 0, config, recorder), recorder.states
 
 
+def changed(before: dict, after: dict) -> bool:
+    """Returns whether a step has changed a model's state, but for the number of batches."""
+    return not all(torch.equal(value, after[name]) for name, value in before.items() if "num_batches" not in name)
+
+
 @pytest.mark.usefixtures("tiny")
 @every_optimizer
-@pytest.mark.parametrize("broken", [0, 2])
-def test_a_broken_step_leaves_no_trace(broken, kind, options, root, tmp_path, monkeypatch):
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_broken_step_leaves_no_trace_and_a_resume_gives_the_same_bits(
+    broken, kind, options, root, tmp_path, monkeypatch
+):
     monkeypatch.setattr(torch, "empty_like", lambda like, **kind: torch.full_like(like, math.nan, **kind))
-    run, metrics, states = train(monkeypatch, root, tmp_path / "last.pth", kind, options, broken)
-    assert metrics["skipped_steps"] == 1
-    for step in range(5):
-        unchanged = all(torch.equal(value, states[step + 1][name]) for name, value in states[step].items()
-                        if not name.endswith("num_batches_tracked"))  # fmt: skip
-        assert unchanged == (step == broken), step
-    assert all(value.isfinite().all() for value in run.model.state_dict().values())
-
-
-@pytest.mark.usefixtures("tiny")
-@every_optimizer
-def test_a_resume_in_mid_epoch_gives_the_same_bits(kind, options, root, tmp_path, monkeypatch):
     path = tmp_path / "last.pth"
-    straight, metrics, _ = train(monkeypatch, root, path, kind, options, broken=1)
-    checkpoint = path, read_checkpoint(path)
-    resumed, after, states = train(monkeypatch, root, tmp_path / "b.pth", kind, options, checkpoint=checkpoint)
-    assert len(states) == 1 + 2  # steps that were left
-    for name in ("model", "optimizer", "ema"):
-        assert same(getattr(resumed, name).state_dict(), getattr(straight, name).state_dict()), name
-    assert {**after, **dict.fromkeys(TIMES)} == {**metrics, **dict.fromkeys(TIMES)}
+    straight, metrics, states = train(monkeypatch, root, path, kind, options, broken)
+    assert metrics["skipped_steps"] == 1
+    assert [changed(*pair) for pair in itertools.pairwise(states)] == [step != broken for step in range(5)]
+    assert all(value.isfinite().all() for value in straight.model.state_dict().values())
+    if broken:
+        checkpoint = path, read_checkpoint(path)
+        resumed, after, states = train(monkeypatch, root, tmp_path / "b.pth", kind, options, checkpoint=checkpoint)
+        assert len(states) == 1 + 2  # steps that were left
+        for name in ("model", "optimizer", "ema"):
+            assert same(getattr(resumed, name).state_dict(), getattr(straight, name).state_dict()), name
+        assert {**after, **dict.fromkeys(TIMES)} == {**metrics, **dict.fromkeys(TIMES)}
 
 
 def test_a_resume_with_another_optimizer_is_refused_in_one_line():
@@ -117,7 +118,9 @@ def test_fused_is_the_programs_choice_not_the_checkpoints(fused):
     for run in (before, after):
         now = run is after
         run.optimizer = Adam(run.model.parameters(), 0.1, fused=now == fused, weight_decay=0.1 * now)
-    one_step(before, seed=0)
+    for weights in before.model.parameters():
+        weights.grad = torch.randn(weights.shape)
+    before.optimizer.step()
     content = copy.deepcopy(before.checkpoint())
     for state in content["optimizer"]["state"].values():
         state["step"] = state["step"].double()
@@ -126,25 +129,11 @@ def test_fused_is_the_programs_choice_not_the_checkpoints(fused):
     assert not fused or {state["step"].dtype for state in after.optimizer.state.values()} == {torch.float32}
     (group,) = after.optimizer.param_groups
     assert (group["fused"], group["weight_decay"], group["lr"]) == (fused, 0.1, 0.1)
-    group["weight_decay"] = 0
-    for run in (before, after):
-        one_step(run, seed=1)
-    for one, other in zip(before.model.parameters(), after.model.parameters(), strict=True):
-        assert torch.allclose(one, other, rtol=0, atol=1e-6)
+    for weights, before_it in zip(after.model.parameters(), before.model.parameters(), strict=True):
         for name in ("exp_avg", "exp_avg_sq"):
-            moments, expected = after.optimizer.state[other][name], before.optimizer.state[one][name]
-            assert moments.stride() == other.stride()
-            assert torch.allclose(moments, expected, rtol=1e-5)
+            assert after.optimizer.state[weights][name].stride() == weights.stride()
+            assert torch.equal(after.optimizer.state[weights][name], before.optimizer.state[before_it][name])
 
-
-def one_step(run: Run, seed: int) -> None:
-    rng = torch.Generator().manual_seed(seed)
-    for weights in run.model.parameters():
-        weights.grad = torch.empty_like(weights).copy_(torch.randn(weights.shape, generator=rng))
-    run.optimizer.step()
-
-
-# --- the best epoch ---------------------------------------------------------------------------------------
 
 SCORES = {"iou": [0.9, 0.2, 0.3], "dice": [0.1, 0.2, 0.2], "global_iou": [0.1, 0.2, 0.3]}  # by epoch
 
@@ -163,8 +152,10 @@ def test_the_best_metric_picks_the_model_the_star_and_the_last_line(
         return {**validate(run, *args), **{score: values[run.epochs_done] for score, values in SCORES.items()}}
 
     monkeypatch.setattr(trainer, "validate", scripted)
-    trainer.main(small(root, tmp_path, num_epochs=3, best_metric=metric, batch_size=10))
-    assert read_checkpoint(tmp_path / "best_model.pth")["epoch"] == best
+    trainer.main(small(root, tmp_path, num_epochs=3, best_metric=metric, batch_size=10, keep_checkpoints=0))
+    saved = read_checkpoint(tmp_path / "best_model.pth")
+    assert (saved["epoch"], saved["metrics"][metric]) == (best, SCORES[metric][best - 1])
+    assert same(saved["model"], model_weights(read_checkpoint(tmp_path / f"epoch_{best:04d}.pth")))
     lines = capsys.readouterr().out.splitlines()
     assert [int(line.split("/")[0]) for line in lines if line.endswith(" *")] == stars
     score = SCORES[metric][best - 1]
@@ -178,9 +169,6 @@ def test_an_epoch_is_the_best_also_where_there_is_no_best_model():
         run.begin_epoch()
         assert run.end_epoch({"val_iou": score}, has_best) is (best is not None)
         assert run.best_row()["val_iou"] == (best or 0.5)
-
-
-# --- what a checkpoint brings back ------------------------------------------------------------------------
 
 
 def stopped(model: nn.Module) -> dict:
@@ -226,20 +214,12 @@ def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(change):
         restored(content)
 
 
-# --- steps without finite numbers -------------------------------------------------------------------------
-
-
-class Gpu:
-    """A device that is waited for only where it must be; its tensors lie on the CPU."""
-
-    type = "cuda"
-
-
 @pytest.mark.parametrize("fetch_every", [1, 4, 100])
 def test_ten_skipped_steps_in_a_row_end_the_run(fetch_every):
     run, steps, ended = run_of(nn.Conv2d(3, 4, 1)), 14, None
     run.begin_epoch()
-    run.steps_per_epoch, run.processes = steps, dataclasses.replace(ALONE, device=Gpu())
+    gpu = SimpleNamespace(type="cuda")  # which is waited for only where it must be
+    run.steps_per_epoch, run.processes = steps, dataclasses.replace(ALONE, device=gpu)
     watch = Watch(run, RunFolder("unused", 0), 0)
     for step in range(steps):
         run.guard.begin_step()
@@ -255,14 +235,10 @@ def test_ten_skipped_steps_in_a_row_end_the_run(fetch_every):
     assert run.skipped_in_a_row == 0  # the row has ended
 
 
-# --- loggers ----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.usefixtures("tiny")
-def test_a_users_own_logger_gets_steps_and_epochs_and_may_fail(root, tmp_path, monkeypatch, capsys):
-    mine, failing, build = Mock(), Mock(), trainer.build_loggers
-    failing.log.side_effect = RuntimeError("no account\nfor this user")
-    monkeypatch.setattr(trainer, "build_loggers", lambda *args: [mine, failing, *build(*args)])
+def test_a_users_own_logger_gets_steps_and_epochs(root, tmp_path, monkeypatch):
+    mine, build = Mock(), trainer.build_loggers
+    monkeypatch.setattr(trainer, "build_loggers", lambda *args: [mine, *build(*args)])
     trainer.main(small(root, tmp_path, num_epochs=2, batch_size=2, log_every=2))
     logged = [call.args for call in mine.log.mock_calls]
     assert [step for _, step in logged] == [2, 4, 5, 6, 8, 10, 10]
@@ -272,5 +248,3 @@ def test_a_users_own_logger_gets_steps_and_epochs_and_may_fail(root, tmp_path, m
     assert rows == read_checkpoint(tmp_path / "last.pth")["history"]
     assert [row["epoch"] for row in rows] == [1, 2]
     mine.close.assert_called_once()
-    failing.log.assert_called_once()
-    assert capsys.readouterr().out.count("Mock cannot be written: no account: the training goes on\n") == 1

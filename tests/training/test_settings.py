@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import trainer
-from training.command_line import UsageError
-from training.settings import field_help, read_settings
+from training.command_line import UsageError, flag
+from training.settings import check, field_help, read_settings
 from utils import LossCalculator
 
 COUNT = itertools.count()
@@ -93,6 +93,39 @@ def test_flags_override_presets_and_presets_the_defaults(tmp_path):
         assert (dataclasses.astuple(read_values), names) == (values, explicit)
 
 
+def test_a_path_in_the_home_folder_is_one_after_an_equals_sign_and_in_the_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    settings = from_source(tmp_path, "root: str = '~/coco'", "file: str = ''", "names: str = '~/a,b'")
+    for arguments, values in (
+        ([], ("/home/me/coco", "", "/home/me/a,b")),
+        (["--root=~/a, ~/b,c~", "--file", "~"], ("/home/me/a,/home/me/b,c~", "/home/me", "/home/me/a,b")),
+    ):
+        assert dataclasses.astuple(read(settings, *arguments)[0]) == values
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # a container's user may have no home
+    with pytest.raises(UsageError, match=r"^~/coco is in the home folder, and .* HOME"):
+        read(settings)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--root", ""], "what follows --root is empty"), (["--root="], "what follows --root= is empty"),
+        (["--file", " "], "what follows --file is empty"), (["--size=8", ""], "an argument is empty"),
+    ],
+)  # fmt: skip
+def test_an_empty_value_is_a_mistake_unless_it_is_the_default_after_an_equals_sign(arguments, words, tmp_path):
+    settings = from_source(tmp_path, "size: int = 8", "root: str = 'a'", "file: str = ''")
+    assert read(settings, "--file=")[0].file == ""
+    with pytest.raises(UsageError, match=f"^{words}: is it a variable of the shell"):
+        read(settings, *arguments)
+
+
+@pytest.mark.parametrize("name", ["data_root", "train_split", "val_split", "checkpoint_dir"])
+def test_an_empty_default_is_not_the_current_folder(name):
+    with pytest.raises(UsageError, match=f"^{flag(name)} is empty"):
+        check(dataclasses.replace(trainer.Config(), **{name: ""}))
+
+
 def test_help_is_in_groups_with_defaults(tmp_path, capsys):
     lines = ["# --- the data", "root: str = 'a'  # a folder", "# just a remark", "size: int = 8  # pixels"]
     lines += ["# --- the run", "seed: int = 0", "file: str = ''  # of it", "device: str = 'cuda:{rank}'  # to train on"]
@@ -102,21 +135,6 @@ def test_help_is_in_groups_with_defaults(tmp_path, capsys):
     assert "remark" not in shown
     assert "pixels (default 8)" in shown
     assert shown.rstrip().splitlines()[-1].endswith("to train on")
-
-
-# --- a run's settings -------------------------------------------------------------------------------------
-
-
-def test_help_of_the_trainer_lists_choices_and_no_empty_default(capsys):
-    with pytest.raises(SystemExit):
-        trainer.parse(["--help"])
-    shown = " ".join(capsys.readouterr().out.split())
-    for choices in ("resnet18, resnet34, resnet50", "auto, float32, bfloat16; default auto",
-                    "iou, dice, global_iou, global_dice; default iou"):  # fmt: skip
-        assert choices in shown
-    assert "{local_rank}" not in shown
-    assert "()" not in shown
-    assert "(default )" not in shown
 
 
 def test_loss_weights_are_those_of_config_with_the_same_defaults():

@@ -1,0 +1,114 @@
+"""Components against a flood fill, specks and borders by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cutting import persons
+from cutting.persons import continue_to_borders, keep_persons, label, largest_component
+
+NO_PADDING = (0, 0, 0, 0)
+
+
+def flood_fill(mask: np.ndarray) -> list[set[tuple[int, int]]]:
+    """The connected components of a mask, by corners too, each as a set of pixels."""
+    left, components = {*zip(*map(list, mask.nonzero()), strict=True)}, []
+    while left:
+        component = todo = {left.pop()}
+        while todo:
+            todo = {(y + dy, x + dx) for y, x in todo for dy in (-1, 0, 1) for dx in (-1, 0, 1)} & left
+            left, component = left - todo, component | todo
+        components.append(component)
+    return components
+
+
+def picture(*spots: tuple[slice, slice, float], size: int = 100) -> np.ndarray:
+    probabilities = np.zeros((size, size), np.float32)
+    for rows, columns, probability in spots:
+        probabilities[rows, columns] = probability
+    return probabilities
+
+
+def test_components_are_those_of_a_flood_fill():
+    mask = np.random.default_rng(0).random((40, 30)) < 0.35
+    labels, areas = label(mask)
+    expected = flood_fill(mask)
+    assert sorted(areas[1:]) == sorted(map(len, expected))
+    assert areas.sum() == mask.size
+    for component in expected:
+        assert len({labels[pixel] for pixel in component}) == 1
+
+
+def test_what_is_small_and_never_sure_is_left_out_by_a_flood_fill():
+    noise = np.random.default_rng(1).random((60, 60)).astype(np.float32)
+    probabilities = np.where(noise > 0.6, noise**4, noise * 0.05)
+    components = flood_fill(probabilities > persons.VISIBLE)
+    least = max(0.1 * max(map(len, components)), 0.01 * probabilities.size)
+    expected, left_out = probabilities.copy(), 0
+    for component in components:
+        if len(component) < least and max(probabilities[pixel] for pixel in component) <= 0.9:
+            left_out += 1
+            expected[tuple(zip(*component, strict=True))] = 0
+    assert 3 < left_out < len(components) - 3
+    np.testing.assert_array_equal(keep_persons(probabilities, NO_PADDING), expected)
+
+
+def test_small_persons_of_a_group_are_kept_and_with_the_foreground_only_the_large_ones():
+    large, half = (slice(10, 60), slice(10, 50), 0.99), (slice(10, 50), slice(55, 75), 0.7)
+    small, unsure = (slice(70, 78), slice(10, 14), 0.95), (slice(70, 80), slice(30, 45), 0.85)
+    everybody = picture(large, half, small, unsure)
+    np.testing.assert_array_equal(keep_persons(everybody, NO_PADDING), picture(large, half, small))
+    np.testing.assert_array_equal(keep_persons(everybody, NO_PADDING, foreground_only=True), picture(large, half))
+    unsure_but_largest = picture(half, (slice(0, 40), slice(0, 40), 0.8), (slice(90, 95), slice(0, 9), 0.95))
+    np.testing.assert_array_equal(keep_persons(unsure_but_largest, NO_PADDING), unsure_but_largest)
+    specks = picture((slice(0, 9), slice(0, 10), 0.8), (slice(90, 94), slice(0, 5), 0.95))
+    assert keep_persons(specks, NO_PADDING, foreground_only=True).sum() == pytest.approx(20 * 0.95)  # not less than one
+    a_third = picture(large, (slice(10, 60), slice(60, 73), 0.99))  # 650 of 2000
+    np.testing.assert_array_equal(keep_persons(a_third, NO_PADDING, foreground_only=True), picture(large))
+
+
+def test_a_photo_of_specks_becomes_empty_and_an_unsure_network_keeps_its_persons():
+    assert not keep_persons(picture((slice(0, 9), slice(0, 9), 0.9)), NO_PADDING).any()
+    assert not keep_persons(picture(), NO_PADDING).any()
+    unsure = picture((slice(20, 60), slice(20, 40), 0.4))
+    np.testing.assert_array_equal(keep_persons(unsure, NO_PADDING), unsure)
+
+
+def test_fractions_are_those_of_the_photo_and_not_of_its_bars():
+    in_the_bar = (slice(0, 20), slice(0, 99), 1)
+    two = picture((slice(30, 50), slice(10, 30), 0.6), (slice(30, 40), slice(80, 90), 1), in_the_bar)
+    assert largest_component(two, (0, 25, 0, 25)) == 400 / 5000
+    assert largest_component(two, NO_PADDING) == 20 * 99 / 10000
+    assert largest_component(picture(), NO_PADDING) == 0
+    speck = picture((slice(40, 50), slice(10, 19), 0.5))  # 90 pixels
+    assert keep_persons(speck, (0, 25, 0, 25)).any()
+    assert not keep_persons(speck, NO_PADDING).any()
+
+
+FADING = np.array([0.1, 0.26, 0.5, 0.73, 0.84, 0.93, 0.95, 0.96], np.float32)  # from a border inwards
+
+
+@pytest.mark.parametrize("side", range(4))  # turned, each border is the upper one once
+def test_a_person_cut_by_a_border_is_continued_to_it(side):
+    square = np.zeros((64, 64), np.float32)
+    for start, least in ((8, 0), (0, 0.5)):  # beside a bar, and at the square's own edge
+        square[:] = 0
+        square[start : start + 8, 20:40] = np.maximum(FADING, least)[:, None]
+        square[start + 8 : 50, 20:40] = 0.97
+        expected = square.copy()
+        depth = 6 if start else 3
+        expected[start : start + depth, 20:40] = FADING[depth]
+        before = np.rot90(square, side).copy()
+        found = continue_to_borders(before, (start, 0, start, 0) if side % 2 else (0, start, 0, start))
+        np.testing.assert_array_equal(found, np.rot90(expected, side))
+        np.testing.assert_array_equal(before, np.rot90(square, side))  # not modified
+
+
+def test_who_ends_before_a_border_or_grows_towards_it_is_left_alone():
+    square = np.zeros((64, 64), np.float32)
+    square[12:40, 5:15] = 0.97  # ends 4 pixels before a bar
+    square[8:40, 30:40] = np.linspace(1, 0.5, 32, dtype=np.float32)[:, None]
+    np.testing.assert_array_equal(continue_to_borders(square, (0, 8, 0, 8)), square)
+    low = np.random.default_rng(2).random((64, 64), np.float32)
+    np.testing.assert_array_equal(continue_to_borders(low, (0, 27, 0, 27))[:, 3:-3], low[:, 3:-3])  # ten rows: too few

@@ -1,0 +1,66 @@
+"""The table of what the second look, specks and borders are worth: each row changes what it says, and nothing else."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cutting import cutter as cutters
+from cutting import persons
+from cutting.cutter import load
+from tools import looks
+
+CONSTANTS = [(cutters, "SMALL_PERSONS"), (persons, "SURE"), (persons, "SMALL_SPECK"), (persons, "GOES_ON")]
+
+
+def test_the_table_measures_each_row_and_leaves_no_change_behind(coco_root, small_checkpoint, monkeypatch, capsys):
+    before, measured = [getattr(*constant) for constant in CONSTANTS], []
+
+    def measure(cutter: cutters.Cutter, *_: object) -> list[float]:
+        measured.append((cutter.second_size, cutter.fades_at_bars, *(getattr(*constant) for constant in CONSTANTS)))
+        return [0.25] * 9
+
+    monkeypatch.chdir(coco_root.parent)
+    monkeypatch.setattr(looks, "measure", measure)
+    looks.main([str(small_checkpoint), "--data-root", "coco"])
+    lines = capsys.readouterr().out.splitlines()
+    chosen = dict(zip([line.split(" | ")[0][2:] for line in lines if "0.250" in line], measured, strict=True))
+    assert chosen["as it is"] == (128, True, *before) == chosen["specks stay"]
+    assert chosen["as it was: one look, specks and borders stay"] == (None, False, *before)
+    assert chosen["sure from 0.95"] == (128, True, before[0], 0.95, *before[2:])
+    assert [getattr(*constant) for constant in CONSTANTS] == before
+    assert {line.count("|") for line in lines if line.startswith("|")} == {11}
+
+
+def test_what_was_computed_is_read_again(tmp_path):
+    squares = [np.full((8, 8, 3), value, np.uint8) for value in (1, 2, 1)]
+    computed: list[int] = []
+
+    def compute(some: list[np.ndarray]) -> np.ndarray:
+        computed.extend(square[0, 0, 0] for square in some)
+        return np.stack([square[..., 0] / 8 for square in some])
+
+    for _ in range(2):
+        found = looks.read_or_compute(compute, tmp_path, squares)
+        np.testing.assert_array_equal(found, np.stack([square[..., 0] / 8 for square in squares]))
+    assert computed == [1, 2]
+
+
+def test_both_looks_are_averaged_in_the_second_alone(small_checkpoint, stub):
+    stub(lambda red: (red > 0.5) * (0.4 if red.shape[1] == 64 else 1.0))
+    cutter, photo = load(small_checkpoint, "cpu"), np.full((200, 200, 3), 255, np.uint8)
+    for size, expected in ((64, 0.4), (128, 0.7)):
+        look = looks.look_at_both(cutter, cutter._look_at, [photo], size)[0]
+        assert look.probabilities == pytest.approx(np.full((size, size), expected))
+
+
+def test_a_fade_is_what_alpha_lacks_at_the_borders_that_persons_touch(small_checkpoint, stub):
+    stub(lambda red: (red > 0.5) * 0.95)
+    cutter = load(small_checkpoint, "cpu")
+    cutter.fades_at_bars, cutter.second_size = False, None
+    rgba = np.zeros((64, 128, 4), np.uint8)
+    rgba[30:, 20:60] = 255  # touches the lower border alone, beside a bar
+    assert [*looks.fades(cutter, rgba)] == [(True, pytest.approx(0, abs=0.01))]
+    rgba[58:, 20:60, :3] = 0  # the network finds what is bright
+    assert [*looks.fades(cutter, rgba)] == [(True, pytest.approx(0.95, abs=0.06))]
+    assert [*looks.fades(cutter, np.zeros_like(rgba))] == []
