@@ -163,7 +163,8 @@ class Cutter:
             for some in (small[start : start + step] for start in range(0, len(small), step)):
                 again = self._look_at([photos[index] for index in some], self.second_size)
                 for index, look in zip(some, again, strict=True):
-                    looks[index] = look._replace(first=looks[index].first)
+                    if largest_component(look.probabilities, look.metadata["padding"]) > 0:  # else it has lost them
+                        looks[index] = look._replace(first=looks[index].first)
         return [self._keep_persons(look) for look in looks]
 
     def _look_at(self, photos: list[np.ndarray], size: int) -> list[Look]:

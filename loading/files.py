@@ -100,6 +100,13 @@ def suffixes(name: str) -> list[str]:
     return ["/".join(parts[first:]) for first in range(len(parts))]
 
 
+def read_text(path: Path) -> str:
+    """Returns a small text file that people or tools have written, in UTF-8 or UTF-16 with a mark; other bytes as ?."""
+    content = path.read_bytes()
+    encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    return content.decode(encoding, errors="replace")
+
+
 def composed(name: str) -> str:
     """Returns a name in composed Unicode form (NFC): macOS stores letters decomposed, JSON files do not."""
     return unicodedata.normalize("NFC", name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 SUPERVISION = (
@@ -30,7 +30,8 @@ def _holds(text: bytes, *patterns: str) -> Callable[[Path], bool]:
     """Returns whether one of the first files of a pattern has a text near its beginning."""
 
     def is_it(root: Path) -> bool:
-        return any(text in _head(path) for pattern in patterns for path in islice(root.glob(pattern), 3))
+        files = (islice(filter(Path.is_file, root.glob(pattern)), 3) for pattern in patterns)
+        return any(text in _head(path) for path in chain.from_iterable(files))
 
     return is_it
 

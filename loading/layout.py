@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 from loading.annotations import DataError, split_names
 from loading.class_lists import values_of
-from loading.files import composed, suffixes
+from loading.files import composed, read_text, suffixes
 from loading.foreign import converter
 from loading.places import (
     annotation_files,
+    child,
     describe_folder,
     label_folders,
     mask_folders,
@@ -24,6 +25,7 @@ from loading.places import (
     split_lists,
     synonyms,
 )
+from loading.yolo import class_numbers
 
 COCO_HOME = Path("data/coco")  # where COCO is looked for by default, and downloaded to
 OWN_NEGATIVES = "data"  # of --negatives: the data's own
@@ -82,8 +84,9 @@ class Listed(NamedTuple):
 
 @lru_cache(maxsize=2)
 def _listed_names(path: Path, _mtime: int) -> set[str]:
-    names = [line.split()[0] for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    return {suffix for name in names for suffix in suffixes(re.sub(r"\.\w{3,4}$", "", name))}
+    lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    names = [*lines, *(re.split(r"[\s,;]", line)[0] for line in lines)]
+    return {suffix for name in names for each in (name, re.sub(r"\.\w{3,4}$", "", name)) for suffix in suffixes(each)}
 
 
 class InFolder(NamedTuple):
@@ -140,10 +143,25 @@ def find_layout(
         return _named_file(Path(options.annotations), Path(options.photos), _subset(split, splits, options), options)
     if options.masks:
         return _named_masks(Path(options.photos), Path(options.masks), split, splits, options)
-    for find in (_coco, _masks, _yolo):
+    found = {name: _first(root, name, splits, options, is_only) for name in {split, *(splits or SPLITS)}}
+    if not (own := found[split]):
+        raise MissingSplitError(_missing(root, split))
+    kinds = {name: each[0] for name, each in found.items() if each}
+    if len({*kinds.values()}) > 1:
+        texts = ", ".join(f"{name} from {kind}" for name, kind in sorted(kinds.items()))
+        raise DataError(f"the splits in {root} are of different kinds ({texts}): name what is meant by --annotations, "
+                        "or by --photos and --masks")  # fmt: skip
+    return own[1]
+
+
+def _first(
+    root: Path, split: str, splits: Sequence[str], options: DataOptions, is_only: bool
+) -> tuple[str, Layout] | None:
+    """Returns the first kind of data that has a split, and where they lie."""
+    for kind, find in (("a COCO file", _coco), ("masks", _masks), ("YOLO's labels", _yolo)):
         if layout := find(root, split, splits, options, is_only):
-            return layout
-    raise MissingSplitError(_missing(root, split))
+            return kind, layout
+    return None
 
 
 def _missing(root: Path, split: str) -> str:
@@ -192,8 +210,9 @@ def _coco(root: Path, split: str, splits: Sequence[str], options: DataOptions, i
 
 def _user_split(photos: Path, split: str, splits: Sequence[str]) -> InFolder | None:
     """Returns the subfolder of a split, where a folder of photos has one for each."""
-    found = {name: [word for word in synonyms(name) if (photos / word).is_dir()] for name in splits or SPLITS}
-    return InFolder(found[split][0]) if all(found.values()) and split in found else None
+    found = {name: [child(photos, word) for word in synonyms(name) if child(photos, word).is_dir()]
+             for name in splits or SPLITS}  # fmt: skip
+    return InFolder(found[split][0].name) if all(found.values()) and split in found else None
 
 
 def _standard(root: Path, split: str) -> Path:
@@ -216,7 +235,8 @@ def _yolo(root: Path, split: str, splits: Sequence[str], options: DataOptions, i
         return None
     (photos, labels), _, subset = folders
     name, keeps_empty = subset.name if subset else PurePosixPath(split).as_posix(), _keeps_empty(options)
-    key = _key(os.path.relpath(photos, root), subset, options.category, keeps_empty)
+    classes = sorted(class_numbers(root, options.category))
+    key = _key(os.path.relpath(photos, root), subset, options.category, keeps_empty, classes)
     index_name, category, label = f"{_file_name(name)}.{key}", options.category, f"labels for {name}"
     return Layout(root, root, index_name, photos, labels, category, label, subset, keeps_empty=keeps_empty)
 
@@ -234,7 +254,13 @@ def _folders(
     if is_only and split in (training, validation) and of_training and not (pairs and others):
         pairs, others, subset = of_training, [], _subset(split, splits, options)
     if not pairs and (pairs := find(root, ())):
+        if others:
+            raise DataError(f"{others[0][0]} is of the split {other}, and {split} has no folder of its own: "
+                            "--train-split and --val-split name them")  # fmt: skip
         lists = {name: split_lists(root, synonyms(name)) for name in (split, other)}
+        if bool(lists[split]) != bool(lists[other]):
+            raise DataError(f"{(lists[split] or lists[other])[0]} lists the photos of one split, and no file those of "
+                            "the other one: --train-split and --val-split name them")  # fmt: skip
         listed = lists[split] and lists[other]
         subset = Listed(split, lists[split][0]) if listed else _subset(split, splits, options)
     if not pairs:
@@ -248,13 +274,17 @@ def _named_masks(photos: Path, masks: Path, split: str, splits: Sequence[str], o
     for folder in (photos, masks):
         if not folder.is_dir():
             raise DataError(f"there is no folder {folder}: --photos and --masks name those of the photos and masks")
-    by_word = {word: (photos / word, masks / word) for name in splits or SPLITS for word in synonyms(name)}
+    names = splits or SPLITS
+    by_word = {word: (child(photos, word), child(masks, word)) for name in names for word in synonyms(name)}
     there = {word: pair for word, pair in by_word.items() if all(folder.is_dir() for folder in pair)}
     subset: Subset | None = _subset(split, splits, options)
     others: tuple[Pair, ...] = ()
     mine = [there.pop(word) for word in synonyms(split) if word in there]
+    of_training = [by_word[word] for word in synonyms(names[0]) if all(each.is_dir() for each in by_word[word])]
     if mine and there:
         (photos, masks), others, subset = mine[0], tuple(there.values()), None
+    elif of_training:
+        photos, masks = of_training[0]
     name = subset.name if subset else PurePosixPath(split).as_posix()
     is_inside = masks.resolve().is_relative_to(photos.resolve())
     index_folder = photos.resolve().parent if is_inside else masks.resolve().parent

@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 
 from loading.annotations import DataError
+from loading.class_lists import COLOURS, LISTED
 
 COLOUR = 2**24  # added to a colour, 0xRRGGBB, to tell it from a grey value
 OTHERS, MAX_COUNTED = -1e9, 1024  # stands for all values of a mask but the commonest, if it has more
@@ -21,13 +22,16 @@ MAX_ODD = 0.01  # of a set's masks may look like no other: they are left out
 # Thresholds from COCO's masks, written as PNG, JPEG, halved, blurred, and as maps of classes, trimaps and cutouts:
 MIN_FLAT = 0.12  # of the pixels in between two values: blurred edges have 0.07 at most, areas of a third value 0.7
 MIN_FLAT_AREA = 0.0001, 0.002  # of all pixels of the set, and of one mask
+MAX_BEYOND = 0.01  # of all pixels: brighter than both of the two values
+MIN_EDGE = 0.001  # of all pixels of the set: a value that soft edges alone would not have
 MIN_SOLID = 0.1  # the pixels of the rarer of the two values, in those in between: soft masks have 0.4, pictures 0.04
 MIN_BORDER = 0.75  # of the photo's border, and its corners: a mask that covers them is inverted, or of no use
 VOC_PERSON, VOID = 15, 255  # Pascal VOC's values of persons, and of the border around objects
-VOID_REACH, MIN_BETWEEN = 9, 0.6  # pixels: of a border, so many have two other values around them
+VOID_REACH, MIN_BETWEEN, MIN_TOUCHING = 9, 0.6, 0.05  # pixels: of a border, so many have two others around them
 MAX_LISTED = 8  # values in an error
 
 PICTURES = "are pictures"
+ALPHA, INDICES, PALETTE_COLOURS = "alpha", "indices", "colours"  # what counts of an image with a palette
 Range = tuple[float, float]  # of values, both ends included
 
 ODD = "photo{s} whose mask has areas of other values than most"
@@ -48,6 +52,7 @@ class MaskRule(NamedTuple):
     is_colour: bool = False
     noise: float = 0.0
     is_chosen: bool = False  # by the user, who may have photos that a person covers
+    palette: str = ALPHA  # what of an image with a palette counts
     masks: int = 0  # how many of the set decided
     described: str = ""  # for the banner
 
@@ -133,12 +138,13 @@ class Survey(NamedTuple):
     colour_files: int = 0
     is_lossy: bool = False
     void: int = 0  # pixels of 255
-    void_between: int = 0  # and of those that have two other values beside them
+    void_between: int = 0  # of them, those that have two other values beside them
+    void_touching: int = 0  # and those that touch the commonest value
 
     @classmethod
     def of(cls, values: np.ndarray, is_lossy: bool) -> Survey:
-        void, between = _void(values) if values.dtype == np.uint8 and not is_lossy else (0, 0)
-        return cls(Census.of(values), 1, int(values.max(initial=0) >= COLOUR), is_lossy, void, between)
+        void = _void(values) if values.dtype == np.uint8 and not is_lossy else (0, 0, 0)
+        return cls(Census.of(values), 1, int(values.max(initial=0) >= COLOUR), is_lossy, *void)
 
     def merged(self, other: Survey) -> Survey:
         """Returns what the masks of both have."""
@@ -151,17 +157,20 @@ def decide(survey: Survey, wanted: str, folder: Path) -> MaskRule:
 
     Args:
         survey: of all masks of the set.
-        wanted: the values, as a user writes them: "15", "1-19", "1-", "24,25", or colours "250,50,83"; "": those that
-            the masks tell by themselves.
+        wanted: the values, as a user writes them: "15", "1-19", "1-", "24,25", or colours "250,50,83"; or as
+            `class_lists.values_of` returns them; "": those that the masks tell by themselves.
 
     Raises:
         DataError: the masks do not tell it, or do not have what is wanted.
     """
+    is_listed, wanted, palette = wanted.startswith(LISTED), wanted.removeprefix(LISTED), palette_of(wanted)
     census, is_colour = survey.census, survey.colour_files > MAX_ODD * survey.files
     if not is_colour:
         census = census[census.values < COLOUR]
     others = census[census.values != VOID]
     has_void = survey.void_between > MIN_BETWEEN * survey.void and bool(np.count_nonzero(others.flat) > 1)
+    if not wanted:  # the core of a trimap does not touch the background, and soft edges have no border
+        has_void &= survey.void_touching > MIN_TOUCHING * survey.void and len(others.values) == 2
     census = others if has_void else census
     noise = _noise(census, survey.is_lossy, is_colour)
     background, person, fault = _two_values(census, noise)
@@ -169,13 +178,18 @@ def decide(survey: Survey, wanted: str, folder: Path) -> MaskRule:
         fault = "have a coloured background"
     has = f"{folder}: the masks {fault or 'have two values'}: {census.listed()}"
     void = f"; {VOID} is a border, given to what is nearest" * has_void
+    if wanted.startswith(COLOURS) and not is_colour:
+        raise DataError(f"{has}. The list of classes beside them has colours: --mask-values says what are persons")
+    wanted = wanted.removeprefix(COLOURS)
     if wanted:
         two = () if fault or has_void else (background, person)
         rule = _chosen(census, parse_values(wanted, is_colour), two, noise if survey.is_lossy else 0.0)
         if not rule:
-            raise DataError(f"--mask-values {wanted} tells no persons from the background: {has}")
+            named = f"the list of classes beside the masks, by which persons are {wanted}," if is_listed else ""
+            raise DataError(f"{named or f'--mask-values {wanted}'} tells no persons from the background: {has}"
+                            + ". --mask-values says which values are persons" * is_listed)  # fmt: skip
         described = f"value {wanted} of {census.listed()}{void}"
-        rule = rule._replace(has_void=has_void, is_colour=is_colour, is_chosen=True)
+        rule = rule._replace(has_void=has_void, is_colour=is_colour, is_chosen=not is_listed, palette=palette)
         return rule._replace(masks=survey.files, described=described)
     if fault == PICTURES:
         raise DataError(f"{has}. A mask is white where persons are, and black elsewhere, or the alpha of a cutout")
@@ -196,12 +210,19 @@ def _two_values(census: Census, noise: float) -> tuple[float, float, str]:
         return first, first, "have one value alone"
     second = others.values[others.flat.argmax()]
     between = others[~others.near(second, noise)]
+    beyond = (brightness(between.values) > max(map(brightness, (first, second)))) & (between.values != OTHERS)
     rarer = min(census.flat[census.near(value, noise)].sum() for value in (first, second))
-    fault = ""
-    if between.flat.sum() > max(MIN_FLAT * between.pixels.sum(), MIN_FLAT_AREA[0] * census.pixels.sum()):
-        fault = "have more than two values that fill areas"
-    elif rarer < MIN_SOLID * between.pixels.sum():
-        fault = PICTURES
+    total, in_between = census.pixels.sum(), between.pixels.sum()
+    faults = {
+        "have more than two values that fill areas": between.flat.sum()
+        > max(MIN_FLAT * in_between, MIN_FLAT_AREA[0] * total),
+        PICTURES: rarer < MIN_SOLID * in_between,
+        "have a third value along the edges, as trimaps": noise == 0
+        and len(between.values) == 1 and between.values[0] != OTHERS
+        and in_between > MIN_EDGE * total,
+        "have values beyond the two that fill areas": between.pixels[beyond].sum() > MAX_BEYOND * total,
+    }
+    fault = next((words for words, is_so in faults.items() if is_so), "")
     return *sorted((first, second), key=brightness), fault
 
 
@@ -287,13 +308,20 @@ def _channels(values: np.ndarray) -> list[np.ndarray]:
     return [np.where(colours < COLOUR, colours, colours >> shift & 255) for shift in (16, 8, 0)]
 
 
-def _void(values: np.ndarray) -> tuple[int, int]:
-    """Returns how many pixels are 255, and how many of them have two other values beside them."""
+def palette_of(wanted: str) -> str:
+    """Returns what of an image with a palette counts: alpha or colours, and indices where values are named."""
+    return PALETTE_COLOURS if COLOURS in wanted else INDICES if wanted else ALPHA
+
+
+def _void(values: np.ndarray) -> tuple[int, int, int]:
+    """Returns how many pixels are 255, how many have two others beside them, and how many touch the commonest."""
     void, kernel = values == VOID, np.ones((VOID_REACH, VOID_REACH))
-    if not void.any():
-        return 0, 0
+    if not void.any() or void.all():
+        return int(void.sum()), 0, 0
     low, high = cv2.erode(values, kernel), cv2.dilate(np.where(void, np.uint8(0), values), kernel)
-    return int(void.sum()), int((void & (low < high)).sum())
+    commonest = (values == np.bincount(values[~void]).argmax()).astype(np.uint8)
+    touching = void & (cv2.dilate(commonest, np.ones((3, 3))) > 0)
+    return int(void.sum()), int((void & (low < high)).sum()), int(touching.sum())
 
 
 def _distance_to(pixels: np.ndarray) -> np.ndarray:

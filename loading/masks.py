@@ -22,7 +22,20 @@ from pycocotools import mask as coco_mask
 from loading.annotations import DataError, LeftOut, PhotoRecord, is_possible_size, with_example
 from loading.files import all_files, composed
 from loading.headers import ORIENTATION, PHOTO_FORMATS, THREADS, UNREADABLE_BY_PILLOW, Size, read_header, shown_size
-from loading.mask_values import COLOUR, COVERED, MAX_ODD, ODD, PICTURE, MaskRule, Survey, covers_border, decide
+from loading.mask_values import (
+    COLOUR,
+    COVERED,
+    INDICES,
+    MAX_ODD,
+    ODD,
+    PALETTE_COLOURS,
+    PICTURE,
+    MaskRule,
+    Survey,
+    covers_border,
+    decide,
+    palette_of,
+)
 from loading.mask_values import name as value_name
 from loading.places import MASK_ENDINGS
 from loading.run_lengths import Mask
@@ -80,6 +93,9 @@ def pair_files(photos: Path, masks: Path, left_out: LeftOut) -> tuple[list[tuple
     if masks_by_stem and not photos_by_stem.keys() & masks_by_stem:
         renamed, affix = _match_affixes(photos_by_stem, masks_by_stem)
         masks_by_stem = {stem: masks_by_stem[mask] for stem, mask in renamed.items()} or masks_by_stem
+    extra = {re.sub(r"[-_. ]\w+$", "", stem) for stem in masks_by_stem.keys() - photos_by_stem} & masks_by_stem.keys()
+    several = sorted(extra & photos_by_stem.keys())
+    left_out["photo{s} with several masks"] += [photos_by_stem.pop(stem) for stem in several]
     left_out["photo{s} without a mask"] += [photos_by_stem[s] for s in sorted(photos_by_stem.keys() - masks_by_stem)]
     left_out["mask{s} without a photo"] += [masks_by_stem[s] for s in sorted(masks_by_stem.keys() - photos_by_stem)]
     stems = sorted(photos_by_stem.keys() & masks_by_stem)
@@ -189,7 +205,7 @@ def find_rule(masks: Sequence[Path], wanted: str, folder: Path, threads: int) ->
 
     def survey(path: Path) -> Survey | None:
         with contextlib.suppress(Exception):  # it is left out when it is read
-            values, is_lossy = _read_values(path, bool(wanted))
+            values, is_lossy = _read_values(path, palette_of(wanted))
             return Survey.of(values, is_lossy)
         return None
 
@@ -199,7 +215,27 @@ def find_rule(masks: Sequence[Path], wanted: str, folder: Path, threads: int) ->
             total = each if total is None else total.merged(each)
     if total is None:
         raise DataError(f"{folder}: no mask can be read")
+    if not wanted:
+        _refuse_palettes(masks, total.census.values, folder)
     return decide(total, wanted, folder)
+
+
+def _refuse_palettes(masks: Sequence[Path], values: np.ndarray, folder: Path) -> None:
+    """Raises a DataError if a value is of another colour in another file: then it means something else in each."""
+    colours: dict[int, tuple[int, ...]] = {}
+    for palette in {palette for palette in map(_palette, masks) if palette}:
+        for index in range(len(palette) // 3):
+            colour = palette[3 * index : 3 * index + 3]
+            if index in values and colours.setdefault(index, colour) != colour:
+                raise DataError(f"{folder}: the masks' palettes differ, as in value {index}: save them as RGB, or "
+                                "--mask-values says which values are persons in all")  # fmt: skip
+
+
+def _palette(path: Path) -> tuple[int, ...]:
+    """Returns the palette of a mask whose indices count; () if it has none."""
+    with contextlib.suppress(Exception), Image.open(path, formats=mask_formats()) as image:
+        return tuple(image.getpalette() or ()) if image.mode == "P" and not _has_grey_palette(image) else ()
+    return ()
 
 
 def read_masks(files: Sequence[tuple[Path, Size]], rule: MaskRule, threads: int) -> Iterator[Mask | str]:
@@ -211,7 +247,7 @@ def read_masks(files: Sequence[tuple[Path, Size]], rule: MaskRule, threads: int)
 def read_mask(path: Path, size: Size, rule: MaskRule) -> Mask | str:
     """Returns a mask file at its photo's (width, height) as run lengths, or why it cannot be used."""
     try:
-        values, _ = _read_values(path, rule.is_chosen)
+        values, _ = _read_values(path, rule.palette)
     except Exception:  # whatever a damaged file makes one of Pillow's decoders raise
         return UNREADABLE
     if oddity := rule.oddity(values):
@@ -236,7 +272,7 @@ def refuse_wrong_masks(left_out: LeftOut, number: int, rule: MaskRule, folder: P
                             f"--mask-values {example}")  # fmt: skip
 
 
-def _read_values(path: Path, as_indices: bool) -> tuple[np.ndarray, bool]:
+def _read_values(path: Path, palette: str) -> tuple[np.ndarray, bool]:
     """Returns the values of a mask's pixels, (height, width), and whether its format changes them a little.
 
     They are whole numbers or floats: of an alpha channel, unless it is opaque, as many programs add one to every
@@ -251,18 +287,29 @@ def _read_values(path: Path, as_indices: bool) -> tuple[np.ndarray, bool]:
             values = np.nan_to_num(np.asarray(image))
             return values.astype(values.dtype.newbyteorder("=")), is_lossy
         rgba = np.asarray(image.convert("RGBA"))
-        if image.mode == "P" and not _has_grey_palette(image):
+        alpha = rgba[..., 3]
+        if image.mode == "P" and palette != PALETTE_COLOURS and not _has_grey_palette(image):
             indices = np.asarray(image)
-            classes = len(np.unique(indices[rgba[..., 3] > 0]))
-            if as_indices or "transparency" not in image.info or 1 < classes <= MAX_CLASSES:
+            if palette == INDICES or "transparency" not in image.info:
                 return indices, is_lossy
-    if rgba[..., 3].min() < 255:
-        return rgba[..., 3], is_lossy
+            if len(np.unique(indices[alpha > 0])) <= MAX_CLASSES and indices[alpha > 0].any():
+                return np.where(alpha > 0, indices, 0).astype(np.uint8), is_lossy
+    if not 0 < alpha.max() > alpha.min():
+        return _colours(rgba), is_lossy
+    drawn = _colours(rgba)
+    classes = np.unique(drawn[alpha > 0])
+    if {*np.unique(alpha)} == {0, 255} and len(classes) <= MAX_CLASSES and classes.any():
+        return np.where(alpha > 0, drawn, 0).astype(drawn.dtype), is_lossy  # colours on a transparent ground
+    return alpha, is_lossy
+
+
+def _colours(rgba: np.ndarray) -> np.ndarray:
+    """Returns the colours of an image: uint8 if all are grey, else int32 with 2**24 + 0xRRGGBB for others."""
     if (rgba[..., :1] == rgba[..., 1:3]).all():
-        return rgba[..., 0], is_lossy
+        return rgba[..., 0]
     red, green, blue = np.moveaxis(rgba[..., :3].astype(np.int32), 2, 0)
     is_grey = (red == green) & (green == blue)
-    return np.where(is_grey, red, COLOUR + (red << 16) + (green << 8) + blue), is_lossy
+    return np.where(is_grey, red, COLOUR + (red << 16) + (green << 8) + blue)
 
 
 def _has_grey_palette(image: Image.Image) -> bool:

@@ -35,7 +35,8 @@ MASK_FOLDERS = (
 PHOTO_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".jp2", ".avif")
 CLASS_LIST = "_classes.csv"  # of Roboflow's masks, which lie beside their photos
 BESIDE = ("annot", "_masks", "_mask", "_labels")  # of a folder of masks beside its photos': trainannot
-SPLIT_LISTS = ("ImageSets/Segmentation/{}.txt", "ImageSets/{}.txt", "splits/{}.txt", "{}.txt")  # Pascal VOC's first
+SPLIT_LISTS = ("ImageSets/Segmentation/{}.txt", "ImageSets/{}.txt", "splits/{}.txt", "lists/{}.txt",
+               "{}.txt", "{}_id.txt")  # Pascal VOC's first
 MASK_ENDINGS = ("_mask", "-mask", "_matte", "_alpha", "_seg", "_gt", "_label")  # where masks lie among their photos
 LISTED = 10  # entries of a folder in an error
 COUNTED = 2000  # files of a folder that are looked at for an error
@@ -76,7 +77,7 @@ def photo_folders(root: Path, file: Path, words: Sequence[str]) -> list[Path]:
     """Returns the folders that may hold an annotation file's photos: those nearest to it, or to the split's name."""
     kinds = ("images", "data", "photos")
     own = [file.parent / kind for kind in kinds] if file.parent != root else []
-    by_word = [[root / word, *(root / kind / word for kind in kinds)] for word in words]
+    by_word = [[child(folder, word) for folder in (root, *(child(root, kind) for kind in kinds))] for word in words]
     common = [path for name, path in subfolders_by_name(root).items() if name in PHOTO_FOLDERS]
     for folders in ([*own], [file.parent] if file.parent.name in words else [], *by_word, common):
         if found := [folder for folder in folders if folder.is_dir()]:
@@ -107,9 +108,9 @@ def _by_word(
     root: Path, words: Sequence[str], names: Sequence[str], endings: Sequence[str]
 ) -> list[tuple[Path, Path]]:
     for word in words:
-        below = [(photos / word, others / word) for photos, others in _pairs(root, names, endings)]
+        below = [(child(photos, word), child(others, word)) for photos, others in _pairs(root, names, endings)]
         there = [pair for pair in below if all(folder.is_dir() for folder in pair)]
-        if pairs := there + _pairs(root / word, names, endings):
+        if pairs := there + _pairs(child(root, word), names, endings):
             return pairs
     return [] if words else _pairs(root, names, endings)
 
@@ -138,6 +139,12 @@ def split_lists(root: Path, words: Sequence[str]) -> list[Path]:
 def subfolders_by_name(root: Path) -> dict[str, Path]:
     """Returns the folders in a folder by their name in lower case."""
     return {path.name.lower(): path for path in sorted(root.iterdir()) if path.is_dir()} if root.is_dir() else {}
+
+
+def child(folder: Path, name: str) -> Path:
+    """Returns the path of a file or folder in a folder, in the case that it has there."""
+    path = folder / name
+    return path if path.exists() else subfolders_by_name(folder).get(name.lower(), path)
 
 
 def has_files(folder: Path, wanted: Sequence[str]) -> bool:

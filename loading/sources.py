@@ -117,7 +117,11 @@ def open_sources(
                 raise
     if not layouts:
         raise DataError(f"none of {root} has the split {split}")
-    layouts += [negative_layout(Path(name)) for name in split_names(options.negatives) if name != OWN_NEGATIVES]
+    for name in (name for name in split_names(options.negatives) if name != OWN_NEGATIVES):
+        if any(layout.photos.resolve().is_relative_to(Path(name).resolve()) for layout in layouts):
+            raise DataError(f"--negatives {name} holds the photos with persons: {OWN_NEGATIVES} names those of them "
+                            "that show nobody")  # fmt: skip
+        layouts.append(negative_layout(Path(name)))
     several = len(layouts) > 1 or several  # photos of two roots may have the same split and name
     return [Source(each, image_size, str(each.photos) if several else each.photos.name) for each in layouts]
 

@@ -10,9 +10,10 @@ import msgspec
 import yaml
 
 from loading.annotations import AnnotatedPhoto, DataError, LeftOut, PhotoRecord, split_names
-from loading.files import all_files
+from loading.files import all_files, read_text
 from loading.headers import THREADS, read_header, shown_size
 
+MIN_BOXES = 5  # polygons, all of four corners: turned bounding boxes
 NAMES = ("data.yaml", "dataset.yaml", "data.yml")  # of the file that names the classes
 
 
@@ -29,7 +30,7 @@ def read_yolo(
     names = [name for name, is_inside in all_files(photos) if is_inside and not name.endswith(".txt")]
     with ThreadPoolExecutor(THREADS) as pool:
         headers = [*pool.map(lambda name: read_header(photos / name), names)]
-    annotated = []
+    annotated: list[AnnotatedPhoto] = []
     for number, (name, header) in enumerate(zip(names, headers, strict=True), start=1):
         path = texts.get(os.path.splitext(name)[0])
         if header is None:
@@ -39,6 +40,9 @@ def read_yolo(
         segmentations = _polygons(path, wanted, size) if path else []
         if segmentations or keeps_empty:
             annotated.append((PhotoRecord(number, name, *size), segmentations))
+    polygons = [each for _, segmentations in annotated for each in segmentations]
+    if len(polygons) >= MIN_BOXES and all(bytes(each).count(b",") == 7 for each in polygons):  # boxes that are turned
+        return [(photo, [msgspec.Raw(b"[]") for _ in segmentations]) for photo, segmentations in annotated]
     return annotated
 
 
@@ -48,10 +52,14 @@ def class_numbers(root: Path, category: str) -> set[str]:
     if path is None:
         raise DataError(f"{root / 'labels'} has YOLO's label files, and no {root / NAMES[0]} names their classes")
     try:
-        names = (yaml.safe_load(path.read_text(encoding="utf-8-sig")) or {}).get("names") or []
-    except (yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
+        content = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
         raise DataError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
-    pairs = names.items() if isinstance(names, dict) else enumerate(names)
+    content = content if isinstance(content, dict) else {}
+    if "kpt_shape" in content:
+        raise DataError(f"{path} is of keypoints, which are no masks")
+    names = content.get("names")
+    pairs = names.items() if isinstance(names, dict) else enumerate(names if isinstance(names, list) else [])
     numbered = {str(number): str(name) for number, name in pairs}
     folded = {name.casefold() for name in split_names(category)}
     wanted = {number for number, name in numbered.items() if name.strip().casefold() in folded}
@@ -64,11 +72,11 @@ def class_numbers(root: Path, category: str) -> set[str]:
 def _polygons(path: Path, wanted: set[str], size: tuple[int, int]) -> list[msgspec.Raw]:
     """Returns the polygons of the wanted classes as COCO has them, an empty one for a bounding box."""
     segmentations = []
-    for row, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), start=1):
-        number, *values = line.split() or [""]
-        if number not in wanted:
-            continue
+    for row, line in enumerate(read_text(path).splitlines(), start=1):
+        number, *values = line.split() or ["-1"]
         try:
+            if f"{float(number):g}" not in wanted:
+                continue
             points = [float(value) * size[k % 2] for k, value in enumerate(values)]
         except ValueError:
             raise DataError(f"{path}, line {row}: {line[:60]!r} is no polygon of YOLO's") from None

@@ -115,8 +115,9 @@ def test_a_list_of_classes_beside_the_masks_tells_which_value_is_a_person(tmp_pa
     text, value = CLASS_LISTS[name]
     (tmp_path / where / name).write_text(text)
     train, car = find_layout(tmp_path, TRAIN), find_layout(tmp_path, TRAIN, (), DataOptions(category="car"))
-    assert train.mask_values == value
-    assert car.mask_values == ("51,221,255" if name == "labelmap.txt" else "1")
+    kind = "list:" + "rgb:" * (name == "labelmap.txt")
+    assert train.mask_values == kind + value
+    assert car.mask_values == kind + ("51,221,255" if name == "labelmap.txt" else "1")
     assert car.index_name != train.index_name
     assert find_layout(tmp_path, TRAIN, (), DataOptions(mask_values="7")).mask_values == "7"
     assert "dog" in refusal(find_layout, tmp_path, TRAIN, (), DataOptions(category="dog"))
