@@ -116,4 +116,4 @@ def test_its_lists_converters_and_messages_are_the_programs():
     assert all(name in TEXT for name, *_ in foreign.FORMATS if name != "YOLO's labels")  # those are read
     source = "".join((ROOT / "loading" / name).read_text() for name in ("masks.py", "mask_values.py"))
     messages = re.findall("`([a-z][^`]+)`", TEXT.partition("| it says |")[2].partition("| `--mask-values` |")[0])
-    assert [message in source for message in messages] == [True] * 6
+    assert [message in source for message in messages] == [True] * 7
