@@ -23,7 +23,7 @@ FOREGROUND = 1 / 3  # of the largest component: persons at least so large stand 
 
 def largest_component(probabilities: np.ndarray, padding: Padding) -> float:
     """Returns how much of the photo the largest connected area of persons covers, from 0 to 1."""
-    areas = label(unpadded(probabilities, padding) > 0.5)[1]
+    areas = connected_components(unpadded(probabilities, padding) > 0.5)[1]
     return float(areas[1:].max(initial=0) / areas.sum())
 
 
@@ -50,7 +50,7 @@ def keep_persons(probabilities: np.ndarray, padding: Padding, foreground_only: b
     """
     kept = probabilities.copy()
     inside = unpadded(kept, padding)
-    labels, areas = label(inside > VISIBLE)
+    labels, areas = connected_components(inside > VISIBLE)
     areas[0] = 0  # what is not drawn
     is_person = areas >= max(SPECK * areas.max(), SMALL_SPECK * inside.size)
     is_person[labels[inside > SURE]] = True
@@ -61,7 +61,7 @@ def keep_persons(probabilities: np.ndarray, padding: Padding, foreground_only: b
     return kept
 
 
-def label(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def connected_components(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns each pixel's connected component, int32 (h, w), 0 outside of the mask, and the components' pixels."""
     _, labels, statistics, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
     return labels, statistics[:, cv2.CC_STAT_AREA]

@@ -175,21 +175,9 @@ def _write(content: dict, path: Path) -> bool:
 def _build(layout: Layout) -> dict:
     fingerprint = _fingerprint(layout, subfolders(layout.photos))  # before the reading: a change during it must show
     left_out: LeftOut = defaultdict(list)
-    rule, affix = None, ""
-    listed: Photos
-    photos: Photos
-    if layout.category and layout.annotations.is_dir():
-        category, keeps_empty = layout.category, layout.keeps_empty
-        listed = photos = read_yolo(layout.photos, layout.annotations, layout.root, left_out, category, keeps_empty)
-    elif layout.category:
-        listed = read_persons(layout.annotations, left_out, layout.category, layout.keeps_empty)
-        photos = _on_disk(listed, layout, left_out)
-    elif layout.has_persons:
-        pairs, affix = read_pairs(layout.photos, layout.annotations, left_out)
-        listed, rule = pairs, _rule(layout, pairs)
-        photos = listed
-    else:
-        listed = photos = read_photos(layout.photos, left_out)
+    listed, affix = _list_photos(layout, left_out)
+    photos = _on_disk(listed, layout, left_out) if layout.annotations.is_file() else listed
+    rule = _rule(layout, listed) if listed and layout.has_persons and not layout.category else None
     exif_applied, photos = _infer_exif_applied(photos, layout, left_out)
     if layout.subset and photos:
         photos, left_out = _select_subset(photos, layout, layout.subset, left_out)
@@ -209,10 +197,20 @@ def _build(layout: Layout) -> dict:
     return {**content, "arrays": _flat_arrays(rows)}
 
 
-def _rule(layout: Layout, pairs: Photos) -> MaskRule | None:
-    """Returns what the mask files mean, by those of all splits; None if there are none."""
-    if not pairs:
-        return None
+def _list_photos(layout: Layout, left_out: LeftOut) -> tuple[Photos, str]:
+    """Returns the photos with their segmentations or masks, and how the names of masks differ from the photos'."""
+    if layout.annotations.is_file():
+        return read_persons(layout.annotations, left_out, layout.category, layout.keeps_empty), ""
+    if layout.category:
+        category, keeps_empty = layout.category, layout.keeps_empty
+        return read_yolo(layout.photos, layout.annotations, layout.root, left_out, category, keeps_empty), ""
+    if layout.has_persons:
+        return read_pairs(layout.photos, layout.annotations, left_out)
+    return read_photos(layout.photos, left_out), ""
+
+
+def _rule(layout: Layout, pairs: Photos) -> MaskRule:
+    """Returns what the mask files mean, by those of all splits."""
     masks = [layout.annotations / mask for _, mask in pairs]
     for photos, folder in layout.other_masks:
         masks += [folder / mask for _, mask in pair_files(photos, folder, defaultdict(list))[0]]

@@ -55,7 +55,11 @@ Pair = tuple[Path, Path]  # a folder of photos, and of their masks or labels
 
 
 class MissingSplitError(DataError):
-    """The data have no such split."""
+    """The data have no such split; `has_other` says whether they have another one of those that were named."""
+
+    def __init__(self, message: str, has_other: bool):
+        super().__init__(message)
+        self.has_other = has_other
 
 
 class Subset(NamedTuple):
@@ -145,7 +149,7 @@ def find_layout(
         return _named_masks(Path(options.photos), Path(options.masks), split, splits, options)
     found = {name: _first(root, name, splits, options, is_only) for name in {split, *(splits or SPLITS)}}
     if not (own := found[split]):
-        raise MissingSplitError(_missing(root, split))
+        raise MissingSplitError(_missing(root, split), any(found[name] for name in splits))
     kinds = {name: each[0] for name, each in found.items() if each}
     if len({*kinds.values()}) > 1:
         texts = ", ".join(f"{name} from {kind}" for name, kind in sorted(kinds.items()))
@@ -181,14 +185,13 @@ def _missing(root: Path, split: str) -> str:
 def _coco(root: Path, split: str, splits: Sequence[str], options: DataOptions, is_only: bool) -> Layout | None:
     """Returns the layout of a COCO annotation file, None if there is none."""
     training, validation = splits or SPLITS
-    files, words = annotation_files(root, split), synonyms(split)
+    by_split = {name: annotation_files(root, name) for name in (split, training, validation)}
+    files, words, candidates = by_split[split], synonyms(split), by_split[training]
     subset: Choice | None = None
-    if is_only and split in (training, validation) and not annotation_files(root, validation):
-        candidates = annotation_files(root, training)
-        if candidates and _standard(root, training) not in candidates:  # half of a download of COCO is no set
+    if is_only and split in (training, validation) and candidates and not by_split[validation]:
+        if _standard(root, training) not in candidates:  # half of a download of COCO is no set
             files, subset, words = candidates, _subset(split, splits, options), synonyms(training)
-    has_splits = annotation_files(root, training) or annotation_files(root, validation)
-    if not files and not has_splits and (files := single_files(root)) and photo_folders(root, files[0], ()):
+    elif not any(by_split.values()) and (files := single_files(root)) and photo_folders(root, files[0], ()):
         subset, words = _subset(split, splits, options), []
     if not files:
         return None
@@ -200,12 +203,13 @@ def _coco(root: Path, split: str, splits: Sequence[str], options: DataOptions, i
     if subset and not words:
         subset = _user_split(photos, split, splits) or subset
     name = _file_name(subset.name if subset else split)
-    is_plain = (path, photos) == (_standard(root, split), root / split) and not options.negatives
+    keeps_empty = _keeps_empty(options)
+    is_plain = (path, photos) == (_standard(root, split), root / split) and not keeps_empty
     if not is_plain or options.category != DEFAULT_OPTIONS.category:
-        paths = () if is_plain else (path.relative_to(root), photos.relative_to(root), subset, options.negatives)
+        paths = () if is_plain else (path.relative_to(root), photos.relative_to(root), subset, keeps_empty)
         name = f"{name}.{_key(options.category, *map(str, paths))}"
     label = path.relative_to(root).as_posix() + (f" for {subset.name}" if subset else "")
-    return Layout(root, root, name, photos, path, options.category, label, subset, keeps_empty=_keeps_empty(options))
+    return Layout(root, root, name, photos, path, options.category, label, subset, keeps_empty=keeps_empty)
 
 
 def _user_split(photos: Path, split: str, splits: Sequence[str]) -> InFolder | None:
@@ -300,9 +304,8 @@ def _mask_layout(
         raise DataError(f"--category {options.category} was given, and the masks of {masks} have no categories: "
                         f"leave it out, or give --category {DEFAULT_OPTIONS.category}")  # fmt: skip
     paths = (os.path.relpath(os.path.realpath(path), os.path.realpath(index_folder)) for path in (photos, masks))
-    key = _key(*paths, subset, values, _keeps_empty(options))
-    index_name = f"{_file_name(name)}.{key}"
     keeps_empty = _keeps_empty(options)
+    index_name = f"{_file_name(name)}.{_key(*paths, subset, values, keeps_empty)}"
     return Layout(root, index_folder, index_name, photos, masks, "", label, subset, values, others, keeps_empty)
 
 
@@ -330,7 +333,7 @@ def negative_layout(folder: Path) -> Layout:
 
 def _file_name(split: str) -> str:
     """Returns a split's name as that of a file: it may be a path."""
-    return re.sub(r"[/\\\\]+", "_", split.strip("/\\"))
+    return re.sub(r"[/\\]+", "_", split.strip("/\\"))
 
 
 def _keeps_empty(options: DataOptions) -> bool:

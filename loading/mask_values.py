@@ -163,43 +163,39 @@ def decide(survey: Survey, wanted: str, folder: Path) -> MaskRule:
     Raises:
         DataError: the masks do not tell it, or do not have what is wanted.
     """
-    is_listed, wanted, palette = wanted.startswith(LISTED), wanted.removeprefix(LISTED), palette_of(wanted)
-    census, is_colour = survey.census, survey.colour_files > MAX_ODD * survey.files
-    if not is_colour:
-        census = census[census.values < COLOUR]
-    others = census[census.values != VOID]
-    has_void = survey.void_between > MIN_BETWEEN * survey.void and bool(np.count_nonzero(others.flat) > 1)
-    if not wanted:  # the core of a trimap does not touch the background, and soft edges have no border
-        has_void &= survey.void_touching > MIN_TOUCHING * survey.void and len(others.values) == 2
-    census = others if has_void else census
+    census, is_colour, has_void = _areas(survey, bool(wanted))
     noise = _noise(census, survey.is_lossy, is_colour)
     background, person, fault = _two_values(census, noise)
     if not fault and is_colour and brightness(background) > noise:
         fault = "have a coloured background"
     has = f"{folder}: the masks {fault or 'have two values'}: {census.listed()}"
-    void = f"; {VOID} is a border, given to what is nearest" * has_void
-    if wanted.startswith(COLOURS) and not is_colour:
-        raise DataError(f"{has}. The list of classes beside them has colours: --mask-values says what are persons")
-    wanted = wanted.removeprefix(COLOURS)
     if wanted:
         two = () if fault or has_void else (background, person)
-        rule = _chosen(census, parse_values(wanted, is_colour), two, noise if survey.is_lossy else 0.0)
-        if not rule:
-            named = f"the list of classes beside the masks, by which persons are {wanted}," if is_listed else ""
-            raise DataError(f"{named or f'--mask-values {wanted}'} tells no persons from the background: {has}"
-                            + ". --mask-values says which values are persons" * is_listed)  # fmt: skip
-        described = f"value {wanted} of {census.listed()}{void}"
-        rule = rule._replace(has_void=has_void, is_colour=is_colour, is_chosen=not is_listed, palette=palette)
-        return rule._replace(masks=survey.files, described=described)
-    if fault == PICTURES:
+        rule = _chosen(census, wanted, two, is_colour, noise if survey.is_lossy else 0.0, has)
+    elif fault == PICTURES:
         raise DataError(f"{has}. A mask is white where persons are, and black elsewhere, or the alpha of a cutout")
-    if fault:
+    elif fault:
         raise DataError(f"{has}. --mask-values says which are persons, as in --mask-values {_example(census, folder)}")
-    soft = ", with soft edges" * (len(census.values) > 2)
-    described = f"value {name(person)} of {name(background)} and {name(person)}{soft}{void}"
-    dark, bright = (float(brightness(value)) for value in (background, person))
-    ranges = ((person, person),) * has_void
-    return MaskRule(dark, bright, ranges, has_void, is_colour, noise, masks=survey.files, described=described)
+    else:
+        dark, bright = (float(brightness(value)) for value in (background, person))
+        soft = ", with soft edges" * (len(census.values) > 2)
+        described = f"value {name(person)} of {name(background)} and {name(person)}{soft}"
+        rule = MaskRule(dark, bright, ((person, person),) * has_void, noise=noise, described=described)
+    void = f"; {VOID} is a border, given to what is nearest" * has_void
+    rule = rule._replace(has_void=has_void, is_colour=is_colour, masks=survey.files)
+    return rule._replace(described=rule.described + void)
+
+
+def _areas(survey: Survey, is_wanted: bool) -> tuple[Census, bool, bool]:
+    """Returns the values that mean background or objects, whether they are colours, and whether 255 is a border."""
+    census, is_colour = survey.census, survey.colour_files > MAX_ODD * survey.files
+    if not is_colour:
+        census = census[census.values < COLOUR]
+    others = census[census.values != VOID]
+    has_void = survey.void_between > MIN_BETWEEN * survey.void and bool(np.count_nonzero(others.flat) > 1)
+    if not is_wanted:  # the core of a trimap does not touch the background, and soft edges have no border
+        has_void &= survey.void_touching > MIN_TOUCHING * survey.void and len(others.values) == 2
+    return others if has_void else census, is_colour, has_void
 
 
 def _two_values(census: Census, noise: float) -> tuple[float, float, str]:
@@ -233,16 +229,30 @@ def _noise(census: Census, is_lossy: bool, is_colour: bool) -> float:
     return COLOUR_NOISE if is_colour else NOISE * float(np.ptp(census.values))
 
 
-def _chosen(census: Census, ranges: tuple[Range, ...], two: tuple[float, ...], noise: float) -> MaskRule | None:
-    """Returns the rule of the values that the user names, None if no mask has any; `two` are all that masks have."""
-    named = np.any([_within(census.values, *each, noise) for each in ranges], axis=0)
-    chosen = [value for value in two if named[census.values == value].all()]
-    if len(chosen) == 1:  # of the two, and what is nearer to it than to the other one: edges may be soft
-        other = two[int(two[0] == chosen[0])]
-        return MaskRule(float(brightness(other)), float(brightness(chosen[0])), noise=noise)
-    if two or not named.any():
-        return None
-    return MaskRule(0, 1, ranges, noise=noise)
+def _chosen(census: Census, wanted: str, two: tuple[float, ...], is_colour: bool, noise: float, has: str) -> MaskRule:
+    """Returns the rule of values that the user or a list of classes names; `two` are all that the masks have.
+
+    Raises:
+        DataError: no mask has them, or only one kind of pixel is left. `has` says what the masks have.
+    """
+    is_listed, named = wanted.startswith(LISTED), wanted.removeprefix(LISTED)
+    if named.startswith(COLOURS) and not is_colour:
+        raise DataError(f"{has}. The list of classes beside them has colours: --mask-values says what are persons")
+    named = named.removeprefix(COLOURS)
+    ranges = parse_values(named, is_colour)
+    found = np.any([_within(census.values, *each, noise) for each in ranges], axis=0)
+    persons = [value for value in two if found[census.values == value].all()]
+    if len(persons) == 1:  # of the two, and what is nearer to it than to the other one: edges may be soft
+        other = two[int(two[0] == persons[0])]
+        rule = MaskRule(float(brightness(other)), float(brightness(persons[0])), noise=noise)
+    elif two or not found.any():
+        by_list = f"the list of classes beside the masks, by which persons are {named},"
+        raise DataError(f"{by_list if is_listed else f'--mask-values {named}'} tells no persons from the background: "
+                        f"{has}{'. --mask-values says which values are persons' * is_listed}")  # fmt: skip
+    else:
+        rule = MaskRule(0, 1, ranges, noise=noise)
+    described = f"value {named} of {census.listed()}"
+    return rule._replace(is_chosen=not is_listed, palette=palette_of(wanted), described=described)
 
 
 def parse_values(text: str, is_colour: bool = False) -> tuple[Range, ...]:

@@ -68,8 +68,7 @@ def read_pairs(photos: Path, masks: Path, left_out: LeftOut) -> tuple[list[tuple
 
 def read_photos(photos: Path, left_out: LeftOut) -> list[tuple[PhotoRecord, list]]:
     """Returns all photos of a folder, at the size that they are shown at, without annotations."""
-    by_stem = _by_stem(photos, "photo", extensions((*PHOTO_FORMATS, "JPEG", "MPO")) | UNSUPPORTED, left_out)
-    names = sorted(by_stem.values())
+    names = sorted(_photos_by_stem(photos, left_out).values())
     with ThreadPoolExecutor(THREADS) as pool:
         headers = [*pool.map(lambda name: read_header(photos / name), names)]
     read = [*zip(names, headers, strict=True)]
@@ -83,7 +82,7 @@ def pair_files(photos: Path, masks: Path, left_out: LeftOut) -> tuple[list[tuple
 
     Masks have the stems of their photos, or else one beginning and one ending that pairs all of them.
     """
-    photos_by_stem = _by_stem(photos, "photo", extensions((*PHOTO_FORMATS, "JPEG", "MPO")) | UNSUPPORTED, left_out)
+    photos_by_stem = _photos_by_stem(photos, left_out)
     masks_by_stem = _by_stem(masks, "mask", extensions(mask_formats()), left_out)
     affix = ""
     if masks == photos:  # the masks lie among the photos
@@ -148,6 +147,10 @@ def extensions(formats: Sequence[str]) -> set[str]:
     """Returns the file extensions of formats, in lower case."""
     mask_formats()  # registers them
     return {extension for extension, name in Image.registered_extensions().items() if name in formats}
+
+
+def _photos_by_stem(folder: Path, left_out: LeftOut) -> dict[str, str]:
+    return _by_stem(folder, "photo", extensions((*PHOTO_FORMATS, "JPEG", "MPO")) | UNSUPPORTED, left_out)
 
 
 def _by_stem(folder: Path, what: str, extensions: set[str], left_out: LeftOut) -> dict[str, str]:

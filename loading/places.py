@@ -107,12 +107,13 @@ def label_folders(root: Path, words: Sequence[str]) -> list[tuple[Path, Path]]:
 def _by_word(
     root: Path, words: Sequence[str], names: Sequence[str], endings: Sequence[str]
 ) -> list[tuple[Path, Path]]:
+    in_root = _pairs(root, names, endings)
     for word in words:
-        below = [(child(photos, word), child(others, word)) for photos, others in _pairs(root, names, endings)]
+        below = [(child(photos, word), child(others, word)) for photos, others in in_root]
         there = [pair for pair in below if all(folder.is_dir() for folder in pair)]
         if pairs := there + _pairs(child(root, word), names, endings):
             return pairs
-    return [] if words else _pairs(root, names, endings)
+    return [] if words else in_root
 
 
 def _pairs(root: Path, names: Sequence[str], endings: Sequence[str]) -> list[tuple[Path, Path]]:
@@ -148,8 +149,17 @@ def child(folder: Path, name: str) -> Path:
 
 
 def has_files(folder: Path, wanted: Sequence[str]) -> bool:
-    """Returns whether the first files of a folder, or of its subfolders, have one of these endings."""
-    return any(ending in wanted for ending in endings(folder))
+    """Returns whether a file in a folder or below it has one of these endings; it looks no further than the first."""
+    if not folder.is_dir():
+        return False
+    subfolders = []
+    with os.scandir(folder) as entries:
+        for entry in (entry for entry in entries if not entry.name.startswith(".")):
+            if entry.is_dir(follow_symlinks=False):
+                subfolders.append(Path(entry.path))
+            elif os.path.splitext(entry.name)[1].lower() in wanted:
+                return True
+    return any(has_files(subfolder, wanted) for subfolder in subfolders)
 
 
 def endings(folder: Path) -> Counter[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -112,8 +111,8 @@ def open_sources(
     for path in roots:
         try:
             layouts.append(find_layout(path, split, splits, options, is_only=not several))
-        except MissingSplitError:
-            if not (several and has_other_split(path, split, splits, options)):
+        except MissingSplitError as error:
+            if not (several and error.has_other):
                 raise
     if not layouts:
         raise DataError(f"none of {root} has the split {split}")
@@ -124,14 +123,6 @@ def open_sources(
         layouts.append(negative_layout(Path(name)))
     several = len(layouts) > 1 or several  # photos of two roots may have the same split and name
     return [Source(each, image_size, str(each.photos) if several else each.photos.name) for each in layouts]
-
-
-def has_other_split(root: Path, split: str, splits: Sequence[str], options: DataOptions) -> bool:
-    """Returns whether a data root has another one of the splits."""
-    for other in (name for name in splits if name != split):
-        with contextlib.suppress(MissingSplitError):
-            return bool(find_layout(root, other, splits, options, is_only=False))
-    return False
 
 
 def shared_folders(train: Sequence[Source], val: Sequence[Source]) -> list[Path]:

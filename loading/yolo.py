@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
 import yaml
 
-from loading.annotations import AnnotatedPhoto, DataError, LeftOut, PhotoRecord, split_names
+from loading.annotations import AnnotatedPhoto, DataError, LeftOut, split_names
 from loading.files import all_files, read_text
-from loading.headers import THREADS, read_header, shown_size
+from loading.masks import read_photos
 
 MIN_BOXES = 5  # polygons, all of four corners: turned bounding boxes
 NAMES = ("data.yaml", "dataset.yaml", "data.yml")  # of the file that names the classes
@@ -27,19 +26,12 @@ def read_yolo(
     """
     wanted = class_numbers(root, category)
     texts = {os.path.splitext(name)[0]: labels / name for name, _ in all_files(labels) if name.endswith(".txt")}
-    names = [name for name, is_inside in all_files(photos) if is_inside and not name.endswith(".txt")]
-    with ThreadPoolExecutor(THREADS) as pool:
-        headers = [*pool.map(lambda name: read_header(photos / name), names)]
     annotated: list[AnnotatedPhoto] = []
-    for number, (name, header) in enumerate(zip(names, headers, strict=True), start=1):
-        path = texts.get(os.path.splitext(name)[0])
-        if header is None:
-            left_out["photo{s} that cannot be read"].append(name)
-            continue
-        size = shown_size(*header)
-        segmentations = _polygons(path, wanted, size) if path else []
+    for photo, _ in read_photos(photos, left_out):
+        path = texts.get(os.path.splitext(photo.file_name)[0])
+        segmentations = _polygons(path, wanted, (photo.width, photo.height)) if path else []
         if segmentations or keeps_empty:
-            annotated.append((PhotoRecord(number, name, *size), segmentations))
+            annotated.append((photo, segmentations))
     polygons = [each for _, segmentations in annotated for each in segmentations]
     if len(polygons) >= MIN_BOXES and all(bytes(each).count(b",") == 7 for each in polygons):  # boxes that are turned
         return [(photo, [msgspec.Raw(b"[]") for _ in segmentations]) for photo, segmentations in annotated]

@@ -158,7 +158,7 @@ def run_one(name: str, seed: int, options: argparse.Namespace) -> None:
 
 def evaluate(checkpoint: Path, config: trainer.Config, root: str, split: str) -> dict[str, list[float]]:
     """Returns each metric of a set's photos, at their own size."""
-    cutter = load(checkpoint, config.device)
+    cutter = load(checkpoint, config.device, config.image_size)  # one look, as for all rows of docs/ablation.md
     dataset = COCOPersonDataset(root, split, cutter.image_size)
     rows = evaluate_photos(cutter, dataset, range(len(dataset)), usable_cores())
     readable = [row for row in rows if isinstance(row, dict)]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cutting import persons
-from cutting.persons import continue_to_borders, keep_persons, label, largest_component
+from cutting.persons import connected_components, continue_to_borders, keep_persons, largest_component
 
 NO_PADDING = (0, 0, 0, 0)
 
@@ -32,7 +32,7 @@ def picture(*spots: tuple[slice, slice, float], size: int = 100) -> np.ndarray:
 
 def test_components_are_those_of_a_flood_fill():
     mask = np.random.default_rng(0).random((40, 30)) < 0.35
-    labels, areas = label(mask)
+    labels, areas = connected_components(mask)
     expected = flood_fill(mask)
     assert sorted(areas[1:]) == sorted(map(len, expected))
     assert areas.sum() == mask.size
