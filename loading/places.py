@@ -139,7 +139,10 @@ def split_lists(root: Path, words: Sequence[str]) -> list[Path]:
 
 def subfolders_by_name(root: Path) -> dict[str, Path]:
     """Returns the folders in a folder by their name in lower case."""
-    return {path.name.lower(): path for path in sorted(root.iterdir()) if path.is_dir()} if root.is_dir() else {}
+    if not root.is_dir():
+        return {}
+    with os.scandir(root) as entries:  # tells files from folders without asking the disk for each
+        return {name.lower(): root / name for name in sorted(entry.name for entry in entries if entry.is_dir())}
 
 
 def child(folder: Path, name: str) -> Path:
