@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_co
 from loading.annotations import DataError
 from loading.index import PersonIndex
 from loading.layout import DEFAULT_OPTIONS, DataOptions
-from loading.letterbox import letterbox, restore
+from loading.letterbox import letterbox, placement, restore, unpadded
 from loading.sources import Source, open_sources
 from loading.workers import signals_blocked, start_loader_worker, start_method
 
@@ -41,6 +41,8 @@ class COCOPersonDataset(Dataset):
         other_splits: of several roots, one that has one of these instead of the split is left out. Where the data have
             no split, they are the names of the training and the validation split, by default COCO's.
         options: how the data are to be read, where not as COCO's.
+        bars: what fills the squares' bars, and what the augmentations bring in from beyond them: "reflect", the photo
+            and its mask reflected, or "black", nothing.
 
     Raises:
         DataError: the data cannot be used, or the cache does not fit on the disk.
@@ -49,9 +51,9 @@ class COCOPersonDataset(Dataset):
     def __init__(
         self, root: str | Path, split: str, image_size: int = 384, augment: bool = False,
         store_metadata: bool = False, seed: int = 0, cache: bool = False, other_splits: Sequence[str] = (),
-        options: DataOptions = DEFAULT_OPTIONS,
+        options: DataOptions = DEFAULT_OPTIONS, bars: str = "reflect",
     ):  # fmt: skip
-        self.sources = open_sources(root, split, image_size, other_splits, options)  # one for each root
+        self.sources = open_sources(root, split, image_size, other_splits, options, bars)  # one for each root
         self._ends = [*accumulate(map(len, self.sources))]
         self.image_size, self.store_metadata, self.seed = image_size, store_metadata, seed
         self._epoch = torch.zeros((), dtype=torch.int64)
@@ -59,7 +61,7 @@ class COCOPersonDataset(Dataset):
         if augment:
             from loading.augmentation import Augmenter  # its imports take a second, which an evaluation does without
 
-            self._augment = Augmenter()
+            self._augment = Augmenter(bars)
         if cache:
             for source in self.sources:
                 source.use_cache()
@@ -105,6 +107,13 @@ class COCOPersonDataset(Dataset):
         """Returns the pixels of the largest annotation."""
         source, local_index = self._locate(index)
         return source.index.largest_person(local_index)
+
+    def own_pixels(self, indices: list[int]) -> torch.Tensor:
+        """Returns which pixels of squares that are not augmented are the photos' and not a bar's: bool (N, S, S)."""
+        own = np.zeros((len(indices), self.image_size, self.image_size), bool)
+        for square, (source, local_index) in zip(own, map(self._locate, indices), strict=True):
+            unpadded(square, placement(source.index.size(local_index), self.image_size)["padding"])[...] = True
+        return torch.from_numpy(own)
 
     def image_id(self, index: int) -> int:
         source, local_index = self._locate(index)
@@ -199,3 +208,9 @@ def batches(loader: PhotoLoader, epoch: int, first: int = 0) -> Iterator[torch.T
         loader.sampler.first = first * loader.batch_size
     with signals_blocked(loader):
         return iter(loader)
+
+
+def own_pixels(loader: PhotoLoader, number: int) -> torch.Tensor:
+    """Returns which pixels of a batch are the photos' own, and no bar's, where nothing is augmented: bool (N, S, S)."""
+    start = number * loader.batch_size
+    return loader.dataset.own_pixels([*islice(loader.sampler, start, start + loader.batch_size)])

@@ -30,7 +30,7 @@ from cutting.cutter import TRAINED, Cutter, load, resolve_model
 from cutting.edges import refine_alpha, to_opacity
 from datasets import COCOPersonDataset, DataError, letterbox
 from loading.layout import DataOptions
-from loading.letterbox import resize
+from loading.letterbox import resize, unpadded
 from loading.sources import data_roots
 from loading.workers import usable_cores
 from models import read_checkpoint
@@ -55,8 +55,10 @@ def main(options: argparse.Namespace) -> None:
     with distributed.process_group(options.device) as processes:
         cutter = load(options.checkpoint, str(processes.device), options.image_size)
         with distributed.local_rank0_first(processes):
+            # Its squares are for pictures only, and show the photo alone; the cutter makes its own.
             dataset = COCOPersonDataset(options.data_root, options.split, cutter.image_size,
-                                        other_splits=options.splits, options=options.data_options)  # fmt: skip
+                                        other_splits=options.splits, options=options.data_options,
+                                        bars="black")  # fmt: skip
         folder = Path(options.output) if options.output else default_folder(options)
         if processes.is_rank0:
             check_writable(folder)  # before the work, which may take an hour
@@ -123,8 +125,10 @@ def evaluate_photo(cutter: Cutter, dataset: COCOPersonDataset, index: int) -> di
     look = cutter.look([rgb])[0]
     alpha = refine_alpha(look.probabilities, look.square, look.metadata, rgb)
     opacity = to_opacity(alpha, None, 0.5, look.metadata["scale"])
+    fitted, metadata = letterbox(mask, cutter.image_size)
+    padding = metadata["padding"]  # only the photo's own pixels count
     scores = {
-        "network": compare_masks(look.first > 0.5, letterbox(mask, cutter.image_size)[0] > 0),
+        "network": compare_masks(unpadded(look.first, padding) > 0.5, unpadded(fitted, padding) > 0),
         "original": compare_masks(opacity > 127, mask > 0),  # predict.py --threshold 0.5, without its soft pixel
     }
     return {"index": index, "image_id": dataset.image_id(index), "file_name": dataset.file_name(index),
@@ -201,7 +205,8 @@ def write_files(result: dict, rows: list[dict], cutter: Cutter, dataset: COCOPer
 def find_persons(cutter: Cutter, dataset: COCOPersonDataset, index: int) -> np.ndarray:
     """Returns what a photo's cutout is made of, float32 (S, S), at the dataset's size whichever look was taken."""
     look = cutter.look([np.ascontiguousarray(dataset.original(index)[..., :3])])[0]
-    return resize(look.probabilities, (cutter.image_size, cutter.image_size))
+    own = dataset.own_pixels([index])[0].numpy()  # what is seen in a bar that goes on with the photo is not shown
+    return resize(look.probabilities, own.shape) * own
 
 
 def select_worst(rows: list[dict]) -> list[dict]:

@@ -289,6 +289,7 @@ def read_checkpoint(path: str | Path) -> dict:
     if not isinstance(content, dict) or not {"model", "config", "epoch"} <= content.keys() \
             or not isinstance(content["config"], dict):  # fmt: skip
         raise CheckpointError(f"{path} is not a checkpoint of this program: it holds no model, config and epoch")
+    content["config"].setdefault("bars", "black")  # what older versions knew alone
     return content
 
 

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P, or PYTHON
 
 import utils
 from cutting.cutter import BUNDLED
-from datasets import COCOPersonDataset, PhotoLoader, batches, make_loader
+from datasets import COCOPersonDataset, PhotoLoader, batches, make_loader, own_pixels
 from loading.layout import DataOptions
 from loading.sources import data_roots
 from loading.unreadable import SkipUnreadable, count_unreadable
@@ -77,6 +77,7 @@ class Config:
     negatives: str = ""  # FOLDER of photos without persons to train on too; data: those that the data have
     val_fraction: float = 0.1  # fraction of photos without a split to validate on; their names decide which
     image_size: int = 384  # pixels: side of the square that photos are fitted into
+    bars: str = "reflect"  # what fills the square beside a photo: the photo and its mask reflected, or black
     # --- batches
     batch_size: int = 32  # photos per process and batch
     grad_accum_steps: int = 1  # batches whose gradients are accumulated for each optimiser step
@@ -193,12 +194,14 @@ def validate(run: Run, loader: PhotoLoader, watch: Watch) -> dict[str, float]:
     progress = Progress(loader, "validation", run.processes.is_rank0)
     common = len(loader.dataset) // run.processes.world_size // loader.batch_size  # batches that every process has
     for number, batch in enumerate(progress.track(batches(loader, 0))):
-        for micro_batch in split_micro_batches([batch], run.micro_batches, loader.batch_size):
-            images, target = to_model_input(micro_batch.to(run.device, non_blocking=True))
+        parts = (split_micro_batches([part.to(run.device, non_blocking=True)], run.micro_batches, loader.batch_size)
+                 for part in (batch, own_pixels(loader, number)))  # fmt: skip
+        for micro_batch, own in zip(*parts, strict=True):
+            images, target = to_model_input(micro_batch)
             with autocast(run.device, run.amp_dtype):
                 raw = model(images)
             loss, terms = run.criterion(raw, target)
-            metrics.update(loss, terms, raw[:, 3] > 0, target[:, 3] > 0.5)
+            metrics.update(loss, terms, (raw[:, 3] > 0) & own, (target[:, 3] > 0.5) & own)
         if number < common:
             watch.between_steps()
     watch.after_steps()
@@ -247,6 +250,7 @@ def open_split(config: Config, is_training: bool) -> SkipUnreadable:
         cache=config.cache,
         other_splits=(config.train_split, config.val_split),
         options=data_options(config, is_training),
+        bars=config.bars,
     )
     return SkipUnreadable(dataset, is_training, config.max_unreadable_fraction, folder_of(config))
 
@@ -264,9 +268,7 @@ def start_run(config: Config, processes: Processes, checkpoint: resuming.Checkpo
     model = build_model(config, processes, is_new)
     amp_dtype = autocast_dtype(device, config.precision)
     micro_batches = 1
-    if device.type == "cuda":
-        # cuDNN tries all convolutions for the few shapes that batches have; the sample is over before that pays.
-        torch.backends.cudnn.benchmark = not config.sample
+    if device.type == "cuda":  # without cudnn.benchmark, for which an H200 compiled for minutes before the second step
         micro_batches = find_micro_batches(model, config.batch_size, config.image_size, device, amp_dtype)
     if needs_sync_batchnorm(processes, config.batch_size // micro_batches, config.image_size):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)

@@ -113,7 +113,7 @@ def colour_loss(colours: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 def near_contour(mask: Tensor) -> Tensor:
     """Returns 1 where both sides of the contour of masks (N, H, W) lie within 2 % of their width, else 0.
 
-    The border of the square is no contour; where a letterbox's bar cuts a person off is one.
+    The border of the square is no contour; where a black bar of the letterbox cuts a person off is one.
     """
     reach = max(1, round(CONTOUR_FRACTION * mask.shape[-1]))
     fraction = mask[:, None]

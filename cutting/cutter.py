@@ -16,7 +16,7 @@ from PIL import Image
 
 import utils
 from cutting.edges import estimate_foreground, refine_alpha, to_opacity
-from cutting.persons import continue_to_borders, keep_persons, largest_component
+from cutting.persons import BAR_DEPTHS, continue_to_borders, keep_persons, largest_component
 from cutting.photos import open_photo
 from loading.letterbox import letterbox, to_rgba
 from models import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE, CheckpointError, UNetAutoencoder, model_weights, read_checkpoint
@@ -58,9 +58,8 @@ def load(
         size = config["image_size"] if image_size is None else image_size
         check_size(size)
         second_size = 2 * size if image_size is None and 2 * size <= MAX_IMAGE_SIZE else None
-        fades = config.get("bars", "black") == "black"  # what filled the letterbox in training
         return Cutter(model, size, torch.device(name), config.get("precision") != "float32",
-                      describe_model(path, content, size), second_size=second_size, fades_at_bars=fades,
+                      describe_model(path, content, size), second_size=second_size, bars=config["bars"],
                       foreground_only=foreground_only)  # fmt: skip
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         text = " ".join(str(error).split())[:160]  # PyTorch lists every tensor that is missing, a line each
@@ -129,12 +128,12 @@ class Cutter:
 
     def __init__(
         self, model: UNetAutoencoder, image_size: int, device: torch.device, use_float16: bool, description: str = "",
-        *, second_size: int | None = None, fades_at_bars: bool = True, foreground_only: bool = False,
+        *, second_size: int | None = None, bars: str = "reflect", foreground_only: bool = False,
     ):  # fmt: skip
         self.model = model.eval().to(device).to(memory_format=utils.memory_format(device))
         self.image_size, self.device, self.description = image_size, device, description
         self.second_size = second_size  # of the second look's square; None: one look at every photo
-        self.fades_at_bars = fades_at_bars  # whether the network takes the letterbox's bars for the end of persons
+        self.bars, self.bar_depth = bars, BAR_DEPTHS[bars]  # what filled the letterbox in the model's training
         self.foreground_only = foreground_only  # whether persons much smaller than the largest one are left out
         # Not bfloat16: its mantissa is shorter, and alpha near 1 would come in steps of 1/256 instead of 1/2048.
         self.amp_dtype = torch.float16 if use_float16 and device.type == "cuda" else None
@@ -168,14 +167,13 @@ class Cutter:
         return [self._keep_persons(look) for look in looks]
 
     def _look_at(self, photos: list[np.ndarray], size: int) -> list[Look]:
-        squares = [letterbox(photo, size) for photo in photos]
+        squares = [letterbox(photo, size, self.bars) for photo in photos]
         raw = self.probabilities([square for square, _ in squares]) if photos else ()
         return [self._continue(Look(alpha, *square, alpha)) for alpha, square in zip(raw, squares, strict=True)]
 
     def _continue(self, look: Look) -> Look:
-        if not self.fades_at_bars:
-            return look
-        return look._replace(probabilities=continue_to_borders(look.probabilities, look.metadata["padding"]))
+        padding = look.metadata["padding"]
+        return look._replace(probabilities=continue_to_borders(look.probabilities, padding, self.bar_depth))
 
     def _keep_persons(self, look: Look) -> Look:
         kept = keep_persons(look.probabilities, look.metadata["padding"], self.foreground_only)

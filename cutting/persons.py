@@ -13,7 +13,8 @@ from loading.letterbox import unpadded
 Padding = tuple[int, int, int, int]  # left, top, right, bottom, as in the metadata of `letterbox`
 
 # Chosen by measurement: docs/looks.md.
-BAR_ROWS, EDGE_ROWS = 6, 3  # that the network fades out beside a bar of the letterbox, and at the square's own edge
+BAR_DEPTHS = {"black": 6, "reflect": 0}  # rows that the network fades out beside a letterbox's bar, by its filling
+EDGE_DEPTH = 3  # at the square's own edge, beyond which convolutions see zeros
 GOES_ON = 0.4  # of the probability further in, halfway to the border: less where a person ends before it
 VISIBLE = 0.05  # probability above which a pixel is drawn, and belongs to a component
 SURE = 0.9  # probability that a person reaches somewhere, however small
@@ -27,17 +28,18 @@ def largest_component(probabilities: np.ndarray, padding: Padding) -> float:
     return float(areas[1:].max(initial=0) / areas.sum())
 
 
-def continue_to_borders(probabilities: np.ndarray, padding: Padding) -> np.ndarray:
+def continue_to_borders(probabilities: np.ndarray, padding: Padding, bar_depth: int) -> np.ndarray:
     """Returns the probabilities with persons continued to the borders of the photo that cut them.
 
-    A network that was trained with black bars has learned that persons end there: it fades out over the outermost
-    rows, as many at any size. They take at least the probability of the first row that does not fade.
+    A network fades out over the outermost rows, as many at any size: `bar_depth` of `BAR_DEPTHS` beside a bar, since
+    one that was trained with black bars has learned that persons end there. They take at least the probability of the
+    first row that does not fade.
     """
     continued = probabilities.copy()
     inside = unpadded(continued, padding)
     for rows, bar in zip((inside.T, inside, inside.T[::-1], inside[::-1]), padding, strict=True):
-        depth = BAR_ROWS if bar else EDGE_ROWS
-        if len(rows) > 2 * depth:
+        depth = max(bar_depth if bar else 0, EDGE_DEPTH - bar)
+        if 0 < 2 * depth < len(rows):
             goes_on = rows[depth // 2] >= GOES_ON * rows[depth]
             np.maximum(rows[:depth], goes_on * rows[depth], out=rows[:depth])
     return continued

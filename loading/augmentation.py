@@ -14,20 +14,21 @@ import albumentations as A
 import cv2
 import numpy as np
 
-from loading.letterbox import to_rgba
+from loading.letterbox import BARS, to_rgba
 
 
 def augmentations() -> list:
     """Returns the augmentations, applied in this order to the letterboxed square. Add or remove one by its line.
 
-    Any of albumentations' transforms may be one that keeps the photo's size and its dtype, uint8.
+    Any of albumentations' transforms may be one that keeps the photo's size and its dtype, uint8. One that brings in
+    what lies beyond the square takes `border_mode`, as below: otherwise it brings in black.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="ShiftScaleRotate is a special case of Affine")
         return [
             A.HorizontalFlip(p=0.5),
             A.RandomRotate90(p=0.02),
-            ShiftScaleRotate(shift_limit=0.0625, scale_limit=0.2, rotate_limit=15, p=0.5),
+            ShiftScaleRotate(shift_limit=0.0625, scale_limit=0.2, rotate_limit=15, border_mode=BARS["reflect"], p=0.5),
             A.RandomBrightnessContrast(brightness_limit=0.2, contrast_limit=0.2, p=0.3),
             A.HueSaturationValue(hue_shift_limit=10, sat_shift_limit=20, val_shift_limit=10, p=0.3),
             A.GaussianBlur(blur_limit=(3, 5), p=0.1),
@@ -50,10 +51,17 @@ class ShiftScaleRotate(A.ShiftScaleRotate):
 
 
 class Augmenter:
-    """Applies `augmentations()` to a square photo and its mask; the result depends on them and on the seed only."""
+    """Applies `augmentations()` to a square photo and its mask; the result depends on them and on the seed only.
 
-    def __init__(self) -> None:
-        self._transforms = A.Compose(augmentations(), mask_interpolation=cv2.INTER_LINEAR)
+    Beyond the square lies what the list says, or, where `bars` is "black", nothing.
+    """
+
+    def __init__(self, bars: str = "reflect") -> None:
+        transforms = augmentations()
+        for transform in transforms:
+            if bars == "black" and hasattr(transform, "border_mode"):  # as older checkpoints were trained
+                transform.border_mode = BARS[bars]
+        self._transforms = A.Compose(transforms, mask_interpolation=cv2.INTER_LINEAR)
         # One pair of generators for the whole list: set_random_seed() would give each transform the same seed, so
         # that a photo that is flipped would always be rotated as well.
         self._np_bits, self._py_rng = np.random.PCG64(), random.Random()

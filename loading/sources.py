@@ -20,7 +20,7 @@ from loading.layout import (
     find_layout,
     negative_layout,
 )
-from loading.letterbox import fitted_size, letterbox, placement, to_rgba, unpadded
+from loading.letterbox import fitted_size, letterbox, pad, placement, to_rgba, unpadded
 from loading.reading import read_photo
 from loading.workers import usable_cores
 
@@ -32,10 +32,11 @@ class Source:
         layout: where they lie; a DataError if they cannot be used.
         image_size: the side of the squares in pixels.
         name: what the photo folder is called in lists.
+        bars: what fills the squares' bars, one of `BARS`.
     """
 
-    def __init__(self, layout: Layout, image_size: int, name: str):
-        self.layout, self.image_size, self.name = layout, image_size, name
+    def __init__(self, layout: Layout, image_size: int, name: str, bars: str = "reflect"):
+        self.layout, self.image_size, self.name, self.bars = layout, image_size, name, bars
         self.root, self.photos = layout.root, layout.photos
         self.index = index_of(layout)
         self.cache: PhotoCache | None = None
@@ -70,12 +71,10 @@ class Source:
         """Returns the letterboxed photo, uint8 (S, S, 3), its mask (S, S), 0 or 255, and `letterbox`'s metadata."""
         size, cached = self.image_size, self.cache.get(local_index) if self.cache is not None else None
         if cached is None:
-            photo, metadata = letterbox(self.photo(local_index), size)
-            return photo, letterbox(self.index.alpha(local_index), size)[0], metadata
+            photo, metadata = letterbox(self.photo(local_index), size, self.bars)
+            return photo, letterbox(self.index.alpha(local_index), size, self.bars)[0], metadata
         metadata = placement(self.index.size(local_index), size)
-        photo, mask = np.zeros((size, size, 3), np.uint8), np.zeros((size, size), np.uint8)
-        for square, fitted in zip((photo, mask), cached, strict=True):
-            unpadded(square, metadata["padding"])[...] = fitted
+        photo, mask = (pad(fitted, metadata["padding"], self.bars) for fitted in cached)
         return photo, mask, metadata
 
     def use_cache(self) -> None:
@@ -98,8 +97,9 @@ class Source:
 
 
 def open_sources(
-    root: str | Path, split: str, image_size: int, splits: Sequence[str] = (), options: DataOptions = DEFAULT_OPTIONS
-) -> list[Source]:
+    root: str | Path, split: str, image_size: int, splits: Sequence[str] = (),
+    options: DataOptions = DEFAULT_OPTIONS, bars: str = "reflect",
+) -> list[Source]:  # fmt: skip
     """Returns a source for each root that has the split, in the order given; the others must have another of `splits`.
 
     Raises:
@@ -122,7 +122,7 @@ def open_sources(
                             "that show nobody")  # fmt: skip
         layouts.append(negative_layout(Path(name)))
     several = len(layouts) > 1 or several  # photos of two roots may have the same split and name
-    return [Source(each, image_size, str(each.photos) if several else each.photos.name) for each in layouts]
+    return [Source(each, image_size, str(each.photos) if several else each.photos.name, bars) for each in layouts]
 
 
 def shared_folders(train: Sequence[Source], val: Sequence[Source]) -> list[Path]:

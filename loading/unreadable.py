@@ -75,6 +75,16 @@ class SkipUnreadable(Dataset):
         """Returns the photos that this process and its workers could not read in this epoch so far."""
         return self._unreadable.nonzero().flatten().tolist()
 
+    def shown(self, index: int) -> int:
+        """Returns the index of the photo whose sample was given for an index."""
+        while self._unreadable[index]:
+            index = (index + 1) % len(self)
+        return index
+
+    def own_pixels(self, indices: list[int]) -> torch.Tensor:
+        """Returns which pixels of a validation batch are no bar's: bool (N, S, S), N photos that could be read."""
+        return self.dataset.own_pixels([index for index in indices if not self._unreadable[index]])
+
     def __getitem__(self, index: int) -> torch.Tensor:
         """Returns the sample of a photo, or of the next one that can be read; a DataError if too many cannot."""
         while (sample := self._read(index)) is None:

@@ -127,7 +127,7 @@ def save_random_model(path: Path, epoch: int = 1, change: Callable[[dict], objec
     from models import UNetAutoencoder
     from training import checkpoints
 
-    config = {"encoder": "resnet18", "use_attention": True, "image_size": 64}
+    config = {"encoder": "resnet18", "use_attention": True, "image_size": 64, "bars": "reflect"}
     state = UNetAutoencoder("resnet18", pretrained=False).state_dict()
     change(state)
     checkpoints.save({"epoch": epoch, "config": config, "model": state, "metrics": {}}, path)

@@ -52,9 +52,13 @@ def test_a_sample_is_the_letterboxed_original_with_its_metadata(coco_root):
     for i, (sample, _) in enumerate(samples):
         assert (sample.dtype, sample.shape) == (torch.uint8, (4, 96, 96))
         assert np.array_equal(sample.numpy(), letterbox(dataset.original(i), 96)[0].transpose(2, 0, 1))
-    assert samples[0][0][:, :, :12].max() == samples[0][0][:, :, 84:].max() == 0
     assert samples[0][1] == {"image_id": 1, "file_name": FIRST, "original_size": (48, 64), "scale": 1.5,
                              "padding": (12, 0, 12, 0)}  # fmt: skip
+    black = COCOPersonDataset(coco_root, TRAIN, image_size=96, bars="black")
+    assert black[0][:, :, :12].max() == black[0][:, :, 84:].max() == 0
+    own = black.own_pixels([0])[0]
+    assert torch.equal(samples[0][0] * own, black[0])
+    assert (own.sum(), own[:, 12:84].all()) == (96 * 72, True)
 
 
 def test_a_sample_depends_on_seed_epoch_and_index_only(coco_root):

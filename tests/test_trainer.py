@@ -63,7 +63,8 @@ def test_help_shows_each_flag_with_its_comment_its_choices_and_no_empty_default(
 
 def other_value(name: str) -> object:
     """Returns a value that is allowed and not the default."""
-    default, others = FIELDS[name].default, {"encoder": "resnet50", "precision": "float32", "best_metric": "dice"}
+    default = FIELDS[name].default
+    others = {"bars": "black", "encoder": "resnet50", "precision": "float32", "best_metric": "dice"}
     if isinstance(default, str):
         return others.get(name, f"{default}_x")
     return not default if isinstance(default, bool) else default / 2 if isinstance(default, float) else default + 1
@@ -147,6 +148,13 @@ def test_workers_share_the_cores_of_the_machine(wanted, cores, processes, worker
     alone = dataclasses.replace(ALONE, local_world_size=processes)
     loaders = trainer.open_data(small(coco_root, "unused", num_workers=wanted), alone)
     assert [loader.num_workers for loader in loaders] == [workers, workers]
+
+
+def test_both_splits_have_the_bars_of_the_settings(coco_root):
+    for loader in trainer.open_data(small(coco_root, "unused", bars="black"), ALONE):
+        assert {source.bars for source in loader.dataset.dataset.sources} == {"black"}
+    expected = COCOPersonDataset(coco_root, "val2017", 32, bars="black")[0]
+    assert torch.equal(loader.dataset[0], expected)
 
 
 @pytest.mark.parametrize(("photos", "processes", "refused"), [(1, 1, True), (2, 1, False), (2, 2, True)])
@@ -305,7 +313,8 @@ def test_validation_is_the_mean_over_photos_and_changes_nothing(coco_root):
         for index in range(5):
             sample = dataset[index][None].float() / 255
             raw = model.eval()(sample[:, :3])
-            alpha, mask = raw[0, 3].numpy() > 0, sample[0, 3].numpy() == 1
+            own = dataset.own_pixels([index])[0].numpy()
+            alpha, mask = (raw[0, 3].numpy() > 0) & own, (sample[0, 3].numpy() == 1) & own
             ious.append((alpha & mask).sum() / (alpha | mask).sum())
             losses.append(criterion(raw, sample)[0].item())
     assert len(set(ious)) == 5

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
 import subprocess
@@ -23,6 +24,7 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
+import albumentations
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it is in tools/ that Python looks
@@ -32,6 +34,7 @@ from cutting.cutter import load
 from datasets import COCOPersonDataset
 from evaluate import evaluate_photos
 from loading import augmentation
+from loading.augmentation import augmentations
 from loading.workers import usable_cores
 from tools.benchmark import machine
 from training.checkpoints import LAST
@@ -75,12 +78,19 @@ ROWS = {
     "no_contour": Row("contour_weight 0", "--contour-weight 0"),
     "no_colour": Row("colour_weight 0", "--colour-weight 0"),
     "no_attention": Row("no attention gates", "--no-use-attention"),
-    # --- augmentations
+    # --- squares, augmentations
+    "black_bars": Row("black bars, in which nobody is", "--bars black"),
     "no_copy_paste": Row("copy_paste 0", "--copy-paste 0"),
     "copy_paste_all": Row("copy_paste 1", "--copy-paste 1"),
     "no_rotation": Row("no RandomRotate90", transforms={"RandomRotate90": {"p": 0.0}}),
     "zoom": Row("scale_limit (-0.2, 1), shift_limit 0.2, p 0.8", transforms={
         "ShiftScaleRotate": {"shift_limit": 0.2, "scale_limit": (-0.2, 1.0), "rotate_limit": 15, "p": 0.8},
+    }),
+    "wide": Row("zoom from 0.6 to 2.5, light and colours change further, 5 % grey", transforms={
+        "ShiftScaleRotate": {"shift_limit": 0.2, "scale_limit": (-0.4, 1.5), "rotate_limit": 15, "p": 0.9},
+        "RandomBrightnessContrast": {"brightness_limit": (-0.5, 0.3), "contrast_limit": 0.4, "p": 0.5},
+        "HueSaturationValue": {"hue_shift_limit": 20, "sat_shift_limit": 40, "val_shift_limit": 20, "p": 0.4},
+        "ToGray": {"p": 0.05},
     }),
     "colours": Row("brightness, contrast and colours change twice as far, twice as often", transforms={
         "RandomBrightnessContrast": {"brightness_limit": 0.4, "contrast_limit": 0.4, "p": 0.6},
@@ -130,20 +140,23 @@ def transforms_of(name: str) -> dict[str, dict]:
 
 
 def edited_augmentations(arguments: dict[str, dict]) -> list:
-    """Returns the list of loading/augmentation.py as if its lines had these arguments, by the transform's name."""
-    transforms = augmentation.augmentations()
+    """Returns the list of loading/augmentation.py as if its lines had these arguments, by the transform's name.
+
+    Transforms of albumentations that the list does not have come after its own.
+    """
+    transforms, missing = augmentations(), dict(arguments)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # as the list itself does
-        for index, kind in enumerate(map(type, transforms)):
-            if kind.__name__ in arguments:
-                transforms[index] = kind(**arguments[kind.__name__])
-    return transforms
+        for index, transform in enumerate(transforms):
+            own = {name: getattr(transform, name) for name in ("border_mode",) if hasattr(transform, name)}
+            if changed := missing.pop(type(transform).__name__, None):
+                transforms[index] = type(transform)(**own | changed)
+        return transforms + [getattr(albumentations, name)(**changed) for name, changed in missing.items()]
 
 
 def run_one(name: str, seed: int, options: argparse.Namespace) -> None:
     """Trains a row, evaluates it on each set, and writes its result file."""
-    transforms = edited_augmentations(transforms_of(name))
-    augmentation.augmentations = lambda: transforms
+    augmentation.augmentations = functools.partial(edited_augmentations, transforms_of(name))
     Path(options.folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="run_") as folder:
         config = config_of(name, seed, options, folder)

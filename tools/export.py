@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import importlib.util
 import logging
 import os
@@ -175,10 +176,10 @@ def check_loss(exported: onnx.ModelProto, reduced: onnx.ModelProto, dataset: COC
 
 def mean_iou(model: onnx.ModelProto, dataset: COCOPersonDataset) -> float:
     session, metrics = open_session(model), SegmentationMetrics()
-    for batch in DataLoader(dataset):
-        images, target = to_model_input(batch)
+    for index, batch in enumerate(DataLoader(dataset)):
+        (images, target), own = to_model_input(batch), dataset.own_pixels([index])
         (rgba,) = session.run(None, {"images": images.numpy()})
-        metrics.update(torch.from_numpy(rgba[:, 3]), target[:, 3])
+        metrics.update(torch.from_numpy(rgba[:, 3]) * own, target[:, 3] * own)
     return metrics.compute()["iou"]
 
 
@@ -206,9 +207,10 @@ def main(options: argparse.Namespace) -> None:
         raise UserError(f"{', '.join(missing)} must be installed first: pip install -r requirements-dev.txt")
     cutter, checkpoint = load(options.checkpoint, "cpu"), read_checkpoint(resolve_model(options.checkpoint))
     model, size = cutter.model, cutter.image_size
-    dataset = COCOPersonDataset(options.data_root, options.split, size) if options.data_root else None
+    open_split = functools.partial(COCOPersonDataset, options.data_root, image_size=size, bars=cutter.bars)
+    dataset = open_split(options.split) if options.data_root else None
     if options.precision == "int8":
-        calibration = COCOPersonDataset(options.data_root, options.calibration_split, size)
+        calibration = open_split(options.calibration_split)
     noise = torch.rand(CHECKED_PHOTOS, 3, 6, 9, generator=torch.Generator().manual_seed(0))
     photos = functional.interpolate(noise, (size, size), mode="bilinear")
     if dataset is not None:

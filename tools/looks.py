@@ -37,11 +37,12 @@ HEAD = "| row | IoU | boundary | <1 % | 1 to 10 % | >10 % | fade at bars | at ed
 
 def rows(cutter: Cutter) -> dict[str, dict[str, Any]]:
     """Returns what each row changes: attributes of the cutter, of cutting.cutter or of cutting.persons."""
-    one_look, specks_stay = {"second_size": None}, {"keep_persons": lambda probabilities, *_: probabilities}
+    one_look, unchanged = {"second_size": None}, lambda probabilities, *_: probabilities
+    specks_stay, borders_stay = {"keep_persons": unchanged}, {"continue_to_borders": unchanged}
     wide = {"has_small_persons": lambda look: persons.largest_component(look[0], look[2]["padding"]) < 0.1}
     return {
         "as it is": {},
-        "as it was: one look, specks and borders stay": {**one_look, **specks_stay, "fades_at_bars": False},
+        "as it was: one look, specks and borders stay": {**one_look, **specks_stay, **borders_stay},
         "one look": one_look,
         **{f"second look below {part:.0%}": {"SMALL_PERSONS": part} for part in (0.05, 0.2)},
         "second look where nobody is found too": wide,
@@ -49,7 +50,7 @@ def rows(cutter: Cutter) -> dict[str, dict[str, Any]]:
         "specks stay": specks_stay,
         **{f"sure from {sure}": {"SURE": sure} for sure in (0.8, 0.95)},
         **{f"specks below {part:.1%} of the photo": {"SMALL_SPECK": part} for part in (0, 0.003)},
-        "borders stay": {"fades_at_bars": False},
+        "borders stay": borders_stay,
         "who ends near a border is continued too": {"GOES_ON": 0},
     }
 

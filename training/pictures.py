@@ -161,12 +161,13 @@ def preview(
     model: UNetAutoencoder, dataset: SkipUnreadable, device: torch.device, amp_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
     """Returns targets and predictions of a few photos of a data set, the same ones every time, for `save_sheet`."""
-    indices = np.linspace(0, len(dataset) - 1, min(PREVIEW_PHOTOS, len(dataset)), dtype=int)
-    images, targets = to_model_input(torch.stack([dataset[int(index)] for index in indices]).to(device))
+    indices = np.linspace(0, len(dataset) - 1, min(PREVIEW_PHOTOS, len(dataset)), dtype=int).tolist()
+    images, targets = to_model_input(torch.stack([dataset[index] for index in indices]).to(device))
     model.eval()
     with autocast(device, amp_dtype):  # one at a time: the memory may not hold them all
         predictions = torch.cat([model.predict(image) for image in images.split(1)])
-    return targets.cpu(), predictions.cpu()
+    own = dataset.own_pixels([*map(dataset.shown, indices)])[:, None]  # bars would be taken for the photo
+    return targets.cpu() * own, predictions.cpu() * own
 
 
 def save_sheet(targets: Tensor, predictions: Tensor, path: Path, labels: Sequence[str] = ()) -> None:

@@ -26,8 +26,8 @@ NEWEST = "newest"  # what a bare --resume means
 NOT_RESTORED = ("resume", "checkpoint_dir", "run_name", "device")
 # Settings that a resumed run must share with the one before it, or it would be another run.
 SAME_WHEN_RESUMED = (
-    *("encoder", "use_attention", "image_size", "train_split", "val_split", "category", "mask_values", "val_fraction"),
-    *("sample", "seed", "restart_period", "restart_mult", "grad_accum_steps"),
+    *("encoder", "use_attention", "image_size", "bars", "train_split", "val_split", "category", "mask_values"),
+    *("val_fraction", "sample", "seed", "restart_period", "restart_mult", "grad_accum_steps"),
 )
 DATA_FIELDS = ("data_root", "annotations", "photos", "masks")  # one explicit flag stands for all: data may have moved
 INIT_ONLY = ("pretrained", "encoder_weights", "start_from")  # what a run began from cannot change later
@@ -171,7 +171,7 @@ def resume_message(checkpoint: Checkpoint, settings: dict, defaults: dict, world
     return text + (f"; from the checkpoint, and not from the defaults: {', '.join(kept)}" if kept else "")
 
 
-MODEL_FIELDS = ("encoder", "use_attention", "image_size")  # settings that trained weights need again
+MODEL_FIELDS = ("encoder", "use_attention", "image_size", "bars")  # settings that trained weights need again
 
 
 def settings_of(path: Path) -> dict:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from loading.letterbox import BARS
 from models import ENCODERS, MAX_IMAGE_SIZE, MIN_IMAGE_SIZE
 from training.command_line import OneLineParser, UsageError, expand_home, flag
 from utils import SCORES
@@ -109,7 +110,10 @@ def field_help(settings: type) -> dict[str, tuple[str, str]]:
     return help_texts
 
 
-CHOICES = {"encoder": ENCODERS, "precision": ("auto", "float32", "bfloat16"), "best_metric": tuple(SCORES)}
+CHOICES = {
+    "bars": tuple(BARS), "encoder": ENCODERS, "precision": ("auto", "float32", "bfloat16"),
+    "best_metric": tuple(SCORES),
+}  # fmt: skip
 LIMITS = {  # smallest and largest value of each number
     "image_size": (MIN_IMAGE_SIZE, MAX_IMAGE_SIZE), "batch_size": (1, 65536), "grad_accum_steps": (1, 65536),
     "copy_paste": (0, 1), "num_workers": (0, 1024), "val_fraction": (0.001, 0.999),

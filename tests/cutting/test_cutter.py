@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -52,12 +53,26 @@ def test_what_is_no_photo_is_refused(tmp_path, cut):
         cut(Image.open(path))
 
 
+@pytest.mark.parametrize("bars", ["reflect", "black"])
 @pytest.mark.parametrize(("size", "side"), [(None, 64), (32, 32), (100, 100)])  # the checkpoint's, smallest, no power
-def test_the_network_sees_the_letterboxed_photo(stub, small_checkpoint, size, side):
+def test_the_network_sees_the_letterboxed_photo(stub, small_checkpoint, tmp_path, size, side, bars):
     seen = []
     stub(lambda red: seen.append(red) or torch.zeros_like(red))
-    assert load(small_checkpoint, "cpu", size)(PICTURE).shape == (50, 70, 4)
-    assert torch.equal(seen[0], torch.from_numpy(letterbox(PICTURE, side)[0][None, ..., 0]).float() / 255)
+    assert load(with_bars(small_checkpoint, bars, tmp_path), "cpu", size)(PICTURE).shape == (50, 70, 4)
+    assert torch.equal(seen[0], torch.from_numpy(letterbox(PICTURE, side, bars)[0][None, ..., 0]).float() / 255)
+
+
+def with_bars(checkpoint: Path, bars: str | None, folder: Path) -> Path:
+    """Returns a checkpoint of a model that was trained with such bars; None: of a version that did not know them."""
+    content = read_checkpoint(checkpoint)
+    del content["config"]["bars"]
+    torch.save(content | {"config": content["config"] | ({"bars": bars} if bars else {})}, folder / "a.pth")
+    return folder / "a.pth"
+
+
+def test_unknown_bars_are_refused(small_checkpoint, tmp_path):
+    with pytest.raises(CheckpointError, match="mean"):
+        load(with_bars(small_checkpoint, "mean", tmp_path), "cpu")
 
 
 @pytest.fixture
@@ -118,9 +133,9 @@ def test_no_square_is_larger_than_the_network_takes(stub, small_checkpoint, monk
     assert load(small_checkpoint, "cpu").look([bright(60)])[0].size == 64
 
 
-@pytest.mark.parametrize(("config", "last_row"), [({}, 255), ({"bars": "black"}, 255), ({"bars": "mean"}, 57)])
-def test_persons_are_continued_to_the_border_if_the_network_fades_at_bars(
-    tmp_path, small_checkpoint, stub, config, last_row
+@pytest.mark.parametrize(("bars", "last_row"), [(None, 255), ("black", 255), ("reflect", 57)])  # None: an old one
+def test_persons_are_continued_to_the_border_if_the_network_was_trained_with_black_bars(
+    tmp_path, small_checkpoint, stub, bars, last_row
 ):
     def fade(red: torch.Tensor) -> torch.Tensor:
         alpha = torch.ones_like(red)
@@ -128,9 +143,7 @@ def test_persons_are_continued_to_the_border_if_the_network_fades_at_bars(
         return alpha
 
     stub(fade)
-    content = read_checkpoint(small_checkpoint)
-    torch.save(content | {"config": content["config"] | config}, tmp_path / "a.pth")
-    alpha = load(tmp_path / "a.pth", "cpu")(np.full((32, 64, 3), 99, np.uint8))[..., 3]
+    alpha = load(with_bars(small_checkpoint, bars, tmp_path), "cpu")(np.full((32, 64, 3), 99, np.uint8))[..., 3]
     assert (alpha[-1] == last_row).all()  # 0.2 / 0.9 of 255 is 56.7
     assert (alpha[:-2] == 255).all()
 

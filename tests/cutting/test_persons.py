@@ -100,15 +100,25 @@ def test_a_person_cut_by_a_border_is_continued_to_it(side):
         depth = 6 if start else 3
         expected[start : start + depth, 20:40] = FADING[depth]
         before = np.rot90(square, side).copy()
-        found = continue_to_borders(before, (start, 0, start, 0) if side % 2 else (0, start, 0, start))
-        np.testing.assert_array_equal(found, np.rot90(expected, side))
+        padding = (start, 0, start, 0) if side % 2 else (0, start, 0, start)
+        np.testing.assert_array_equal(continue_to_borders(before, padding, 6), np.rot90(expected, side))
+        without = continue_to_borders(before, padding, 0)  # bars that nothing fades at
+        np.testing.assert_array_equal(without, np.rot90(square if start else expected, side))
         np.testing.assert_array_equal(before, np.rot90(square, side))  # not modified
+
+
+def test_beside_a_bar_thinner_than_the_fade_of_an_edge_the_rest_of_it_is_continued():
+    square = np.full((64, 64), 0.97, np.float32)
+    square[1:3] = 0.6  # a bar of one row, and two rows that fade
+    continued = continue_to_borders(square, (0, 1, 0, 1), 0)
+    np.testing.assert_array_equal(continued[1:3], square[3:5])
 
 
 def test_who_ends_before_a_border_or_grows_towards_it_is_left_alone():
     square = np.zeros((64, 64), np.float32)
     square[12:40, 5:15] = 0.97  # ends 4 pixels before a bar
     square[8:40, 30:40] = np.linspace(1, 0.5, 32, dtype=np.float32)[:, None]
-    np.testing.assert_array_equal(continue_to_borders(square, (0, 8, 0, 8)), square)
+    np.testing.assert_array_equal(continue_to_borders(square, (0, 8, 0, 8), 6), square)
     low = np.random.default_rng(2).random((64, 64), np.float32)
-    np.testing.assert_array_equal(continue_to_borders(low, (0, 27, 0, 27))[:, 3:-3], low[:, 3:-3])  # ten rows: too few
+    continued = continue_to_borders(low, (0, 27, 0, 27), 6)  # ten rows: too few
+    np.testing.assert_array_equal(continued[:, 3:-3], low[:, 3:-3])

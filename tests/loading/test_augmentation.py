@@ -32,6 +32,16 @@ def test_the_augmentations_are_the_six_by_name():
     assert [type(transform).__name__ for transform in augmentations()] == names.split()
 
 
+@pytest.mark.parametrize("bars", ["reflect", "black"])
+def test_what_lies_beyond_a_square_of_white_is_white_as_in_a_mirror_or_black(bars):
+    white, moved = np.full((96, 96, 3), 255, np.uint8), 0
+    for seed in range(20):
+        photo, mask = Augmenter(bars)(white, white[..., 0], [seed])
+        moved += (mask == 0).any()
+        assert photo[mask == 255].min() > 100 if bars == "reflect" else photo[mask == 0].max(initial=0) < 100
+    assert (moved > 4) if bars == "black" else moved == 0
+
+
 @pytest.mark.filterwarnings("ignore:ShiftScaleRotate")
 @pytest.mark.parametrize(
     "more", [{"fill": (10, 20, 30), "fill_mask": 255}, {"fill": 7}, {"border_mode": cv2.BORDER_REFLECT_101}]

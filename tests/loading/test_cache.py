@@ -44,9 +44,10 @@ def photos_read(monkeypatch) -> list[str]:
     return names
 
 
-@pytest.mark.parametrize("size", [32, 77])
-def test_augmented_samples_and_metadata_are_those_without_a_cache(coco_root, size):
-    plain, kept = (COCOPersonDataset(coco_root, TRAIN, size, True, True, cache=cache) for cache in (False, True))
+@pytest.mark.parametrize(("size", "bars"), [(32, "black"), (77, "reflect")])
+def test_augmented_samples_and_metadata_are_those_without_a_cache(coco_root, size, bars):
+    plain, kept = (COCOPersonDataset(coco_root, TRAIN, size, True, True, cache=cache, bars=bars)
+                   for cache in (False, True))  # fmt: skip
     for epoch in range(2):
         for dataset in (plain, kept):
             dataset.set_epoch(epoch)

@@ -19,13 +19,22 @@ def centre(mask: np.ndarray) -> np.ndarray:
     [(640, 480, 384, 0.6, (0, 48, 0, 48)), (333, 500, 384, 0.768, (64, 0, 64, 0)), (100, 50, 200, 2.0, (0, 50, 0, 50)),
      (384, 384, 384, 1, (0, 0, 0, 0)), (1000, 3, 64, 0.064, (0, 31, 0, 32)), (1, 90, 64, 64 / 90, (31, 0, 32, 0))],
 )  # fmt: skip
-def test_letterbox_fits_centres_and_pads_with_zeros(width, height, size, scale, padding):
-    square, metadata = letterbox(np.full((height, width, 3), 255, np.uint8), size)
+def test_letterbox_fits_and_centres_and_black_bars_are_zeros(width, height, size, scale, padding):
+    square, metadata = letterbox(np.full((height, width, 3), 255, np.uint8), size, "black")
     assert metadata == {"original_size": (width, height), "scale": pytest.approx(scale), "padding": padding}
     left, top, right, bottom = padding
     expected = np.zeros((size, size, 3), np.uint8)
     expected[top : size - bottom, left : size - right] = 255
     assert np.array_equal(square, expected)
+
+
+@pytest.mark.parametrize("shape", [(48, 64), (5, 64), (64, 20)])  # bars wider than the photo: mirrored many times
+def test_bars_go_on_with_the_photo_and_its_mask_as_in_a_mirror(shape):
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 4), dtype=np.uint8)
+    image[..., 3] = np.where(image[..., 3] > 127, 255, 0)
+    square, metadata = letterbox(image, 64)  # at its own size
+    left, top, right, bottom = metadata["padding"]
+    assert np.array_equal(square, np.pad(image, ((top, bottom), (left, right), (0, 0)), mode="reflect"))
 
 
 @pytest.mark.parametrize("channels", [(), (1,), (3,), (4,)])
@@ -49,7 +58,7 @@ def test_the_content_comes_back_undistorted_and_in_its_place(shape):
     disc = np.hypot(xs - width * 2 // 5, ys - height * 9 // 20) < min(shape) // 4
     smooth = [30 + 200 * xs / width, 30 + 200 * ys / height, 30 + 100 * (xs + ys) / sum(shape)]
     image = np.dstack([*smooth, 255 * disc]).round().astype(np.uint8)
-    square, metadata = letterbox(image, 384)
+    square, metadata = letterbox(image, 384, "black")
     back, small = restore(square, metadata), square[..., 3]
     left, top, right, bottom = metadata["padding"]
     scale = np.array([384 - left - right, 384 - top - bottom]) / shape[::-1]

@@ -42,7 +42,7 @@ def test_each_row_changes_a_setting_or_a_transform():
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["zoom", "no_rotation", "colours"])
+@pytest.mark.parametrize("name", ["zoom", "no_rotation", "colours", "wide"])
 def test_a_rows_transforms_make_other_samples(name, coco_root, monkeypatch):
     before = augmented(coco_root)
     transforms = ablation.edited_augmentations(ablation.transforms_of(name))

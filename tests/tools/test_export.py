@@ -112,8 +112,8 @@ def test_the_file_says_what_a_consumer_needs(exported):
     (opset,) = (str(entry.version) for entry in model.opset_import if entry.domain == "")
     metadata = file.get_modelmeta().custom_metadata_map
     del metadata["silueta"]
-    assert metadata == {"image_size": "64", "encoder": "resnet18", "use_attention": "True", "epoch": "1",
-                        "precision": "float32", "opset": opset}  # fmt: skip
+    assert metadata == {"image_size": "64", "encoder": "resnet18", "use_attention": "True", "bars": "reflect",
+                        "epoch": "1", "precision": "float32", "opset": opset}  # fmt: skip
 
 
 @pytest.mark.parametrize(("precision", "limit"), [("float32", 1e-4), ("int8", 0.02)])

@@ -17,7 +17,8 @@ def test_the_table_measures_each_row_and_leaves_no_change_behind(coco_root, smal
     before, measured = [getattr(*constant) for constant in CONSTANTS], []
 
     def measure(cutter: cutters.Cutter, *_: object) -> list[float]:
-        measured.append((cutter.second_size, cutter.fades_at_bars, *(getattr(*constant) for constant in CONSTANTS)))
+        continues = cutters.continue_to_borders is persons.continue_to_borders
+        measured.append((cutter.second_size, continues, *(getattr(*constant) for constant in CONSTANTS)))
         return [0.25] * 9
 
     monkeypatch.chdir(coco_root.parent)
@@ -54,10 +55,11 @@ def test_both_looks_are_averaged_in_the_second_alone(small_checkpoint, stub):
         assert look.probabilities == pytest.approx(np.full((size, size), expected))
 
 
-def test_a_fade_is_what_alpha_lacks_at_the_borders_that_persons_touch(small_checkpoint, stub):
+def test_a_fade_is_what_alpha_lacks_at_the_borders_that_persons_touch(small_checkpoint, stub, monkeypatch):
     stub(lambda red: (red > 0.5) * 0.95)
     cutter = load(small_checkpoint, "cpu")
-    cutter.fades_at_bars, cutter.second_size = False, None
+    cutter.second_size = None
+    monkeypatch.setattr(cutters, "continue_to_borders", lambda probabilities, *_: probabilities)
     rgba = np.zeros((64, 128, 4), np.uint8)
     rgba[30:, 20:60] = 255  # touches the lower border alone, beside a bar
     assert [*looks.fades(cutter, rgba)] == [(True, pytest.approx(0, abs=0.01))]

@@ -42,7 +42,7 @@ def test_it_cuts_like_the_trained_one_from_half_the_bytes(trained):
     photo = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     alphas = [load(path, device="cpu").probabilities([photo])[0] for path in (checkpoint, bundled)]
     assert np.abs(alphas[0] - alphas[1]).max() < 0.01
-    assert set(torch.load(bundled, weights_only=True)["config"]) == {"encoder", "use_attention", "image_size"}
+    assert set(torch.load(bundled, weights_only=True)["config"]) == {"encoder", "use_attention", "image_size", "bars"}
     assert SECRET.encode() not in bundled.read_bytes()
     run(checkpoint, "--image-size", "96")
     assert load(bundled, device="cpu").image_size == 96

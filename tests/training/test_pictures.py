@@ -119,8 +119,18 @@ def test_a_preview_is_of_the_same_few_photos_and_in_eval_mode():
             assert not self.training
             return torch.cat([1 - images, images[:, :1]], dim=1)
 
-    photos = [torch.full((4, 32, 32), number, dtype=torch.uint8) for number in range(51)]
+    class Photos(list):
+        def shown(self, index: int) -> int:
+            return index
+
+        def own_pixels(self, indices: list[int]) -> torch.Tensor:
+            return (torch.arange(32) < 30).expand(len(indices), 32, 32)
+
+    photos = Photos(torch.full((4, 32, 32), number, dtype=torch.uint8) for number in range(51))
     targets, predictions = pictures.preview(Inverted(), photos, torch.device("cpu"), None)
+    assert not targets[..., 30:].any()  # bars
+    assert not predictions[..., 30:].any()
+    targets, predictions = targets[..., :30], predictions[..., :30]
     assert (targets[:, :, 0, 0] * 255).tolist() == [[number] * 4 for number in (0, 10, 20, 30, 40, 50)]
     assert torch.equal(predictions[:, :3], 1 - targets[:, :3])
-    assert len(pictures.preview(Inverted(), photos[:2], torch.device("cpu"), None)[0]) == 2
+    assert len(pictures.preview(Inverted(), Photos(photos[:2]), torch.device("cpu"), None)[0]) == 2

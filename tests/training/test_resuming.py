@@ -14,7 +14,7 @@ import trainer
 from models import CheckpointError, UNetAutoencoder
 from trainer import Config
 from training import checkpoints, resuming, run_info
-from training.resuming import ResumeError, find_checkpoint, merge_settings, resume_message
+from training.resuming import ResumeError, find_checkpoint, merge_settings, resume_message, settings_of
 from training.run import REQUIRED
 
 DEFAULTS = dataclasses.asdict(Config())
@@ -67,6 +67,15 @@ def test_a_setting_that_a_checkpoint_lacks_has_its_default_and_a_foreign_one_is_
     checkpoints.save(content, tmp_path / "last.pth")
     now = merge_settings(find_checkpoint(tmp_path, "newest", DEFAULTS), DEFAULTS | {"copy_paste": 0.25}, ())
     assert now == DEFAULTS | {"contour_weight": 0.0}
+
+
+def test_a_checkpoint_that_knows_no_bars_was_trained_with_black_ones(tmp_path):
+    config = {name: value for name, value in DEFAULTS.items() if name != "bars"}
+    checkpoints.save({name: {} for name in REQUIRED} | {"config": config}, tmp_path / "last.pth")
+    found = find_checkpoint(tmp_path, "newest", DEFAULTS)
+    assert merge_settings(found, DEFAULTS, ())["bars"] == settings_of(tmp_path / "last.pth")["bars"] == "black"
+    with pytest.raises(ResumeError, match="bars black and cannot go on with reflect"):
+        merge_settings(found, DEFAULTS, ("bars",))
 
 
 def test_all_settings_that_cannot_change_are_refused_at_once():
