@@ -18,7 +18,7 @@ def test_it_is_small_and_holds_only_what_a_prediction_needs():
     assert BUNDLED.stat().st_size <= 8_000_000
     content = read_checkpoint(BUNDLED)
     assert content.keys() == {"epoch", "config", "model", "metrics"}
-    assert content["config"] == {"encoder": "mobilenet_v2", "use_attention": True, "image_size": 352, "bars": "black"}
+    assert content["config"] == {"encoder": "mobilenet_v2", "use_attention": True, "image_size": 352, "bars": "reflect"}
 
 
 def test_it_keeps_the_person_of_a_portrait_and_cuts_away_the_rest():

@@ -107,7 +107,7 @@ def download(server, tmp_path, capsys, monkeypatch):
         server.requests.clear()
         code = run_command(["download_coco.py", "--root", str(tmp_path), "--url", f"{server.url}/", *flags])
         lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
-        return code, [line for line in lines if line.strip() and not re.search(r"\d+.*\[.*\]$", line)]
+        return code, [line for line in lines if line.strip() and not re.search(r"\d+.*\[.*\]\s*$", line)]
 
     return download
 

@@ -48,17 +48,31 @@ def test_it_cuts_like_the_trained_one_from_half_the_bytes(trained):
     assert load(bundled, device="cpu").image_size == 96
 
 
+def test_a_blend_is_the_mean_of_two_models_by_their_parts(trained, small_checkpoint, tmp_path):
+    other = torch.load(small_checkpoint, weights_only=True)
+    other["model"] = {name: value + 1 if value.is_floating_point() else value for name, value in other["model"].items()}
+    torch.save(other, tmp_path / "other.pth")
+    code, bundled = run(trained(), "--blend", str(tmp_path / "other.pth"), "0.25")
+    assert code == 0
+    expected = torch.load(small_checkpoint, weights_only=True)["model"]["encoder.stages.0.0.weight"] + 0.25
+    found = torch.load(bundled, weights_only=True)["model"]["encoder.stages.0.0.weight"]
+    assert torch.allclose(found.float(), expected, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("change", "arguments", "words"),
     [
         (lambda content: None, ["--image-size", "9"], "an image size of 9 is out of range"),
         (lambda content: next(iter(content["model"].values())).fill_(1e6), [], "beyond the range of float16"),
         (lambda content: content["config"].update(sample=True), [], "trained on drawings"),
+        (lambda content: None, ["--blend", "{checkpoint}", "half"], "a part of the weights between 0 and 1"),
+        (lambda content: None, ["--blend", "bundled.pth", "0.5"], "there is no checkpoint bundled.pth"),
         (lambda content: content["model"].update(more=torch.zeros(20_000_000)), [], "MB, more than 30"),
     ],
 )
 def test_what_cannot_be_bundled_gets_one_line_and_no_file(trained, capsys, change, arguments, words):
-    code, bundled = run(trained(change), *arguments)
+    checkpoint = trained(change)
+    code, bundled = run(checkpoint, *(text.format(checkpoint=checkpoint) for text in arguments))
     assert code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("make_bundled.py: error: ")
