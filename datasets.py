@@ -14,7 +14,7 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, default_collate
 
 from loading.annotations import DataError
 from loading.index import PersonIndex
@@ -160,6 +160,7 @@ class PhotoLoader(DataLoader):
     dataset: Any  # a COCOPersonDataset, or SkipUnreadable with one
     batch_size: int
     sampler: range | ResumableSampler
+    batch_sampler: BatchSampler  # yields the indices of each batch
 
 
 def make_loader(
@@ -208,9 +209,3 @@ def batches(loader: PhotoLoader, epoch: int, first: int = 0) -> Iterator[torch.T
         loader.sampler.first = first * loader.batch_size
     with signals_blocked(loader):
         return iter(loader)
-
-
-def own_pixels(loader: PhotoLoader, number: int) -> torch.Tensor:
-    """Returns which pixels of a batch are the photos' own, and no bar's, where nothing is augmented: bool (N, S, S)."""
-    start = number * loader.batch_size
-    return loader.dataset.own_pixels([*islice(loader.sampler, start, start + loader.batch_size)])

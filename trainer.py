@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P, or PYTHON
 
 import utils
 from cutting.cutter import BUNDLED
-from datasets import COCOPersonDataset, PhotoLoader, batches, make_loader, own_pixels
+from datasets import COCOPersonDataset, PhotoLoader, batches, make_loader
 from loading.layout import DataOptions
 from loading.sources import data_roots
 from loading.unreadable import SkipUnreadable, count_unreadable
@@ -193,9 +193,11 @@ def validate(run: Run, loader: PhotoLoader, watch: Watch) -> dict[str, float]:
     model, metrics = run.eval_model.eval(), EpochMetrics(run.criterion, run.device)
     progress = Progress(loader, "validation", run.processes.is_rank0)
     common = len(loader.dataset) // run.processes.world_size // loader.batch_size  # batches that every process has
-    for number, batch in enumerate(progress.track(batches(loader, 0))):
+    tracked = zip(progress.track(batches(loader, 0)), loader.batch_sampler, strict=True)
+    for number, (batch, indices) in enumerate(tracked):
+        own_pixels = loader.dataset.own_pixels(indices)  # what a bar shows is scored nowhere
         parts = (split_micro_batches([part.to(run.device, non_blocking=True)], run.micro_batches, loader.batch_size)
-                 for part in (batch, own_pixels(loader, number)))  # fmt: skip
+                 for part in (batch, own_pixels))  # fmt: skip
         for micro_batch, own in zip(*parts, strict=True):
             images, target = to_model_input(micro_batch)
             with autocast(run.device, run.amp_dtype):

@@ -10,13 +10,13 @@ import numpy as np
 BARS = {"reflect": cv2.BORDER_REFLECT_101, "black": cv2.BORDER_CONSTANT}
 
 
-def resize(image: np.ndarray, size: tuple[int, int], out: np.ndarray | None = None) -> np.ndarray:
-    """Resizes to (width, height), into `out` if given: averages where it shrinks by more than two, else linearly."""
+def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resizes to (width, height): averages where it shrinks by more than two, else linearly."""
     height, width = image.shape[:2]
-    if (width, height) == tuple(size) and out is None:
+    if (width, height) == tuple(size):
         return image
     shrinks = max(width / size[0], height / size[1]) > 2
-    return cv2.resize(image, size, dst=out, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
 
 def letterbox(image: np.ndarray, size: int, bars: str = "reflect") -> tuple[np.ndarray, dict]:
@@ -58,7 +58,7 @@ def fitted_size(original_size: tuple[int, int], size: int) -> tuple[int, int]:
 def pad(fitted: np.ndarray, padding: tuple[int, int, int, int], bars: str) -> np.ndarray:
     """Returns a square of what lies in it and of its padding (left, top, right, bottom); `bars` is one of `BARS`."""
     left, top, right, bottom = padding
-    return cv2.copyMakeBorder(fitted, top, bottom, left, right, BARS[bars], value=(0, 0, 0, 0))
+    return cv2.copyMakeBorder(fitted, top, bottom, left, right, BARS[bars])
 
 
 def unpadded(square: np.ndarray, padding: tuple[int, int, int, int]) -> np.ndarray:

@@ -148,7 +148,7 @@ def edited_augmentations(arguments: dict[str, dict]) -> list:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # as the list itself does
         for index, transform in enumerate(transforms):
-            own = {name: getattr(transform, name) for name in ("border_mode",) if hasattr(transform, name)}
+            own = {"border_mode": transform.border_mode} if hasattr(transform, "border_mode") else {}
             if changed := missing.pop(type(transform).__name__, None):
                 transforms[index] = type(transform)(**own | changed)
         return transforms + [getattr(albumentations, name)(**changed) for name, changed in missing.items()]
