@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import Mock
 
 import cv2
 import numpy as np
@@ -220,11 +219,15 @@ def test_a_mistake_is_one_line(download, flags, words):
     assert words in line
 
 
+def find_the_disk_full(descriptor: int) -> None:
+    raise OSError(28, "No space left on device")  # one for each thread, which each write their photo's name into it
+
+
 def test_a_full_disk_is_one_line_and_leaves_nothing_half(download, tmp_path, monkeypatch):
     download("--limit", "1")
     before = photos_in(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(utils, "fsync", Mock(side_effect=OSError(28, "No space left on device")))
+        patch.setattr(utils, "fsync", find_the_disk_full)
         code, (line,) = download()
     assert code == 2
     assert re.search(rf"error: {tmp_path}/.*\.jpg cannot be written: No space left on device$", line)
