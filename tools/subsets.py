@@ -1,13 +1,16 @@
-"""Makes a data set of a COCO-format one: photos held out of a split, crops around one person each, or many copies.
+"""Makes a data set of a COCO-format one: photos held out of a split, some of one kind, crops, or many copies.
 
     python tools/subsets.py hold-out data/more train2017 200 data/parted
     python tools/subsets.py portraits data/parted val2017 100 data/portraits/train2017
     python tools/subsets.py portraits data/coco val2017 43 data/portraits/val2017
+    python tools/subsets.py few data/coco train2017 20 data/vehicles/train2017 --category car,bus,truck
+    python tools/subsets.py few data/coco train2017 20 data/dinners/train2017 --beside "dining table"
     python tools/subsets.py copies data/coco train2017 118287 data/large
 
-data/parted then holds annotations and links to the photos: 200 in val2017, all others in train2017. data/portraits
-holds photos/ and masks/ of each split: what somebody may have who has few photos of one kind. data/large is of COCO's
-size, for `tools/benchmark.py start`: the same photos, by hard links, and annotations under new names and numbers.
+data/parted then holds annotations and links to the photos: 200 in val2017, all others in train2017. data/portraits,
+crops around one person each, and data/vehicles and data/dinners hold photos/ and masks/ of each split: what somebody
+may have who has few photos of one kind. data/large is of COCO's size, for `tools/benchmark.py start`: the same
+photos, by hard links, and annotations under new names and numbers.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import json
 import os
 import sys
 from collections import defaultdict
+from collections.abc import Collection, Iterator
 from hashlib import sha256
 from pathlib import Path
 
@@ -26,6 +30,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it is in tools/ that Python looks
 
 from datasets import COCOPersonDataset
+from loading.annotations import split_names
+from loading.layout import DEFAULT_OPTIONS, DataOptions
 from training.command_line import OneLineParser, run_cli
 from utils import UserError, atomic_write, counted
 
@@ -60,19 +66,41 @@ def split_by_name(content: dict, number: int) -> dict[str, dict]:
 
 def portraits(content: dict, options: argparse.Namespace) -> str:
     """Writes a crop around the tallest person of each photo, and its mask. Returns what was made."""
-    dataset, boxes = COCOPersonDataset(options.root, options.split), tallest_persons(content)
-    indices = [index for index in range(len(dataset)) if dataset.image_id(index) in boxes]
-    if not 0 < options.number <= len(indices):
-        photos = f"{counted(len(indices), 'photo')} of a person of {MIN_HEIGHT} pixels or more"
-        raise UserError(f"{options.number} portraits cannot be made: {options.root} has {photos}")
-    (options.output / "photos").mkdir(parents=True)
-    (options.output / "masks").mkdir()
-    for index in indices[: options.number]:
-        rgba, name = dataset.original(index), f"{dataset.image_id(index):012d}"
-        rgba = rgba[crop_around(boxes[dataset.image_id(index)], *rgba.shape[:2])]
-        save(cv2.cvtColor(rgba, cv2.COLOR_RGBA2BGR), options.output / "photos" / f"{name}.jpg")
-        save(rgba[..., 3], options.output / "masks" / f"{name}.png")
+    boxes = tallest_persons(content)
+    what = f"of a person of {MIN_HEIGHT} pixels or more"
+    for rgba, image_id, output in chosen_photos(options, DEFAULT_OPTIONS, boxes, what):
+        save_pair(rgba[crop_around(boxes[image_id], *rgba.shape[:2])], output, image_id)
     return f"{counted(options.number, 'portrait')} in {options.output}"
+
+
+def few(content: dict, options: argparse.Namespace) -> str:
+    """Writes photos of a category, or those that show others beside it, and their masks. Returns what was made."""
+    wanted, beside = DEFAULT_OPTIONS._replace(category=options.category), split_names(options.beside)
+    ids = {category["id"] for category in content["categories"] if category["name"] in beside}
+    shown = {annotation["image_id"] for annotation in content["annotations"]
+             if annotation["category_id"] in ids or not beside}  # fmt: skip
+    for rgba, image_id, output in chosen_photos(options, wanted, shown, f"of {options.category}"):
+        save_pair(rgba, output, image_id)
+    return f"{counted(options.number, 'photo')} in {options.output}"
+
+
+def chosen_photos(
+    options: argparse.Namespace, wanted: DataOptions, image_ids: Collection[int], what: str
+) -> Iterator[tuple[np.ndarray, int, Path]]:
+    """Yields the first photos among some with their masks, as RGBA, their ids, and the output folder, which it makes.
+
+    Raises:
+        UserError: there are fewer than are to be made.
+    """
+    dataset = COCOPersonDataset(options.root, options.split, options=wanted)
+    indices = [index for index in range(len(dataset)) if dataset.image_id(index) in image_ids]
+    if not 0 < options.number <= len(indices):
+        photos = f"{counted(len(indices), 'photo')} {what}"
+        raise UserError(f"{options.number} {options.kind} cannot be made: {options.root} has {photos}")
+    for folder in ("photos", "masks"):
+        (options.output / folder).mkdir(parents=True)
+    for index in indices[: options.number]:
+        yield dataset.original(index), dataset.image_id(index), options.output
 
 
 def copies(content: dict, options: argparse.Namespace) -> str:
@@ -115,12 +143,18 @@ def crop_around(box: list[float], height: int, width: int) -> tuple[slice, slice
     return slice(int(top), min(height, bottom)), slice(int(left), min(width, right))
 
 
-KINDS = {"hold-out": hold_out, "portraits": portraits, "copies": copies}
+KINDS = {"hold-out": hold_out, "portraits": portraits, "few": few, "copies": copies}
+
+
+def save_pair(rgba: np.ndarray, output: Path, image_id: int) -> None:
+    """Writes RGBA as a photo and its mask."""
+    save(cv2.cvtColor(rgba, cv2.COLOR_RGBA2BGR), output / "photos" / f"{image_id:012d}.jpg")
+    save(rgba[..., 3], output / "masks" / f"{image_id:012d}.png")
 
 
 def save(pixels: np.ndarray, path: Path) -> None:
     with atomic_write(path) as file:
-        file.write(cv2.imencode(path.suffix, pixels, [cv2.IMWRITE_JPEG_QUALITY, 95])[1])
+        file.write(cv2.imencode(path.suffix, pixels)[1])
 
 
 def main(argv: list[str]) -> None:
@@ -130,6 +164,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("split", help="its photo folder")
     parser.add_argument("number", type=int, help="photos to hold out, portraits to make, or photos in all")
     parser.add_argument("output", type=Path, help="the folder to make")
+    person = DEFAULT_OPTIONS.category
+    parser.add_argument("--category", default=person, help="of few: what the masks are of (%(default)s); several: a,b")
+    parser.add_argument("--beside", default="", metavar="A,B", help="of few: only photos that show one of these too")
     options = parser.parse_args(argv)
     annotations = options.root / "annotations" / f"instances_{options.split}.json"
     if not annotations.is_file():

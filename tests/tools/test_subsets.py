@@ -76,6 +76,26 @@ def test_portraits_can_be_trained_on_and_have_the_masks_of_the_whole_photos(coco
         assert np.abs(photo.astype(int) - rgba[..., :3]).mean() < 10
 
 
+def test_few_photos_are_of_a_category_or_show_another_one_beside_it(coco_root, tmp_path):
+    path = coco_root / "annotations/instances_train2017.json"
+    content = json.loads(path.read_text())
+    kites = sorted(photo["id"] for photo in content["images"])[-4:]
+    kite = {"category_id": 77, "iscrowd": 0, "bbox": [0, 0, 9, 9], "segmentation": [[0, 0, 9, 0, 9, 9, 0, 9]]}
+    content["categories"].append({"id": 77, "name": "kite"})
+    content["annotations"] += [kite | {"id": 900 + image_id, "image_id": image_id} for image_id in kites]
+    path.write_text(json.dumps(content))
+    whole = COCOPersonDataset(coco_root, "train2017", 64)
+    persons = {f"{whole.image_id(i):012d}": whole.alpha(i) for i in range(len(whole)) if whole.image_id(i) in kites}
+    few = ["few", str(coco_root), "train2017"]
+    subsets.main([*few, str(len(persons)), str(tmp_path / "persons"), "--beside", "bird,kite"])
+    subsets.main([*few, "4", str(tmp_path / "kites"), "--category", "kite"])
+    expected = {"persons": persons, "kites": {f"{image_id:012d}": np.full((9, 9), 255) for image_id in kites}}
+    for name, masks in expected.items():
+        made = {mask.stem: cv2.imread(str(mask), 0) for mask in (tmp_path / name / "masks").iterdir()}
+        assert made.keys() == masks.keys() == {photo.stem for photo in (tmp_path / name / "photos").iterdir()}
+        assert all(made[stem].sum() == mask.sum() for stem, mask in masks.items())
+
+
 @pytest.mark.parametrize(
     ("kind", "root", "number", "output", "message"),
     [
