@@ -226,7 +226,7 @@ def _noise(census: Census, is_lossy: bool, is_colour: bool) -> float:
     """Returns how far a value may be from the one that it stands for."""
     if not is_lossy and len(census.values) <= MANY_VALUES:
         return 0.0
-    return COLOUR_NOISE if is_colour else NOISE * float(np.ptp(census.values))
+    return COLOUR_NOISE if is_colour else NOISE * float(np.ptp(census.values[census.values != OTHERS]))
 
 
 def _chosen(census: Census, wanted: str, two: tuple[float, ...], is_colour: bool, noise: float, has: str) -> MaskRule:
