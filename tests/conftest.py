@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import pytest
-from helpers import ROOT, SHARED, save_random_model, sharpen, write_split
+from helpers import ROOT, save_random_model, sharpen, write_split
 from reaper import pids_with
 
 if TYPE_CHECKING:  # PyTorch takes seconds, which a test that needs none does not wait
@@ -35,22 +35,23 @@ def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
 
 
+def shared(name: str) -> Path:
+    """Returns a file or folder of genuine data beside the project; skips the test where it is absent."""
+    path = ROOT.parent / "shared" / name
+    if not path.exists():
+        pytest.skip(f"there is no {path}")
+    return path
+
+
 @pytest.fixture(scope="session")
 def shared_coco() -> Path:
-    """Genuine COCO photos; skipped where they are absent."""
-    folder = SHARED / "coco"
-    if not folder.is_dir():
-        pytest.skip(f"no genuine COCO photos at {folder}")
-    return folder
+    return shared("coco")
 
 
 @pytest.fixture(scope="session")
 def shared_weights() -> Path:
-    """ImageNet weights of mobilenet_v2; skipped where they are absent."""
-    path = SHARED / "weights" / "mobilenet_v2.pth"
-    if not path.is_file():
-        pytest.skip(f"no ImageNet weights at {path}")
-    return path
+    """ImageNet weights of mobilenet_v2."""
+    return shared("weights/mobilenet_v2.pth")
 
 
 @pytest.fixture
@@ -139,9 +140,8 @@ def stub(monkeypatch):
     from models import UNetAutoencoder
 
     def stub(alpha: Callable = torch.ones_like) -> None:
-        def predicted(_model: UNetAutoencoder, images: torch.Tensor) -> torch.Tensor:
-            return torch.cat([images, alpha(images[:, 0])[:, None]], dim=1)
-
-        monkeypatch.setattr(UNetAutoencoder, "predict", predicted)
+        monkeypatch.setattr(
+            UNetAutoencoder, "predict", lambda _, images: torch.cat([images, alpha(images[:, 0])[:, None]], dim=1)
+        )
 
     return stub

@@ -10,7 +10,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
+from types import ModuleType
 
 import cv2
 import numpy as np
@@ -19,7 +21,6 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared"
 
 # --- COCO-format data -------------------------------------------------------------------------------------
 
@@ -56,20 +57,15 @@ def _persons(photo: np.ndarray, image_id: int, first_id: int) -> list[dict]:
         {"segmentation": compressed_rle(blob), "iscrowd": 0},
     ]
     chosen = [kinds[image_id % 3], kinds[(image_id + 1) % 3]]
-    dog = {"segmentation": [[1, 1, 9, 1, 9, 9]], "iscrowd": 0}
+    chosen.append({"segmentation": [[1, 1, 9, 1, 9, 9]], "iscrowd": 0})  # the dog
     shared = {"image_id": image_id, "area": 100.0, "bbox": [0, 0, 10, 10]}
-    persons = [{"id": first_id + n, "category_id": 1, **shared, **kind} for n, kind in enumerate(chosen)]
-    return [*persons, {"id": first_id + 2, "category_id": 18, **shared, **dog}]
+    return [{"id": first_id + n, "category_id": (1, 1, 18)[n], **shared, **kind} for n, kind in enumerate(chosen)]
 
 
 def uncompressed_rle(mask: np.ndarray) -> dict:
     """Returns COCO's run lengths, column by column and zeros first: counted out here, not by pycocotools."""
-    counts, value = [0], 0
-    for pixel in mask.T.ravel():
-        if pixel != value:
-            counts.append(0)
-            value = pixel
-        counts[-1] += 1
+    runs = [(value, len([*pixels])) for value, pixels in groupby(mask.T.ravel())]
+    counts = [0] * bool(runs[0][0]) + [length for _, length in runs]
     return {"counts": counts, "size": list(mask.shape)}
 
 
@@ -117,6 +113,16 @@ def refusal(call: Callable, *args: object) -> str:
         call(*args)
     assert len(str(caught.value).splitlines()) == 1
     return str(caught.value)
+
+
+def mistake(capsys: pytest.CaptureFixture, tool: ModuleType, *arguments: object) -> str:
+    """Returns the one line by which a program of tools/ refuses its arguments, without the program's name."""
+    capsys.readouterr()
+    program = tool.__name__.replace("tools.", "") + ".py"
+    assert tool.run_command([program, *map(str, arguments)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{program}: error: ")
+    return line.partition(": error: ")[2]
 
 
 # --- checkpoints, pictures, processes ---------------------------------------------------------------------

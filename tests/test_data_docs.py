@@ -15,7 +15,6 @@ from PIL import Image
 
 import trainer
 from loading import class_lists, foreign, places
-from loading.mask_values import parse_values
 
 TEXT = (ROOT / "docs" / "data.md").read_text()
 TABLE = TEXT.partition("## What trains as it is")[2].partition("- **Splits.**")[0]
@@ -96,6 +95,7 @@ def test_every_layout_opens_as_the_table_says(row, tmp_path, monkeypatch):
     has_split, trained = draw(Path("my/set"), row), {}
     config, _ = trainer.parse([*shlex.split(spans(row[3])[0]), "--val-fraction=0.3"])
     for data in (trainer.open_split(config, is_training).dataset for is_training in (True, False)):
+        assert not data.index.left_out
         for i, name in enumerate(data.path(i).stem for i in range(len(data))):
             assert trained.setdefault(name, data) is data
             mask, person = data.alpha(i) > 0, filled(NAMES.index(name))
@@ -109,8 +109,6 @@ def test_its_lists_converters_and_messages_are_the_programs():
     assert {*spans(TEXT.partition("; masks in")[2].partition("Other names")[0])} == {*places.MASK_FOLDERS}
     words = spans(TEXT.partition("that the data have are used.")[2].partition("others are named")[0])
     assert words == [word for synonyms in places.SPLIT_WORDS for word in synonyms]
-    forms = spans("".join(re.findall(r"(?m)^\| (`\d[^|]*) \|", TEXT)))
-    assert [len(parse_values(form, form.count(",") > 1)) for form in forms] == [1, 2, 1, 1, 1]
     commands = [command for *_, how in foreign.FORMATS for command in spans(how.format(root="my/set"))]
     assert all(f"`{text}`" in TEXT for text in [*commands, *class_lists.READERS])
     assert all(name in TEXT for name, *_ in foreign.FORMATS if name != "YOLO's labels")  # those are read

@@ -8,8 +8,6 @@ import os
 import signal
 import socket
 import warnings
-from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -86,8 +84,8 @@ def test_a_step_never_waits_for_the_gpu(precision):
             torch.cuda.set_sync_debug_mode("warn")
             loop.steps(number)
             torch.cuda.set_sync_debug_mode("default")
-        lines = [f"{w.filename}:{w.lineno}" for w in caught if "synchronizing CUDA" in str(w.message)]
-        counts.append(Counter(lines))
+        waits = [f"{w.filename}:{w.lineno}" for w in caught if "synchronizing CUDA" in str(w.message)]
+        counts.append(sorted(waits))
     assert counts[1] == counts[0]
 
 
@@ -100,6 +98,10 @@ class Breakable(LossCalculator):
         loss, terms = super().forward(raw, target)
         self.calls += 1
         return (loss * math.nan if self.calls in self.broken_calls else loss), terms
+
+
+def weights_of(run: Run) -> Tensor:
+    return torch.cat([value.detach().flatten() for value in run.model.parameters()])
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -122,10 +124,6 @@ def test_a_broken_step_is_skipped_and_counted_and_ten_in_a_row_end_the_run(preci
     criterion.broken_calls = range(criterion.calls + 1, criterion.calls + 16)
     with pytest.raises(BrokenNumbersError):
         loop.steps(15)
-
-
-def weights_of(run: Run) -> Tensor:
-    return torch.cat([value.detach().flatten() for value in run.model.parameters()])
 
 
 @needs_cuda
@@ -168,18 +166,8 @@ def test_predictions_are_those_of_a_cpu(photos):
     assert np.abs(own.probabilities(squares) - expected).mean() < 2e-3  # a CPU's float16 is 6e-4 apart
 
 
-@pytest.fixture
-def own_signals() -> Iterator[None]:
-    """A run that a signal stops leaves its handlers for a process that is about to end."""
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-@pytest.mark.usefixtures("own_signals")
 def test_a_run_that_sigterm_stops_goes_on_with_its_weights(photos, tmp_path, monkeypatch):
-    seed_rng = trainer.seed_rng
+    seed_rng, handlers = trainer.seed_rng, {number: signal.getsignal(number) for number in SIGNALS}
 
     def interrupting(device: torch.device, seed: int, epoch: int, step: int, rank: int) -> None:
         if (epoch, step) == (1, 1):
@@ -189,6 +177,8 @@ def test_a_run_that_sigterm_stops_goes_on_with_its_weights(photos, tmp_path, mon
     monkeypatch.setattr(trainer, "seed_rng", interrupting)
     with pytest.raises(Stopped) as stop:
         trainer.main(settings(photos, tmp_path / "run"))
+    for number, handler in handlers.items():  # it leaves its own for a process that is about to end
+        signal.signal(number, handler)
     path, content = newest_usable(tmp_path / "run")
     assert (stop.value.code, content["epoch"], content["step"]) == (143, 1, 2)
     run = trainer.start_run(settings(photos, tmp_path / "run"), Processes(DEVICE), (path, content))
@@ -226,12 +216,9 @@ def train_rank(rank: int, port: int, photos: Path, folder: Path) -> tuple[dict[s
         dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
         return Processes(DEVICE, **ranks)
 
-    with (
-        patch.object(distributed, "init_process", init_process),
-        patch.object(Breakable, "broken_calls", range(2, 2 + rank)),
-        patch.object(trainer, "LossCalculator", Breakable),
-        patch.object(trainer, "finish", lambda run, _folder: runs.append(run)),
-    ):
-        trainer.main(settings(photos, folder, batch_size=min(SHAPE[2], 8), num_epochs=1))
+    distributed.init_process, trainer.LossCalculator = init_process, Breakable
+    Breakable.broken_calls = range(2, 2 + rank)
+    trainer.finish = lambda run, _folder: runs.append(run)
+    trainer.main(settings(photos, folder, batch_size=min(SHAPE[2], 8), num_epochs=1))
     weights = {name: value.cpu().numpy() for name, value in runs[0].model.state_dict().items()}
     return weights, [row["skipped_steps"] for row in runs[0].history]

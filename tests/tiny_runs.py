@@ -7,10 +7,16 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
+import math
+import socket
+import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Container
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
@@ -20,6 +26,7 @@ from models import read_checkpoint
 from trainer import Config
 from training.checkpoints import BEST, HISTORY, LAST, RunFolder
 from training.command_line import flag
+from training.epoch_metrics import EpochMetrics
 from training.interruptions import Watch
 from training.run import Run
 from utils import LossCalculator, Processes
@@ -103,12 +110,42 @@ def script(monkeypatch, values: list[float], metric: str = "iou", before: Callab
     monkeypatch.setattr(trainer, "validate", scripted)
 
 
+def at_batch(patch: pytest.MonkeyPatch, number: int, action: Callable[[], object]) -> None:
+    """Calls `action` once so many batches, of training and validation, are computed."""
+    counted, update = itertools.count(1), EpochMetrics.update
+    patch.setattr(EpochMetrics, "update", lambda *args: (update(*args), action() if next(counted) == number else None))
+
+
+def spoil_losses(patch: pytest.MonkeyPatch, numbers: Container[int]) -> None:
+    """Makes the losses of these batches, counted from 1, infinite; their gradients stay finite."""
+    counted, forward = itertools.count(1), LossCalculator.forward
+
+    def spoiled(*args: object) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, terms = forward(*args)
+        return loss + (math.inf if next(counted) in numbers else 0), terms
+
+    patch.setattr(LossCalculator, "forward", spoiled)
+
+
 def unwatched(run: Run) -> Watch:
     """Returns a watch that no signal and no clock wakes."""
     return Watch(run, RunFolder("unused", 0), 0)
 
 
-# --- what a run leaves ------------------------------------------------------------------------------------
+def wait_for(path: Path, *processes: subprocess.Popen) -> None:
+    """Waits for a file; fails with what a process has printed if that ends before."""
+    end = time.monotonic() + HANG
+    while not path.exists():
+        for process in processes:
+            assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, f"there is no {path}"
+        time.sleep(0.02)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def history(run: Path) -> list[dict[str, str]]:
@@ -120,6 +157,12 @@ def history(run: Path) -> list[dict[str, str]]:
 def contents(folder: Path) -> dict[str, bytes]:
     """Returns the files of a run, but for the lock and those that are being written."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name[0] != "."}
+
+
+def position(path: Path) -> tuple[int, int]:
+    """Returns the epochs that a checkpoint has done, and the steps of the next one."""
+    content = read_checkpoint(path)
+    return content["epoch"], content["step"]
 
 
 def without_times(rows: list[dict]) -> list[dict]:
@@ -151,6 +194,16 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert same(*best)
     assert without_times(history(one)) == without_times(history(other))
     assert not list(one.glob("earlier_*"))
+
+
+def assert_measured_alone(run: Path, root: Path, model: nn.Module) -> None:
+    """Asserts that a run's best model, which is loaded into this one, has the metrics that one process measures."""
+    best, one = read_checkpoint(run / BEST), run_of(model)
+    model.load_state_dict(best["model"])
+    loader = trainer.make_loader(trainer.COCOPersonDataset(root, "val2017", 32), 2, 0, training=False)
+    metrics = trainer.validate(one, loader, unwatched(one))
+    assert metrics["images"] == 5
+    assert best["metrics"] == pytest.approx(metrics, abs=1e-6)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import pickle
 import pwd
-import random
 import re
 import shutil
 import sys
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,6 @@ import pytest
 import torch
 from helpers import add_person, edit, persons_of, refusal
 
-from datasets import COCOPersonDataset
 from loading import index as person_index
 from loading.index import PersonIndex
 from loading.layout import find_layout
@@ -33,10 +32,6 @@ def hide_photo_1(content: dict) -> None:  # the file keeps its length
         annotation["category_id"] = 8
 
 
-def drop_photo_1(content: dict) -> None:
-    content["annotations"] = [a for a in content["annotations"] if a["image_id"] != 1]
-
-
 def test_the_index_is_built_once_and_leaves_nothing_else_behind(coco_root, capsys, monkeypatch):
     index = open_index(coco_root)
     assert "Reading" in capsys.readouterr().out
@@ -48,21 +43,12 @@ def test_the_index_is_built_once_and_leaves_nothing_else_behind(coco_root, capsy
     assert len(pickle.dumps(again)) < 1000
 
 
-@pytest.mark.parametrize(
-    "change",
-    [lambda root: edit(root, hide_photo_1), lambda root: edit(root, drop_photo_1, keep_time=True),
-     lambda root: (root / TRAIN / FIRST).unlink()],
-    ids=["same length", "same time", "photo removed"],
-)  # fmt: skip
+@pytest.mark.parametrize("change", [lambda root: edit(root, hide_photo_1, keep_time=True),
+                                    lambda root: (root / TRAIN / FIRST).unlink()], ids=["annotations", "photos"])
 def test_the_index_follows_the_annotations_and_the_photos(coco_root, change):
-    (coco_root / TRAIN / FIRST).rename(coco_root / FIRST)
-    assert len(open_index(coco_root)) == 9
-    (coco_root / FIRST).rename(coco_root / TRAIN / FIRST)
-    assert len(open_index(coco_root)) == 10
     os.utime(coco_root / TRAIN, ns=(0, 0))
     path = open_index(coco_root).path
-    held = path.with_suffix(".held")
-    os.link(path, held)  # as another process has it open
+    os.link(path, held := path.with_suffix(".held"))  # as another process has it open
     before = held.read_bytes()
     change(coco_root)
     assert len(open_index(coco_root)) == 9
@@ -70,24 +56,16 @@ def test_the_index_follows_the_annotations_and_the_photos(coco_root, change):
 
 
 def test_a_change_while_the_annotations_are_read_is_not_missed(coco_root, monkeypatch):
-    def read_then_change(*args: object) -> object:
-        content = read_persons(*args)
-        edit(coco_root, hide_photo_1)
-        return content
-
-    read_persons = person_index.read_persons
-    monkeypatch.setattr(person_index, "read_persons", read_then_change)
-    open_index(coco_root)
-    monkeypatch.setattr(person_index, "read_persons", read_persons)
+    read = person_index.read_persons
+    with monkeypatch.context() as patch:
+        patch.setattr(person_index, "read_persons", lambda *args: (read(*args), edit(coco_root, hide_photo_1))[0])
+        open_index(coco_root)
     assert len(open_index(coco_root)) == 9
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [lambda good: good[: len(good) // 2], lambda good: b"", lambda good: random.Random(0).randbytes(len(good)),
-     lambda good: good.replace(b"fingerprint", b"fingerPRINT"), lambda good: good.replace(b"2.jpg", b"\xff.jpg")],
-    ids=["cut", "empty", "random", "in the header", "in the middle"],
-)  # fmt: skip
+@pytest.mark.parametrize("damage", [lambda good: good[: len(good) // 2],
+                                    lambda good: good.replace(b"fingerprint", b"fingerPRINT"),
+                                    lambda good: good.replace(b"2.jpg", b"\xff.jpg")])
 def test_a_damaged_index_is_built_again(coco_root, damage, capsys):
     index = open_index(coco_root)
     good = index.path.read_bytes()
@@ -98,13 +76,13 @@ def test_a_damaged_index_is_built_again(coco_root, damage, capsys):
 
 
 def test_an_older_index_is_built_again_without_a_complaint(coco_root, capsys):
-    index = open_index(coco_root)
-    content = torch.load(index.path, weights_only=True)
+    path = open_index(coco_root).path
+    content = torch.load(path, weights_only=True)
     del content["exif_applied"]
     content["fingerprint"]["version"] -= 1
-    torch.save(content, index.path)
+    torch.save(content, path)
     capsys.readouterr()
-    assert len(open_index(coco_root)) == 10
+    open_index(coco_root)
     assert re.fullmatch("Reading .*\n", capsys.readouterr().out)
 
 
@@ -127,10 +105,9 @@ def make_unwritable(root: Path) -> None:
 
 
 def test_unwritable_roots_keep_their_indexes_apart_in_the_cache_folder(coco_root, tmp_path, capsys):
+    make_unwritable(coco_root)
     other = shutil.copytree(coco_root, tmp_path / "other")
     edit(other, hide_photo_1, keep_time=True)  # to the byte count and the clock the same
-    for root in (coco_root, other):
-        make_unwritable(root)
     for root, length in [(coco_root, 10), (other, 9)] * 2:
         index = open_index(root)
         assert (len(index), index.path) == (length, person_index.index_candidates(root, TRAIN)[1])
@@ -163,19 +140,17 @@ def test_an_unusable_cache_folder_matters_only_where_it_is_needed(coco_root, mon
 
 
 def test_a_checksum_depends_on_every_photo_and_mask(coco_root, tmp_path):
+    def checksum(**changes: object) -> str:
+        torch.save(content | changes, tmp_path / "changed.index")
+        return PersonIndex(tmp_path / "changed.index").checksum()
+
     index = open_index(coco_root)
-    expected = index.checksum()
-    shutil.copy(index.path, tmp_path / "copy.index")
-    assert PersonIndex(tmp_path / "copy.index").checksum() == expected
     content = torch.load(index.path, weights_only=True)
-    for name in content["arrays"].keys() - {"largest"}:
-        for place in (0, -1):
-            changed = content["arrays"] | {name: content["arrays"][name].clone()}
-            changed[name].view(-1)[place] += 1
-            torch.save(content | {"arrays": changed}, tmp_path / "changed.index")
-            assert PersonIndex(tmp_path / "changed.index").checksum() != expected, name
-    torch.save(content | {"exif_applied": True}, tmp_path / "changed.index")
-    assert PersonIndex(tmp_path / "changed.index").checksum() != expected
+    assert checksum() == index.checksum() != checksum(exif_applied=True)
+    for name, place in product(content["arrays"].keys() - {"largest"}, (0, -1)):
+        array = content["arrays"][name].clone()
+        array.view(-1)[place] += 1
+        assert checksum(arrays=content["arrays"] | {name: array}) != index.checksum(), name
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the pages are found in /proc")
@@ -189,14 +164,3 @@ def test_all_processes_share_the_pages_of_an_open_index(coco_root):
     fields = [dict(re.findall(r"(\w+): +(\d+) kB", entry.split("VmFlags")[0])) for entry in mapped]
     assert sum(int(field["Rss"]) for field in fields) * 1024 > 0.9 * index.path.stat().st_size
     assert [field["Anonymous"] for field in fields] == ["0"]
-
-
-def test_a_missing_coco_is_named_with_the_ways_to_get_one(coco_root, tmp_path, monkeypatch):
-    assert "download" not in refusal(open_index, tmp_path / "nowhere")  # 20 GB into somebody's own folder
-    monkeypatch.chdir(tmp_path)
-    assert "`python tools/download_coco.py --root data/coco` fetches COCO" in refusal(open_index, Path("data/coco"))
-    shutil.rmtree(coco_root / TRAIN)
-    assert f"{coco_root / TRAIN} is missing" in refusal(COCOPersonDataset, coco_root, TRAIN)
-    (coco_root / TRAIN).mkdir()
-    message = refusal(COCOPersonDataset, coco_root, TRAIN)
-    assert f"(10 photos not on disk ({FIRST}, tried as {coco_root / TRAIN / FIRST}, ...))" in message

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_the_command_on_a_cpu_prints_a_line_a_check(start_process, tmp_path):
     tests, skipped, last = map(json.loads, printed.splitlines())
     assert (tests["check"], tests["ok"], tests["failed"]) == ("tests", True, [])
     assert len(tests["passed"]) >= 5
-    assert (skipped["check"], skipped["skipped"]) == ("compile", "it needs CUDA")
+    assert skipped == {"check": "compile", "ok": None, "skipped": "it needs CUDA"}
     assert (last["check"], last["ok"], last["failed"], last["skipped"]) == ("all", True, [], ["compile"])
     assert not list(tmp_path.glob("gpu_check_*"))
 
@@ -34,38 +34,30 @@ def test_the_command_on_a_cpu_prints_a_line_a_check(start_process, tmp_path):
 def test_every_measurement_works_on_a_cpu(tmp_path):
     setup = Setup(torch.device("cpu"), True, tmp_path)
     found = {name: check.work(setup) for name, check in CHECKS.items() if name not in ("tests", "compile")}
-    assert found["facts"]["usable_cores"] >= 1
     assert (found["step"]["ok"], found["step"]["images_per_second"].keys()) == (True, {"float32", "smp float32"})
-    assert len(found["epoch"]["images_per_second"]) == 1
     assert found["loader"]["photos_per_second"].keys() == {1}
-    assert found["predict"]["network"].keys() > {"half, batches of 8", "float32, batches of 1"}
     assert found["predict"]["file_to_file"].keys() == {"cutouts", "masks"}
 
 
-@pytest.mark.parametrize(
-    ("code", "limit", "found"),
-    [
-        ("open(path, 'w').write('{\"speed\": 7}')", 60, {"speed": 7}),
-        ("sys.exit('bad')", 60, {"ok": False, "error": "it ended with exit code 1", "last_line": "bad"}),
-        ("os.kill(os.getpid(), 9)", 60, {"ok": False, "error": "it ended with exit code -9", "last_line": ""}),
-        ("time.sleep(60)", 0.1, {"ok": False, "error": "it was not done after 0 s", "last_line": ""}),
-    ],
-)
+@pytest.mark.parametrize(("code", "limit", "found"), [
+    ("open(path, 'w').write('{\"speed\": 7}')", 60, {"speed": 7}),
+    ("sys.exit('bad')", 60, {"ok": False, "error": "it ended with exit code 1", "last_line": "bad"}),
+    ("time.sleep(60)", 0.1, {"ok": False, "error": "it was not done after 0 s", "last_line": ""}),
+])  # fmt: skip
 def test_a_process_that_fails_in_whatever_way_gives_a_line(tmp_path, code, limit, found):
-    command = [sys.executable, "-c", f"import os, sys, time; path = sys.argv[1]; {code}", str(tmp_path / "a.json")]
+    command = [sys.executable, "-c", f"import sys, time; path = sys.argv[1]; {code}", str(tmp_path / "a.json")]
     assert gpu_check.run_process(command, tmp_path / "a.json", limit) == found
 
 
 def test_a_failed_check_is_a_line_and_fails_the_command(monkeypatch, tmp_path, capsys):
     error = RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with ...")
-    check = gpu_check.Check(lambda setup: (_ for _ in ()).throw(error), 5)
+    check = gpu_check.Check(Mock(side_effect=error), 5)
     monkeypatch.setattr(gpu_check, "CHECKS", {"bad": check, "long": gpu_check.Check(dict, 10_000), "good": check})
     gpu_check.run_one("bad", Setup(torch.device("cpu"), True, tmp_path))
     failure = {"ok": False, "error": "RuntimeError: CUDA error: an illegal memory access was encountered"}
     assert json.loads((tmp_path / "bad.json").read_text()) == failure
     capsys.readouterr()
-    results = {"bad": failure, "good": {"speed": 7}}
-    monkeypatch.setattr(gpu_check, "run_process", lambda command, result, limit: {**results[Path(result).stem]})
+    monkeypatch.setattr(gpu_check, "run_process", Mock(side_effect=[dict(failure), {"speed": 7}]))
     assert gpu_check.main(["--device=cpu"]) == 1
     bad, long, good, last = map(json.loads, capsys.readouterr().out.splitlines())
     assert (bad["ok"], bad["error"], good["ok"], good["speed"]) == (False, failure["error"], True, 7)

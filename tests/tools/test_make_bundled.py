@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import mistake
 
 from cutting.cutter import load
 from tools import make_bundled
@@ -29,52 +30,44 @@ def trained(small_checkpoint, tmp_path, monkeypatch):
     return trained
 
 
-def run(checkpoint: Path, *arguments: str) -> tuple[int, Path]:
+def bundled(checkpoint: Path, *arguments: str) -> Path:
     output = checkpoint.with_name("bundled.pth")
-    return make_bundled.run_command(["make_bundled.py", str(checkpoint), "--output", str(output), *arguments]), output
+    assert make_bundled.run_command(["make_bundled.py", str(checkpoint), "--output", str(output), *arguments]) == 0
+    return output
 
 
 def test_it_cuts_like_the_trained_one_from_half_the_bytes(trained):
     checkpoint = trained()
-    code, bundled = run(checkpoint)
-    assert code == 0
-    assert bundled.stat().st_size < 0.6 * checkpoint.stat().st_size
+    made = bundled(checkpoint)
+    assert made.stat().st_size < 0.6 * checkpoint.stat().st_size
     photo = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    alphas = [load(path, device="cpu").probabilities([photo])[0] for path in (checkpoint, bundled)]
+    alphas = [load(path, device="cpu").probabilities([photo])[0] for path in (checkpoint, made)]
     assert np.abs(alphas[0] - alphas[1]).max() < 0.01
-    assert set(torch.load(bundled, weights_only=True)["config"]) == {"encoder", "use_attention", "image_size", "bars"}
-    assert SECRET.encode() not in bundled.read_bytes()
-    run(checkpoint, "--image-size", "96")
-    assert load(bundled, device="cpu").image_size == 96
+    assert set(torch.load(made, weights_only=True)["config"]) == {"encoder", "use_attention", "image_size", "bars"}
+    assert SECRET.encode() not in made.read_bytes()
+    assert load(bundled(checkpoint, "--image-size", "96"), device="cpu").image_size == 96
 
 
-def test_a_blend_is_the_mean_of_two_models_by_their_parts(trained, small_checkpoint, tmp_path):
-    other = torch.load(small_checkpoint, weights_only=True)
-    other["model"] = {name: value + 1 if value.is_floating_point() else value for name, value in other["model"].items()}
+def test_a_blend_is_the_mean_of_two_models_by_their_parts(trained, tmp_path):
+    checkpoint, name = trained(), "encoder.stages.0.0.weight"
+    other = torch.load(checkpoint, weights_only=True)
+    before = other["model"][name].clone()
+    other["model"][name] += 1
     torch.save(other, tmp_path / "other.pth")
-    code, bundled = run(trained(), "--blend", str(tmp_path / "other.pth"), "0.25")
-    assert code == 0
-    expected = torch.load(small_checkpoint, weights_only=True)["model"]["encoder.stages.0.0.weight"] + 0.25
-    found = torch.load(bundled, weights_only=True)["model"]["encoder.stages.0.0.weight"]
-    assert torch.allclose(found.float(), expected, atol=1e-3)
+    found = torch.load(bundled(checkpoint, "--blend", str(tmp_path / "other.pth"), "0.25"), weights_only=True)
+    assert torch.allclose(found["model"][name].float(), before + 0.25, atol=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("change", "arguments", "words"),
-    [
-        (lambda content: None, ["--image-size", "9"], "an image size of 9 is out of range"),
-        (lambda content: next(iter(content["model"].values())).fill_(1e6), [], "beyond the range of float16"),
-        (lambda content: content["config"].update(sample=True), [], "trained on drawings"),
-        (lambda content: None, ["--blend", "{checkpoint}", "half"], "a part of the weights between 0 and 1"),
-        (lambda content: None, ["--blend", "bundled.pth", "0.5"], "there is no checkpoint bundled.pth"),
-        (lambda content: content["model"].update(more=torch.zeros(20_000_000)), [], "MB, more than 30"),
-    ],
-)
+@pytest.mark.parametrize(("change", "arguments", "words"), [
+    (lambda content: None, ["--image-size", "9"], "an image size of 9 is out of range"),
+    (lambda content: None, ["--blend", "{checkpoint}", "half"], "a part of the weights between 0 and 1"),
+    (lambda content: next(iter(content["model"].values())).fill_(1e6), [], "beyond the range of float16"),
+    (lambda content: content["config"].update(sample=True), [], "trained on drawings"),
+    (lambda content: content["model"].update(more=torch.zeros(20_000_000)), [], "MB, more than 30"),
+])  # fmt: skip
 def test_what_cannot_be_bundled_gets_one_line_and_no_file(trained, capsys, change, arguments, words):
     checkpoint = trained(change)
-    code, bundled = run(checkpoint, *(text.format(checkpoint=checkpoint) for text in arguments))
-    assert code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("make_bundled.py: error: ")
-    assert words in line
-    assert not bundled.exists()
+    output = checkpoint.with_name("bundled.pth")
+    arguments = [text.format(checkpoint=checkpoint) for text in arguments]
+    assert words in mistake(capsys, make_bundled, checkpoint, f"--output={output}", *arguments)
+    assert not output.exists()

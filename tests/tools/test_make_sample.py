@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from unittest.mock import Mock
 
 import cv2
 import numpy as np
 import pytest
+from helpers import mistake
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from tools import make_sample
-from tools.make_sample import PERSON, SPLITS, draw_photo, draw_sample, segmentation
+from tools.make_sample import SPLITS, draw_photo, draw_sample, segmentation
 from utils import UserError
 
 TRAIN, VAL = 24, 4
@@ -50,47 +50,34 @@ def test_photos_vary_in_shape_and_people_in_number_size_and_place(photos):
     assert {photo.shape[0] > photo.shape[1] for photo, _ in photos} == {False, True}
     people = [masks for _, masks in photos]
     assert {0, 1, 2, 3} <= {len(masks) for masks in people}
-    assert 0 < sum(not masks for masks in people) < 0.15 * TRAIN
     fractions = [np.any(masks, axis=0).mean() for masks in people if masks]
-    assert min(fractions) > 0.03
-    assert 0.1 < np.median(fractions) < 0.5
-    assert max(fractions) > 2 * min(fractions)
+    assert 0.06 < 2 * min(fractions) < max(fractions)
     assert any(mask[:, 0].any() or mask[:, -1].any() for masks in people for mask in masks)  # cut off by the border
 
 
-def test_records_are_as_coco_writes_them(root):
-    image_ids = []
-    for split in SPLITS:
-        content = json.loads((root / "annotations" / f"instances_{split}.json").read_text())
-        sizes = {path.name: cv2.imread(path).shape[:2] for path in (root / split).iterdir()}
-        assert {image["file_name"]: (image["height"], image["width"]) for image in content["images"]} == sizes
-        assert len({record["id"] for record in content["annotations"]}) == len(content["annotations"])
-        assert content["categories"] == [{"id": PERSON, "name": "person"}]
-        image_ids += [image["id"] for image in content["images"]]
-    assert len({*image_ids}) == len(image_ids) == TRAIN + VAL
-
-
 def test_annotations_are_what_was_drawn(root, photos):
-    coco = COCO(root / "annotations" / "instances_train2017.json")
-    for image_id, (_, masks) in zip(sorted(coco.imgs), photos, strict=True):
-        for record, mask in zip(coco.loadAnns(coco.getAnnIds(image_id)), masks, strict=True):
+    train, val = (COCO(root / "annotations" / f"instances_{split}.json") for split in SPLITS)
+    assert (len(train.imgs), len(val.imgs), len(train.imgs | val.imgs)) == (TRAIN, VAL, TRAIN + VAL)
+    assert train.loadCats(train.getCatIds()) == [{"id": 1, "name": "person"}]
+    assert len(train.anns) == len(train.dataset["annotations"])  # each has an id of its own
+    for (image_id, image), (photo, masks) in zip(sorted(train.imgs.items()), photos, strict=True):
+        assert cv2.imread(root / SPLITS[0] / image["file_name"]).shape[:2] == (image["height"], image["width"])
+        assert photo.shape[:2] == (image["height"], image["width"])
+        for record, mask in zip(train.loadAnns(train.getAnnIds(image_id)), masks, strict=True):
             rows, columns = np.nonzero(mask)
             size = np.ptp(columns) + 1, np.ptp(rows) + 1
-            assert np.array_equal(coco.annToMask(record).astype(bool), mask)
+            assert np.array_equal(train.annToMask(record).astype(bool), mask)
             assert (record["area"], record["bbox"]) == (mask.sum(), [columns.min(), rows.min(), *size])
-    assert {type(record["segmentation"]) for record in coco.anns.values()} == {list, dict}
+    assert {type(record["segmentation"]) for record in train.anns.values()} == {list, dict}
 
 
 def test_outlines_lie_on_edges_of_the_photo(photos):
     """Grey levels change more across the outlines of people than across the same outlines moved away."""
     on, away = [], []
-    for photo, masks in photos:
-        if not masks:
-            continue
+    for photo, masks in ((photo, masks) for photo, masks in photos if masks):
         grey = np.float32(cv2.cvtColor(photo, cv2.COLOR_BGR2GRAY) if photo.ndim == 3 else photo)
-        change = np.hypot(cv2.Sobel(grey, cv2.CV_32F, 1, 0), cv2.Sobel(grey, cv2.CV_32F, 0, 1))
-        people = np.any(masks, axis=0).astype(np.uint8)
-        outline = cv2.morphologyEx(people, cv2.MORPH_GRADIENT, np.ones((3, 3))) > 0
+        change = np.hypot(*np.gradient(grey))
+        outline = cv2.morphologyEx(np.uint8(np.any(masks, axis=0)), cv2.MORPH_GRADIENT, np.ones((3, 3))) > 0
         on.append(change[outline].mean())
         away.append(max(change[np.roll(outline, move, (0, 1))].mean() for move in ((-5, 0), (5, 0), (0, -5), (0, 5))))
     assert np.mean(np.array(on) > away) > 0.9
@@ -102,7 +89,7 @@ ISLANDS[2:9, 3:8] = ISLANDS[4, 3:20] = ISLANDS[30:, 40:] = ISLANDS[0, 49] = True
 RAGGED = np.random.default_rng(0).uniform(size=(40, 50)) < 0.6  # with holes, and islands in holes
 
 
-@pytest.mark.parametrize("mask", [ISLANDS, RAGGED, ~RAGGED], ids=["islands", "ragged", "inverse"])
+@pytest.mark.parametrize("mask", [ISLANDS, RAGGED, ~RAGGED])
 def test_a_mask_survives_as_segmentation(mask):
     encoded = coco_mask.frPyObjects(segmentation(mask), *mask.shape)
     decoded = coco_mask.decode(coco_mask.merge(encoded) if isinstance(encoded, list) else encoded)
@@ -113,12 +100,11 @@ def test_a_second_call_changes_nothing(tmp_path, monkeypatch):
     root = draw_sample(tmp_path / "sample", 3, 1)
     (root / ".silueta").mkdir()  # the index of its photos
     before = {path: path.stat().st_mtime_ns for path in [root, *root.rglob("*")]}
-    monkeypatch.setattr(make_sample, "draw_photo", lambda *_: pytest.fail("it draws again"))
     assert draw_sample(root, 3, 1) == root
     assert before == {path: path.stat().st_mtime_ns for path in [root, *root.rglob("*")]}
     with pytest.raises(UserError, match="not this sample"):
         draw_sample(root, 3, 1, seed=1)
-    monkeypatch.setattr(make_sample, "VERSION", make_sample.VERSION + 1)
+    monkeypatch.setattr(make_sample, "VERSION", 0)
     with pytest.raises(UserError, match="not this sample"):
         draw_sample(root, 3, 1)
 
@@ -143,7 +129,5 @@ def test_the_command_fills_an_empty_folder_and_no_other(tmp_path, capsys, monkey
     monkeypatch.setattr(draw_sample, "__defaults__", (2, 1, 0))
     assert make_sample.run_command(["make_sample.py", "--root", str(tmp_path)]) == 0
     assert len(files_in(tmp_path)) == 2 + 1 + 3
-    for folder in (tmp_path / "train2017", "/proc/sample"):
-        assert make_sample.run_command(["make_sample.py", "--root", str(folder)]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("make_sample.py: error: ")
+    assert "is not empty" in mistake(capsys, make_sample, "--root", tmp_path / "train2017")
+    assert "/proc/sample cannot be" in mistake(capsys, make_sample, "--root", "/proc/sample")

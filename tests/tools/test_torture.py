@@ -22,12 +22,7 @@ def test_an_interrupted_training_ends_with_the_bits_of_an_undisturbed_one(tmp_pa
     for limit in ("SILENT_SECONDS", "ORPHAN_SECONDS"):
         monkeypatch.setattr(torture, limit, 600)  # a busy machine is slow
     results = torture.Results()
-    try:
-        torture.torture(tmp_path, KINDS, results, photos=(32, 8))
-    except torture.BrokenPromiseError as error:
-        outputs = [path.read_text() for path in tmp_path.glob("*.txt")]
-        pytest.fail("\n".join([str(error), *outputs]))
+    torture.torture(tmp_path, KINDS, results, photos=(32, 8))
     assert results.interruptions.total() == len(KINDS)
-    assert results.equal >= 1
-    assert results.resumed >= 1  # SIGTERM always saves
+    assert min(results.equal, results.resumed) >= 1  # SIGTERM always saves
     assert results.slowest > 0

@@ -6,37 +6,35 @@ import os
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
+from tiny_runs import ALONE
 
 from training import interruptions
 from training.interruptions import SIGNALS, Stopped, Watch
-from utils import Processes
 
 
 class Folder:
     """What a watch asks of a run's folder; `outcomes` are those of the saves, and reported at the next `collect`."""
 
-    path = Path("nowhere")
-
     def __init__(self, *outcomes: bool):
-        self._outcomes, self._news, self.saves = iter(outcomes), True, []
+        self._outcomes, self._news, self.saves, self.waited_with = iter(outcomes), True, [], []
 
     def save_mid_epoch(self, *_: object) -> None:
         self.saves.append(time.monotonic())
         self._news = next(self._outcomes, True)
 
     def collect(self, wait: bool = False) -> bool:
+        if wait:
+            print("written")
+            self.waited_with.append(handlers())
         news, self._news = self._news, True
         return news
 
 
 def watch(folder: Folder | None = None, minutes: float = 0) -> Watch:
-    processes = Processes(torch.device("cpu"))
-    run = SimpleNamespace(processes=processes, most_skipped_in_a_row=lambda: 0, gather_partial_metrics=list,
+    run = SimpleNamespace(processes=ALONE, most_skipped_in_a_row=lambda: 0, gather_partial_metrics=list,
                           epochs_done=1, step=2)  # fmt: skip
     return Watch(run, folder or Folder(), minutes)
 
@@ -55,7 +53,7 @@ def default_signals():
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-@pytest.mark.parametrize(("outcome", "resume"), [(True, "goes on from there"), (False, "from the checkpoint before")])
+@pytest.mark.parametrize(("outcome", "resume"), [(True, "from there"), (False, "from the checkpoint before")])
 def test_a_signal_saves_after_the_step_and_no_other_disturbs_that(number, outcome, resume, capfd):
     folder = Folder(outcome)
     with pytest.raises(Stopped, match=signal.Signals(number).name) as stop, watch(folder=folder) as watching:  # noqa: PT012
@@ -68,8 +66,7 @@ def test_a_signal_saves_after_the_step_and_no_other_disturbs_that(number, outcom
     assert {*handlers().values()} == {signal.SIG_IGN}  # until the process ends
     name, said = signal.Signals(number).name, capfd.readouterr().out
     assert f"\n{name}: saving after this step (once more: ends now)\n" in said
-    assert f"stopped by {name} after epoch 1, step 2: --resume goes on" in said
-    assert said.endswith(f"{resume}\n")
+    assert f"written\nstopped by {name} after epoch 1, step 2: --resume goes on {resume}\n" in said
 
 
 def test_a_second_signal_ends_the_process_at_once(monkeypatch):
@@ -77,12 +74,19 @@ def test_a_second_signal_ends_the_process_at_once(monkeypatch):
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(os, "kill", lambda *args: killed.append(args))
     with watch():
-        assert not {*before.values()} & {*handlers().values()}
         for now[0], by_default in ((0, False), (1.9, False), (2.1, True)):  # at once it is the same one by another way
             signal.raise_signal(signal.SIGTERM)
             assert (killed == [(os.getpid(), signal.SIGTERM)]) is by_default
             assert (signal.getsignal(signal.SIGTERM) == signal.SIG_DFL) is by_default
     assert handlers() == before
+
+
+def test_no_signal_cuts_off_what_is_written_at_the_end():
+    before, folder = handlers(), Folder()
+    with watch(folder):
+        noting = handlers()
+    assert not {*before.values()} & {*noting.values()}
+    assert folder.waited_with == [noting]
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no sessions")
@@ -96,15 +100,12 @@ def test_a_run_that_nohup_started_outlives_its_session():
 def test_in_a_thread_another_processs_signal_stops_the_run(monkeypatch):
     def training() -> None:
         with watch() as watching:
-            watching.between_steps()
             monkeypatch.setattr(interruptions, "all_reduce_max_async", lambda _: lambda: [signal.SIGTERM, 0, 0])
             watching.between_steps()
 
-    before = handlers()
     with ThreadPoolExecutor() as pool, pytest.raises(Stopped) as stop:
         pool.submit(training).result()
     assert stop.value.code == 128 + signal.SIGTERM
-    assert handlers() == before
 
 
 def test_a_checkpoint_is_due_by_the_clock_and_sooner_after_a_failure(monkeypatch):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import ALONE, Tiny, command_error, small
+from tiny_runs import ALONE, Tiny, command_error, same, small
 from torch import nn
 
 import trainer
@@ -32,7 +32,6 @@ def resumed(before: dict, explicit: dict, **in_the_file: object) -> dict:
     return {name: value for name, value in now.items() if value != DEFAULTS[name]}
 
 
-SINGLE = {"annotations": "a.json", "photos": "photos"}
 FOUND = {"encoder": "resnet18", "num_workers": 3, "learning_rate": 1.0, "cache": True, "seed": 4}
 HARMLESS = {"learning_rate": 0.5, "decoder_lr_mult": 3.0, "weight_decay": 0.1, "num_epochs": 7, "precision": "float32",
             "best_metric": "dice"}  # fmt: skip
@@ -40,58 +39,46 @@ HARMLESS = {"learning_rate": 0.5, "decoder_lr_mult": 3.0, "weight_decay": 0.1, "
 
 @pytest.mark.parametrize(
     ("before", "explicit", "in_the_file", "now"),
-    [
-        (FOUND, {}, {"encoder": "resnet50", "learning_rate": 2.0, "batch_size": 8}, FOUND),
-        ({}, HARMLESS, {}, HARMLESS),
-        (FOUND, {"num_workers": 12, "cache": False}, {}, {"encoder": "resnet18", "learning_rate": 1.0, "seed": 4}),
-        # the folder and the device are this start's, the first weights the checkpoint's
-        ({"checkpoint_dir": "there", "run_name": "a", "device": "cuda:7", "resume": "a.pth"}, {"run_name": "b"},
-         {"device": "cpu"}, {"run_name": "b", "device": "cpu"}),
-        ({"pretrained": False, "start_from": "a.pth"}, {"pretrained": True, "start_from": "b", "encoder_weights": "b"},
-         {}, {"pretrained": False, "start_from": "a.pth"}),
-        # one flag of the data stands for all
-        ({"data_root": "a"}, {}, {"data_root": "b"}, {"data_root": "a"}),
-        ({"data_root": "a"}, {"data_root": "b"}, {}, {"data_root": "b"}),
-        (SINGLE, {}, {}, SINGLE), (SINGLE, {"data_root": "b"}, {}, {"data_root": "b"}),
-        # without parameter groups of their own the decoder's learning rate is no matter
-        ({"pretrained": False}, {"decoder_lr_mult": 1.0}, {}, {"pretrained": False, "decoder_lr_mult": 1.0}),
-    ],
+    [(FOUND, {}, {"encoder": "resnet50", "learning_rate": 2.0, "batch_size": 8}, FOUND),
+     ({}, HARMLESS, {}, HARMLESS),
+     # the folder and the device are this start's, the first weights the checkpoint's
+     ({"checkpoint_dir": "there", "run_name": "a", "device": "cuda:7", "resume": "a.pth"}, {"run_name": "b"},
+      {"device": "cpu"}, {"run_name": "b", "device": "cpu"}),
+     ({"pretrained": False, "start_from": "a.pth"}, {"pretrained": True, "start_from": "b", "encoder_weights": "b"},
+      {}, {"pretrained": False, "start_from": "a.pth"}),
+     # one flag of the data stands for all
+     ({"annotations": "a.json", "photos": "photos"}, {"data_root": "b"}, {}, {"data_root": "b"}),
+     # without parameter groups of their own the decoder's learning rate is no matter
+     ({"pretrained": False}, {"decoder_lr_mult": 1.0}, {}, {"pretrained": False, "decoder_lr_mult": 1.0})],
 )  # fmt: skip
 def test_settings_are_the_checkpoints_except_explicit_flags(before, explicit, in_the_file, now):
     assert resumed(before, explicit, **in_the_file) == now
 
 
-def test_a_setting_that_a_checkpoint_lacks_has_its_default_and_a_foreign_one_is_left_out(tmp_path):
-    config = {name: value for name, value in DEFAULTS.items() if name != "copy_paste"} | {"of_another_program": 1}
-    content = {name: {} for name in REQUIRED} | {"config": config | {"contour_weight": 0.0}}
-    checkpoints.save(content, tmp_path / "last.pth")
-    now = merge_settings(find_checkpoint(tmp_path, "newest", DEFAULTS), DEFAULTS | {"copy_paste": 0.25}, ())
-    assert now == DEFAULTS | {"contour_weight": 0.0}
-
-
-def test_a_checkpoint_that_knows_no_bars_was_trained_with_black_ones(tmp_path):
-    config = {name: value for name, value in DEFAULTS.items() if name != "bars"}
+def test_a_setting_that_a_checkpoint_lacks_has_its_default_and_bars_are_black(tmp_path):
+    config = {name: value for name, value in DEFAULTS.items() if name not in ("copy_paste", "bars")}
+    config |= {"of_another_program": 1, "contour_weight": 0.0}
     checkpoints.save({name: {} for name in REQUIRED} | {"config": config}, tmp_path / "last.pth")
     found = find_checkpoint(tmp_path, "newest", DEFAULTS)
-    assert merge_settings(found, DEFAULTS, ())["bars"] == settings_of(tmp_path / "last.pth")["bars"] == "black"
+    black = {"contour_weight": 0.0, "bars": "black"}  # which all had before there was the setting
+    assert merge_settings(found, DEFAULTS | {"copy_paste": 0.25}, ()) == DEFAULTS | black
+    assert settings_of(tmp_path / "last.pth")["bars"] == "black"
     with pytest.raises(ResumeError, match="bars black and cannot go on with reflect"):
         merge_settings(found, DEFAULTS, ("bars",))
 
 
-def test_all_settings_that_cannot_change_are_refused_at_once():
-    explicit = {"encoder": "resnet18", "image_size": 64, "seed": 1, "sample": True, "num_workers": 1,
-                "grad_accum_steps": 2}  # fmt: skip
-    with pytest.raises(ResumeError) as refusal:
-        resumed({"image_size": 128}, explicit)
-    assert str(refusal.value) == (
-        "last.pth was trained with --encoder resnet34, --image-size 128, --sample False, --seed 0, "
-        "--grad-accum-steps 1 and cannot go on with resnet18, 64, True, 1, 2")  # fmt: skip
-
-
-@pytest.mark.parametrize(("before", "now"), [(10.0, 1.0), (1.0, 2.0)])
-def test_the_number_of_parameter_groups_cannot_change(before, now):
-    with pytest.raises(ResumeError, match="--decoder-lr-mult"):
-        resumed({"decoder_lr_mult": before}, {"decoder_lr_mult": now})
+@pytest.mark.parametrize(
+    ("before", "explicit", "said"),
+    [({"image_size": 128}, {"encoder": "resnet18", "image_size": 64, "seed": 1, "sample": True, "num_workers": 1,
+                            "grad_accum_steps": 2},
+      "--encoder resnet34, --image-size 128, --sample False, --seed 0, --grad-accum-steps 1 and cannot go on with "
+      "resnet18, 64, True, 1, 2"),
+     ({}, {"decoder_lr_mult": 1.0}, "--decoder-lr-mult 10.0 and cannot go on with 1.0"),  # the groups of weights
+     ({"decoder_lr_mult": 1.0}, {"decoder_lr_mult": 2.0}, "--decoder-lr-mult 1.0 and cannot go on with 2.0")],
+)  # fmt: skip
+def test_all_settings_that_cannot_change_are_refused_at_once(before, explicit, said):
+    with pytest.raises(ResumeError, match=f"^last.pth was trained with {said}$"):
+        resumed(before, explicit)
 
 
 def test_the_message_names_changes_and_defaults_that_do_not_apply():
@@ -106,19 +93,18 @@ def test_the_message_names_changes_and_defaults_that_do_not_apply():
         "learning_rate 0.0001 (0.5)")  # fmt: skip
 
 
-@pytest.mark.parametrize("resume", ["", "newest"])
-def test_without_a_checkpoint_a_run_begins(resume, tmp_path, capsys):
-    assert find_checkpoint(tmp_path, resume, DEFAULTS) is None
-    assert bool(resume) == ("nothing to resume in" in capsys.readouterr().out)
+def test_without_a_checkpoint_a_run_begins(tmp_path, capsys):
+    for resume, said in (("", ""), ("newest", f"nothing to resume in {tmp_path}: starting from the beginning\n")):
+        assert find_checkpoint(tmp_path, resume, DEFAULTS) is None
+        assert capsys.readouterr().out == said
 
 
-def test_a_file_that_holds_a_model_only_is_refused_and_one_that_is_not_there(tmp_path):
-    path = tmp_path / "best_model.pth"
-    with pytest.raises(CheckpointError, match=f"there is no checkpoint {path}"):
-        find_checkpoint(tmp_path, str(path), DEFAULTS)
-    checkpoints.save({"epoch": 1, "config": {}, "model": {}, "metrics": {}}, path)
-    with pytest.raises(CheckpointError, match=rf"^{path} holds a model only, .*last.pth .*--start-from {path}\)$"):
-        find_checkpoint(tmp_path, str(path), DEFAULTS)
+def test_a_file_that_holds_a_model_only_is_refused_and_one_that_is_not_there(trained):
+    gone = trained.with_name("gone.pth")
+    with pytest.raises(CheckpointError, match=f"there is no checkpoint {gone}"):
+        find_checkpoint(trained.parent, str(gone), DEFAULTS)
+    with pytest.raises(CheckpointError, match=rf"^{trained} holds a model only, .*last.pth .*--start-from {trained}\)"):
+        find_checkpoint(trained.parent, str(trained), DEFAULTS)
 
 
 @pytest.fixture(scope="module")
@@ -137,27 +123,20 @@ def start(*arguments: object) -> trainer.Run:
     return trainer.start_run(config, ALONE)
 
 
-def test_a_run_starts_from_trained_weights_and_their_settings(trained):
-    run, content = start("--start-from", trained), torch.load(trained, weights_only=True)
-    settings = run.settings
-    assert (settings["encoder"], settings["use_attention"], settings["image_size"]) == ("resnet18", False, 64)
-    assert (settings["num_epochs"], settings["batch_size"], settings["seed"]) == (100, 32, 0)
-    weights = run.model.state_dict()
-    assert weights.keys() == content["model"].keys()
-    assert all(torch.equal(weights[name], value) for name, value in content["model"].items())
-    assert (run.epochs_done, run.step, run.history, {**run.optimizer.state}) == (0, 0, [], {})
-    assert run.scheduler.base_lrs == [1e-4]  # nothing starts from random values
-    assert trainer.parse(["--start-from", str(trained), "--image-size", "96"])[0].image_size == 96
-
-
-def test_the_bundled_models_weights_may_be_half_precision(trained, monkeypatch, tmp_path):
+def test_a_run_starts_from_trained_weights_of_half_precision_and_their_settings(trained, monkeypatch, tmp_path):
     content = torch.load(trained, weights_only=True)
     halved = {name: value.half() if value.is_floating_point() else value for name, value in content["model"].items()}
     checkpoints.save({**content, "model": halved}, tmp_path / "bundled.pth")
     monkeypatch.setattr(trainer, "BUNDLED", tmp_path / "bundled.pth")
     run = start("--start-from", "bundled")
-    assert all(torch.equal(run.model.state_dict()[name].to(value.dtype), value) for name, value in halved.items())
+    settings, weights = run.settings, run.model.state_dict()
+    assert (settings["encoder"], settings["use_attention"], settings["image_size"]) == ("resnet18", False, 64)
+    assert (settings["num_epochs"], settings["batch_size"], settings["seed"]) == (100, 32, 0)
+    assert same({name: value.to(halved[name].dtype) for name, value in weights.items()}, halved)
     assert all(parameter.dtype == torch.float32 for parameter in run.model.parameters())
+    assert (run.epochs_done, run.step, run.history, {**run.optimizer.state}) == (0, 0, [], {})
+    assert run.scheduler.base_lrs == [1e-4]  # nothing starts from random values
+    assert trainer.parse(["--start-from", str(trained), "--image-size", "96"])[0].image_size == 96
 
 
 @pytest.mark.parametrize(
@@ -189,22 +168,14 @@ def test_only_a_new_run_loads_weights_to_start_from(start_from, asked, coco_root
     assert loaded == asked
 
 
-@pytest.mark.parametrize("flags", [["--encoder", "resnet34"], ["--use-attention"]])
-def test_weights_of_another_model_are_refused_in_one_line(flags, trained):
-    line = f"^the weights in {trained} are those of resnet18 without attention gates: another --encoder.*$"
-    with pytest.raises(CheckpointError, match=line):
-        start("--start-from", trained, *flags)
-
-
 @pytest.mark.parametrize(
     ("flags", "line"),
-    [
-        ("--start-from=none.pth --checkpoint-dir={folder}/run", "there is no checkpoint none.pth"),
-        ("--start-from={folder}/a.pth", "a.pth is damaged or no checkpoint"),
-        ("--start-from={trained} --checkpoint-dir={trained.parent}", "lies in the run's own folder"),
-        ("--start-from={trained} --encoder-weights=a.pth", "--encoder-weights and --start-from both name"),
-    ],
-)
+    [("--start-from=none.pth --checkpoint-dir={folder}/run", "there is no checkpoint none.pth"),
+     ("--start-from={folder}/a.pth", "a.pth is damaged or no checkpoint"),
+     ("--start-from={trained} --encoder=resnet34", "are those of resnet18 without attention gates: another --encoder"),
+     ("--start-from={trained} --checkpoint-dir={trained.parent}", "lies in the run's own folder"),
+     ("--start-from={trained} --encoder-weights=a.pth", "--encoder-weights and --start-from both name")],
+)  # fmt: skip
 def test_a_file_that_cannot_be_started_from_is_refused(flags, line, trained, coco_root, tmp_path, capsys):
     (tmp_path / "a.pth").touch()
     arguments = f"--data-root={coco_root} --device=cpu --num-workers=0 {flags.format(folder=tmp_path, trained=trained)}"
