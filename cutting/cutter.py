@@ -25,6 +25,7 @@ from utils import UserError
 TRAINED = "checkpoints/best_model.pth"  # the model that a training leaves, in the working directory
 BUNDLED = Path(__file__).with_name("bundled.pth")  # the model that comes with the program; bundled.md is its card
 SMALL_PERSONS = 0.1  # of a photo, covered by the largest component: below, a second look (chosen in docs/looks.md)
+SECOND_LOOK = 2.5  # times the size of the first one
 
 
 def load(
@@ -40,7 +41,7 @@ def load(
             program; None is `checkpoints/best_model.pth` if it exists, else "bundled".
         device: e.g. "cpu", "cuda:1", "mps"; by default the first GPU, or the CPU if there is none.
         image_size: the side in pixels of the square that photos are fitted into; by default that of the training, and
-            twice that in a second look at photos whose persons are small.
+            2.5 times that in a second look at photos whose persons are small.
         foreground_only: whether persons who are much smaller than the largest one are left out.
 
     Raises:
@@ -57,7 +58,7 @@ def load(
         model.load_state_dict(model_weights(content))  # may be float16: the model stays float32
         size = config["image_size"] if image_size is None else image_size
         check_size(size)
-        second_size = 2 * size if image_size is None and 2 * size <= MAX_IMAGE_SIZE else None
+        second_size = second_look_size(size) if image_size is None else None
         return Cutter(model, size, torch.device(name), config.get("precision") != "float32",
                       describe_model(path, content, size), second_size=second_size, bars=config["bars"],
                       foreground_only=foreground_only)  # fmt: skip
@@ -99,6 +100,12 @@ def check_size(image_size: int | None) -> None:
     """Raises UserError if an image size is out of the network's range; None, the checkpoint's own, is accepted."""
     if image_size is not None and image_size not in range(MIN_IMAGE_SIZE, MAX_IMAGE_SIZE + 1):
         raise UserError(f"an image size of {image_size} is out of range: from {MIN_IMAGE_SIZE} to {MAX_IMAGE_SIZE}")
+
+
+def second_look_size(image_size: int) -> int | None:
+    """Returns the side of the second look's square, which the network need not pad; None if none may be so large."""
+    size = MIN_IMAGE_SIZE * round(SECOND_LOOK * image_size / MIN_IMAGE_SIZE)
+    return size if size <= MAX_IMAGE_SIZE else None
 
 
 class Look(NamedTuple):
@@ -153,12 +160,13 @@ class Cutter:
     def look(self, photos: list[np.ndarray]) -> list[Look]:
         """Returns where the network sees persons in photos, uint8 RGB (H, W, 3): what a cutout is made of.
 
-        Where a first look finds small persons only, a second one at twice the size takes its place.
+        Where a first look finds small persons only, a second one at `second_size` takes its place.
         """
         looks = self._look_at(photos, self.image_size)
         if self.second_size is not None:
             small = [index for index, look in enumerate(looks) if has_small_persons(look)]
-            step = max(1, len(photos) // 4)  # squares of four times the pixels: no more memory than in the first look
+            pixels = len(photos) * self.image_size**2
+            step = max(1, pixels // self.second_size**2)  # no more memory than in the first look
             for some in (small[start : start + step] for start in range(0, len(small), step)):
                 again = self._look_at([photos[index] for index in some], self.second_size)
                 for index, look in zip(some, again, strict=True):

@@ -35,23 +35,13 @@ def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
 
 
-def shared(name: str) -> Path:
-    """Returns a file or folder of genuine data beside the project; skips the test where it is absent."""
-    path = ROOT.parent / "shared" / name
+@pytest.fixture(scope="session")
+def shared_coco() -> Path:
+    """Genuine data beside the project; skips the test where they are absent."""
+    path = ROOT.parent / "shared" / "coco"
     if not path.exists():
         pytest.skip(f"there is no {path}")
     return path
-
-
-@pytest.fixture(scope="session")
-def shared_coco() -> Path:
-    return shared("coco")
-
-
-@pytest.fixture(scope="session")
-def shared_weights() -> Path:
-    """ImageNet weights of mobilenet_v2."""
-    return shared("weights/mobilenet_v2.pth")
 
 
 @pytest.fixture

@@ -24,13 +24,11 @@ VAL = "val2017"
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """A small random model, sure of itself, so that its masks have something of everything."""
-    torch.manual_seed(3)
+    torch.manual_seed(3)  # its masks have something of everything
     return save_random_model(tmp_path_factory.mktemp("model") / "best_model.pth", change=sharpen)
 
 
 def results(folder: Path) -> tuple[dict, list[dict]]:
-    """The content of metrics.json and of photos.csv."""
     with open(folder / "photos.csv", newline="") as file:
         return json.loads((folder / "metrics.json").read_text()), list(csv.DictReader(file))
 
@@ -40,32 +38,27 @@ def run(checkpoint, tmp_path) -> Callable[..., tuple[dict, list[dict]]]:
     """Runs evaluate.py on a data root. Returns what it writes."""
 
     def run(root: Path, *options: object, checkpoint: Path = checkpoint) -> tuple[dict, list[dict]]:
-        folder = tmp_path / "results"
-        arguments = (checkpoint, "--data-root", root, "--output", folder, "--device", "cpu", *options)
+        arguments = (checkpoint, "--data-root", root, "--output", tmp_path / "results", "--device", "cpu", *options)
         assert evaluate.run_command(["evaluate.py", *map(str, arguments)]) == 0
-        return results(folder)
+        return results(tmp_path / "results")
 
     return run
 
 
-@pytest.mark.parametrize(("data", "size"), [("coco_root", 64), ("coco_root", 96), ("coco_root", None),
-                                            pytest.param("shared_coco", 64, marks=pytest.mark.slow)])  # fmt: skip
+@pytest.mark.parametrize(("given", "looks"), [((), {"40", "96"}), (("--image-size", 96), {"96"})])
 def test_the_masks_at_the_photos_own_size_are_those_that_predict_writes(
-    request, run, checkpoint, tmp_path, monkeypatch, data, size
+    run, coco_root, checkpoint, tmp_path, monkeypatch, given, looks
 ):
     monkeypatch.setattr(cutter, "SMALL_PERSONS", 0.14)  # two of five get a second look
-    if size is None:
-        content = torch.load(checkpoint, weights_only=True)
-        torch.save(content | {"config": content["config"] | {"image_size": 40}}, tmp_path / "smaller.pth")
-        checkpoint = tmp_path / "smaller.pth"
-    root, given = request.getfixturevalue(data), ["--image-size", size] if size else []
-    result, rows = run(root, *given, checkpoint=checkpoint)
-    assert result["image_size"] == (size or 40)
-    assert {row["look"] for row in rows} == ({str(size)} if size else {"40", "80"})
-    options = ["--mask", "--threshold", "0.5", "--checkpoint", checkpoint, "--output", tmp_path / "masks"]
-    arguments = [root / VAL, *options, *given, "--device", "cpu"]
+    content = torch.load(checkpoint, weights_only=True)
+    torch.save(content | {"config": content["config"] | {"image_size": 40}}, tmp_path / "smaller.pth")
+    result, rows = run(coco_root, *given, checkpoint=tmp_path / "smaller.pth")
+    assert {row["look"] for row in rows} == looks
+    assert str(result["image_size"]) == min(looks, key=int)
+    options = ["--mask", "--threshold", "0.5", "--checkpoint", tmp_path / "smaller.pth", "--output", tmp_path / "masks"]
+    arguments = [coco_root / VAL, *options, *given, "--device", "cpu"]
     assert predict.run_command(["predict.py", *map(str, arguments)]) == 0
-    dataset, ious = COCOPersonDataset(root, VAL), []
+    dataset, ious = COCOPersonDataset(coco_root, VAL), []
     for index, row in enumerate(rows):
         mask = cv2.imread(str((tmp_path / "masks" / row["file_name"]).with_suffix(".png")), cv2.IMREAD_GRAYSCALE)
         prediction, truth = mask > 127, dataset.alpha(index) > 0
@@ -92,10 +85,9 @@ def test_the_networks_size_is_what_a_validation_measures(coco_root, checkpoint, 
 
 
 def test_photos_are_grouped_by_their_largest_person():
-    ious = {0.009: 0.2, 0.0099: 0.6, 0.01: 0.3, 0.1: 0.4, 1.0: 0.5}
-    counts = {"boundary_iou": 1, "dice": 1, "tp": 1, "fp": 1, "fn": 2}
-    rows = [{"largest_person": part, "network_iou": iou, **{f"network_{name}": n for name, n in counts.items()}}
-            for part, iou in ious.items()]  # fmt: skip
+    counts = {"network_boundary_iou": 1, "network_dice": 1, "network_tp": 1, "network_fp": 1, "network_fn": 2}
+    rows = [{"largest_person": part, "network_iou": iou, **counts}
+            for part, iou in ((0.009, 0.2), (0.0099, 0.6), (0.01, 0.3), (0.1, 0.4), (1.0, 0.5))]  # fmt: skip
     groups = evaluate.summarise_by_size(rows, "network")
     assert [group["photos"] for group in groups.values()] == [5, 2, 1, 2]
     assert [group["iou"] for group in groups.values()] == pytest.approx([0.4, 0.4, 0.3, 0.45])
@@ -108,12 +100,9 @@ def test_several_roots_are_evaluated_as_one_set(coco_root, run, tmp_path, monkey
     write_split(tmp_path / "bare", "train2017", 1, first_id=1)  # nothing to evaluate
     alone = [row for root in (coco_root, tmp_path / "other") for row in run(root)[1]]
     monkeypatch.chdir(tmp_path)
-    result, rows = run("bare, coco,other")
-    assert [row["folder"] for row in rows] == [f"coco/{VAL}"] * 5 + [f"other/{VAL}"] * 3
-    assert [int(row["index"]) for row in rows] == [*range(8)]
-    drop = {"index": 0, "folder": ""}
-    assert [row | drop for row in rows] == [row | drop for row in alone]
-    assert result["original"]["all"]["photos"] == 8
+    _, rows = run("bare, coco,other")
+    folders = [f"coco/{VAL}"] * 5 + [f"other/{VAL}"] * 3
+    assert rows == [row | {"index": str(n), "folder": folders[n]} for n, row in enumerate(alone)]
 
 
 def test_a_photo_that_cannot_be_read_is_left_out_named_and_counted(coco_root, run, capsys):
@@ -121,9 +110,7 @@ def test_a_photo_that_cannot_be_read_is_left_out_named_and_counted(coco_root, ru
     paths[2].write_bytes(b"")
     result, _ = run(coco_root)
     assert (result["left_out"], result["original"]["all"]["photos"]) == (1, 4)
-    error = capsys.readouterr().err
-    assert error.startswith("1 left out of 5:\n")
-    assert error.count(str(paths[2])) == 1
+    assert capsys.readouterr().err.startswith(f"1 left out of 5:\n  the photo {paths[2]} cannot be read")
     for path in paths:
         path.write_bytes(b"")
     with pytest.raises(AssertionError):
@@ -154,8 +141,7 @@ def test_the_table_fits_a_terminal_and_the_worst_are_shown_first(coco_root, run,
     sheet = cv2.imread(str(tmp_path / "results" / "worst.png"))
     worst = min(range(5), key=lambda index: float(rows[index]["original_iou"]))
     photo = COCOPersonDataset(coco_root, VAL, 64, bars="black")[worst][:3].permute(1, 2, 0).numpy()[..., ::-1]
-    np.testing.assert_array_equal(sheet[48 : 48 + 64, :64], photo)
-    assert (sheet[24:48] < 128).any()  # its caption is above it
+    np.testing.assert_array_equal(sheet[48 : 48 + 64, :64], photo)  # below its caption
 
 
 def test_what_is_shown_of_the_worst_is_of_the_look_that_is_scored(coco_root, checkpoint, stub, monkeypatch):
@@ -163,10 +149,9 @@ def test_what_is_shown_of_the_worst_is_of_the_look_that_is_scored(coco_root, che
     monkeypatch.setattr(cutter, "SMALL_PERSONS", 2)  # a second look at every photo with persons
     loaded = cutter.load(checkpoint, "cpu")
     loaded.image_size, loaded.second_size = 40, 80
-    shown = evaluate.find_persons(loaded, COCOPersonDataset(coco_root, VAL, 40), 0)
+    shown = evaluate.find_persons(loaded, dataset := COCOPersonDataset(coco_root, VAL, 40), 0)
     assert (shown.shape, shown.max()) == ((40, 40), 1)
     stub(torch.ones_like)
-    dataset = COCOPersonDataset(coco_root, VAL, 40)
     np.testing.assert_array_equal(evaluate.find_persons(loaded, dataset, 0), dataset.own_pixels([0])[0])  # and no bar
 
 
@@ -177,10 +162,8 @@ def test_small_persons_are_a_few_of_the_worst():
 
 
 @pytest.mark.parametrize(("options", "words"), [
-    (["no.pth"], "there is no checkpoint"), (["coco/annotations/instances_val2017.json"], "damaged or no checkpoint"),
-    (["a.pth", "--split", "other"], "no data of the split other"), (["a.pth", "--splitt", "x"], "you mean --split?"),
-    (["a.pth", "--device", "toaster"], "--device toaster"), (["a.pth", "--output="], "--output= is empty"),
-    (["a.pth", "--image-size", "31"], "image size of 31 is out of range: from 32 to 4096"),
+    (["no.pth"], "there is no checkpoint"), (["a.pth", "--split", "other"], "no data of the split other"),
+    (["a.pth", "--device", "toaster"], "--device toaster"), (["a.pth", "--image-size", "31"], "from 32 to 4096"),
     (["a.pth", "--output", "a.pth"], "a.pth cannot be written: File exists; --output names another folder"),
 ])  # fmt: skip
 @pytest.mark.usefixtures("coco_root")
@@ -194,29 +177,19 @@ def test_a_mistake_gets_one_line_before_the_work(checkpoint, tmp_path, capsys, m
     assert words in error
 
 
-def rectangle(rows: slice, columns: slice, shape: tuple[int, int] = (20, 20)) -> np.ndarray:
+def rectangle(top: int, left: int, bottom: int, right: int, shape: tuple[int, int] = (20, 20)) -> np.ndarray:
     mask = np.zeros(shape, bool)
-    mask[rows, columns] = True
+    mask[top:bottom, left:right] = True
     return mask
 
 
-@pytest.mark.parametrize(("mask", "pixels"), [
-    (rectangle(slice(4, 12), slice(5, 15)), 8 * 10 - 6 * 8),  # 2 % of the diagonal is less than one pixel
-    (rectangle(slice(0, 8), slice(0, 10)), 8 * 10 - 6 * 8),  # the image's border is contour as well
-    (rectangle(slice(20, 80), slice(20, 80), (120, 160)), 60 * 60 - 52 * 52),  # a diagonal of 200: 4 pixels
-])  # fmt: skip
-def test_a_boundary_by_hand(mask, pixels):
-    assert np.count_nonzero(evaluate.boundary(mask)) == pixels
-
-
 def test_scores_by_hand():
-    prediction, truth = rectangle(slice(0, 2), slice(0, 4)), rectangle(slice(0, 4), slice(0, 2))
-    scores = evaluate.compare_masks(prediction, truth)
-    assert (scores["tp"], scores["fp"], scores["fn"]) == (4, 4, 4)
-    assert (scores["iou"], scores["dice"]) == (4 / 12, 8 / 16)
-    nothing = np.zeros_like(truth)
+    big, shifted, nothing = rectangle(0, 4, 10, 14), rectangle(0, 6, 10, 16), rectangle(0, 0, 0, 0)
+    border = 100 - 64  # one pixel, though 2 % of the diagonal are less; the image's border is contour as well
+    edge_iou = 16 / (2 * border - 16)  # eight pixels of two rows in common
+    assert evaluate.compare_masks(big, shifted) == {"iou": 80 / 120, "dice": 160 / 200, "boundary_iou": edge_iou,
+                                                    "tp": 80, "fp": 20, "fn": 20}  # fmt: skip
     assert {*evaluate.compare_masks(nothing, nothing).values()} == {1.0, 0}
-    assert [evaluate.compare_masks(prediction, nothing)[name] for name in ("iou", "dice", "boundary_iou")] == [0, 0, 0]
-    big, shifted = rectangle(slice(4, 14), slice(4, 14)), rectangle(slice(4, 14), slice(5, 15))
-    scores = evaluate.compare_masks(big, shifted)
-    assert scores["boundary_iou"] == 18 / (36 + 36 - 18)  # both contours have two rows' nine in common
+    assert [evaluate.compare_masks(big, nothing)[name] for name in ("iou", "dice", "boundary_iou")] == [0, 0, 0]
+    wide = evaluate.boundary(rectangle(20, 20, 80, 80, (120, 160)))
+    assert np.count_nonzero(wide) == 60 * 60 - 52 * 52  # a diagonal of 200: 4 pixels

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from helpers import PICTURE, fresh_python, save_picture, save_random_model, sharpen
+from helpers import PICTURE, save_picture, save_random_model, sharpen
 from PIL import Image, ImageCms
 
 import predict
@@ -36,7 +37,7 @@ def run(tmp_path, small_checkpoint, cut, capsys, monkeypatch) -> Callable[..., t
     monkeypatch.setattr(cutter, "BUNDLED", small_checkpoint)
 
     def run(*arguments: object) -> tuple[int, list[str], list[str]]:
-        loads_itself = {"--checkpoint", "--device", "--image-size", "--foreground-only"} & set(arguments)
+        loads_itself = re.search("--(checkpoint|device|image-size|foreground-only)", f"{arguments}")
         monkeypatch.setattr(predict, "load", load if loads_itself else lambda *_: cut)
         code = run_command(["predict.py", *map(str, arguments)])
         lines, errors = (text.strip("\n").splitlines() for text in capsys.readouterr())
@@ -60,12 +61,11 @@ def save_pictures(*names: str, **options: str) -> None:
         save_picture(Path(name), **options)
 
 
-def save_model(name: str, seed: int, **changes: dict) -> None:
-    """Saves a random model, whose alpha tells it from others; `changes` are added to parts of the checkpoint."""
+def save_model(name: str, seed: int) -> None:
+    """Saves a random model, whose alpha tells it from others."""
     torch.manual_seed(seed)
     Path(name).parent.mkdir(exist_ok=True)
-    content = torch.load(save_random_model(Path(name), change=sharpen), weights_only=True)
-    torch.save(content | {part: content[part] | change for part, change in changes.items()}, name)
+    save_random_model(Path(name), change=sharpen)
 
 
 def test_mask_threshold_and_background_by_hand(run, stub):
@@ -80,15 +80,11 @@ def test_mask_threshold_and_background_by_hand(run, stub):
         return [image.getpixel((x, y)) for x, y in ((0, 0), (18, 9), (45, 20), (63, 63))]
 
     assert (made("--mask").mode, bands(made("--mask"))) == ("L", [0, 57, 128, 255])  # 0.2 / 0.9 is 57
-    assert bands(made("--mask", "--threshold", "0.5")) == [0, 0, 0, 255]
     assert bands(made("--mask", "--threshold", "0.25")) == [0, 0, 255, 255]
     assert bands(made("--threshold", "0")) == [(0, 0, 0, 0), *[(200, 100, 0, 255)] * 3]
-    kept = made("--threshold", "0", "--keep_background_colours")
-    assert bands(kept) == [(200, 100, 0, alpha) for alpha in (0, 255, 255, 255)]
+    assert bands(made("--threshold", "0", "--keep_background_colours"))[0] == (200, 100, 0, 0)
     # 57 and 128 of 255 of the photo over blue: 200 * 57 / 255 = 44.7, 255 * 198 / 255 = 198, and so on
-    assert made("--background", "blue").mode == "RGB"
     assert bands(made("--background", "#00f")) == [(0, 0, 255), (45, 22, 198), (100, 50, 127), (200, 100, 0)]
-    assert bands(made("--background", "#00f", "--threshold", "0.3"))[1:3] == [(0, 0, 255), (200, 100, 0)]
     ground = np.full((4, 12, 3), 9, np.uint8)
     ground[:, 3:9] = (10, 20, 30)  # its middle covers the photo
     save_picture(Path("ground.png"), ground)
@@ -107,47 +103,38 @@ def test_colour_profiles_go_where_they_fit(run, stub):
         assert written == {**dict.fromkeys("abd"), "c": expected}
 
 
-def test_single_call_folder_and_batch_agree(cut, run):
+def test_a_batch_has_the_cutouts_of_its_photos_alone(cut, tmp_path):
     pictures = {f"{n}.png": np.roll(PICTURE, 9 * n, axis=1)[: 20 + 5 * n] for n in range(5)}
     pictures["alpha.png"] = np.dstack([PICTURE, np.tile(np.arange(70, dtype=np.uint8) * 3, (50, 1))])
-    photos = [save_picture(Path("in", name), picture) for name, picture in pictures.items()]
-    assert run("in", "--output", "folder")[0] == 0
-    batch = [(photo, Path("batch", photo.name)) for photo in photos]
+    batch = [(save_picture(tmp_path / name, picture), tmp_path / "out" / name) for name, picture in pictures.items()]
     assert predict.cut_batch(cut, batch, predict.Style())[:2] == (6, [])
-    for photo in photos:
-        alone = cut(photo)
+    for photo, output in batch:
+        np.testing.assert_allclose(read_rgba(output).astype(int), alone := cut(photo), atol=1)
         assert np.ptp(alone[..., 3]) > 50
-        for folder in ("folder", "batch"):
-            np.testing.assert_allclose(read_rgba(f"{folder}/{photo.name}").astype(int), alone, atol=1)
 
 
-@pytest.mark.parametrize("options", [[], ["--mask", "--threshold", "0.5"]])
-def test_photos_without_anybody_are_counted_and_a_few_named(options, run, stub):
-    stub(lambda red: (red > 0.5).float() if options else (red > 0.5) * 0.6 + 0.35)
+def test_photos_without_anybody_are_counted_and_a_few_named(run, stub):
+    stub(lambda red: (red > 0.5) * 0.6 + 0.35)
     for n in range(6):
         save_picture(Path(f"in/{n}.png"), np.full((40, 40, 3), 255 if n == 1 else 9, np.uint8))
     said = "6 of 6 photos written to out; nobody was found in 5 photos: in/0.png, in/2.png, in/3.png, ..."
-    assert run("in", "--output", "out", *options)[1] == [said]
+    assert run("in", "--output", "out")[1] == [said]
 
 
-def test_a_cutout_is_made_of_the_look_that_its_note_names(run, stub, small_checkpoint):
+def test_a_cutout_is_made_of_the_look_that_its_note_names(run, stub):
     stub(lambda red: (red > 0.5).float())
-    for name, side in (("small", 40), ("large", 100), ("nobody", 0)):
+    for name, side in (("small", 40), ("large", 100)):
         photo = np.zeros((200, 300, 3), np.uint8)
         photo[60 : 60 + side, 100 : 100 + side] = 255
         photo[150 : 150 + side // 4, 250 : 250 + side // 4] = 255  # a child behind
         save_picture(Path("in", f"{name}.png"), photo)
-    sizes = [128, 64, 64]
-    for options, looks in ([], sizes), (["--image-size", "96"], [96] * 3), (["--foreground-only"], sizes):
-        assert run("in", "--output", "out", "--checkpoint", small_checkpoint, "--device", "cpu", *options)[0] == 0
-        notes = [jobs.read_note(Path(f"out/{name}.png")) for name in ("small", "large", "nobody")]
+    for option, looks, child in (("--checkpoint=bundled", [160, 64], 255), ("--image-size=96", [96, 96], 255),
+                                 ("--foreground-only", [160, 64], 0)):  # fmt: skip
+        assert run("in", "--output", "out", "--device", "cpu", option)[0] == 0
+        notes = [jobs.read_note(Path(f"out/{name}.png")) for name in ("small", "large")]
         assert [note.rpartition("; ")[2] for note in notes] == [f"look at {size}" for size in looks]
         alpha = read_rgba("out/large.png")[..., 3]
-        assert (alpha[110, 150], alpha[162, 262]) == (255, 0 if options == ["--foreground-only"] else 255)
-        assert not read_rgba("out/nobody.png").any()
-
-
-# --- names and folders ------------------------------------------------------------------------------------
+        assert (alpha[110, 150], alpha[162, 262]) == (255, child)
 
 
 def test_structure_and_names(run, stub):
@@ -155,7 +142,6 @@ def test_structure_and_names(run, stub):
     names = ("a.jpg", "a.png", "B.JPG", "b.webp", "sub/deep/my.photo.jpg", "sub/a.jpg")
     others = (".hidden.jpg", ".thumbnails/a.jpg", "sub/@eaDir/a.jpg/THUMB_M.jpg", "__MACOSX/a.jpg")
     save_pictures(*(f"in/{name}" for name in names + others))
-    Path("in/notes.txt").write_text("no photo")
     save_pictures("single", format="JPEG")  # given by name: tried whatever it is called
     expected = {"a.jpg.png", "a.png.png", "B.JPG.png", "b.webp.png", "sub/deep/my.photo.png", "sub/a.png", "single.png"}
     assert run("in", "single", "single", "--output", "in/out") == (0, ["7 of 7 photos written to in/out"], [])
@@ -180,18 +166,16 @@ def test_linked_folders_are_followed_and_loops_are_not(run, stub, tmp_path, monk
              "album/deep/round": "in", "album/deep/album": "album", "in/off": "not_mounted"}  # fmt: skip
     for link, target in links.items():
         Path(link).symlink_to(tmp_path / target)
-    code, _, errors = run("in", "--output", "in/out")
-    assert outputs("in/out") == {"a.png", "sub/b.png", "album/c.png", "album/deep/d.png", "again/b.png"}
-    assert (code, errors) == (1, ["in/off cannot be read: No such file or directory"])
-    Path("in/off").unlink()
+    Path("in/out").mkdir()
     Path("in/results").symlink_to(tmp_path / "in" / "out")  # the output folder holds no photos
-    assert run("in", "--output", "in/out")[1][0].startswith("0 of 5 photos written")
+    for written in (5, 0):
+        code, (line,), errors = run("in", "--output", "in/out")
+        assert line.startswith(f"{written} of 6 photos written")
+        assert (code, errors) == (1, ["in/off cannot be read: No such file or directory"])
+    assert outputs("in/out") == {"a.png", "sub/b.png", "album/c.png", "album/deep/d.png", "again/b.png"}
     monkeypatch.chdir("in/sub")
     assert run(".", "--output", "../../out")[0] == 0  # from within, where `back` leads to itself
     assert outputs("../../out") == {"b.png"}
-
-
-# --- failures ---------------------------------------------------------------------------------------------
 
 
 def test_an_interrupted_run_leaves_whole_files_and_goes_on(run, stub, monkeypatch):
@@ -213,57 +197,48 @@ def test_an_interrupted_run_leaves_whole_files_and_goes_on(run, stub, monkeypatc
     done = outputs("out")
     assert 3 <= len(done) < 12
     assert all(read_rgba(f"out/{name}").shape == (50, 70, 4) for name in done)
-    code, lines, _ = run("in", "--output", "out")
-    assert (code, lines[0].split()[0]) == (0, str(12 - len(done)))
-    assert outputs("out") == {f"{n}.png" for n in range(12)}
+    lines = [f"{12 - len(done)} of 12 photos written to out; {len(done)} {UP_TO_DATE}"]
+    assert run("in", "--output", "out") == (0, lines, [])
 
 
 def test_broken_files_are_named_and_the_rest_goes_on(run, stub):
     stub()
     folder, noise = Path("in"), np.random.default_rng(0).integers(0, 256, (90, 90, 3), dtype=np.uint8)
-    for kind in ("jpeg", "webp", "tiff", "bmp", "gif", "png"):
+    for kind in ("jpeg", "webp", "png"):
         whole = save_picture(folder / f"whole_{kind}.{kind}", noise).read_bytes()
         (folder / f"broken_{kind}.{kind}").write_bytes(whole[: len(whole) // 2])
     (folder / "broken_empty.jpg").touch()
-    (folder / "broken_link.jpg").symlink_to("nowhere.jpg")
     (folder / "broken_text.jpg").write_text("no photo at all\nnot at all")
     header = b"IHDR" + (20000).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
     (folder / "broken_bomb.png").write_bytes(whole[:12] + header + zlib.crc32(header).to_bytes(4, "big") + whole[33:])
     code, lines, errors = run("in", "--output", "out")
-    assert outputs("out") == {f"whole_{kind}.png" for kind in ("jpeg", "png", "webp", "tiff", "bmp", "gif")}
-    assert (code, lines) == (1, ["6 of 16 photos written to out; 10 could not be done"])
+    assert outputs("out") == {"whole_jpeg.png", "whole_webp.png", "whole_png.png"}
+    assert (code, lines) == (1, ["3 of 9 photos written to out; 6 could not be done"])
     assert sorted(line.split(" cannot be read: ")[0] for line in errors) == sorted(map(str, folder.glob("broken*")))
-    assert next(line for line in errors if "bomb" in line).endswith("could be decompression bomb DOS attack.")
+    assert any(line.endswith("could be decompression bomb DOS attack.") for line in errors)
 
 
 def test_a_folder_that_cannot_be_opened_is_named(run, stub, monkeypatch):
     stub()
     save_pictures("in/a.jpg", "in/sub/b.jpg")
-    scandir = os.scandir
-
-    def refuse(path):
-        if Path(path) == Path("in/sub"):
-            raise PermissionError(13, "Permission denied", os.fspath(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
-    code, _, errors = run("in", "--output", "out")
-    assert (code, len(errors), outputs("out")) == (1, 1, {"a.png"})
-    assert "in/sub" in errors[0]
+    scandir, refuse = os.scandir, Mock(side_effect=PermissionError(13, "Permission denied", "in/sub"))
+    monkeypatch.setattr(os, "scandir", lambda path: refuse() if Path(path) == Path("in/sub") else scandir(path))
+    code, _, (error,) = run("in", "--output", "out")
+    assert (code, outputs("out")) == (1, {"a.png"})
+    assert error.startswith("in/sub cannot be read")
     assert run("in/sub", "--output", "out") == (2, [], ["predict.py: error: in/sub cannot be opened"])
 
 
 def test_a_file_that_cannot_be_written_is_named_and_a_full_disk_ends_the_run(run, stub, monkeypatch):
     stub()
-    save_pictures(f"in/{'n' * 251}.jpg")
+    save_pictures("in/a.jpg")
     save_picture(Path(f"in/{'n' * 252}.im"), format="BMP")  # .png is one letter more
     code, _, errors = run("in", "--output", "out")
-    assert (code, outputs("out")) == (1, {"n" * 251 + ".png"})
+    assert (code, outputs("out")) == (1, {"a.png"})
     assert errors == [f"out/{'n' * 252}.png cannot be written: File name too long"]
     monkeypatch.setattr(predict, "atomic_write", Mock(side_effect=OSError(28, "No space left on device")))
     errors = ["predict.py: error: new/a.png cannot be written: No space left on device"]
-    save_pictures("a.jpg")
-    assert run("a.jpg", "--output", "new") == (2, [], errors)
+    assert run("in/a.jpg", "--output", "new") == (2, [], errors)
 
 
 def test_photos_of_kinds_that_cannot_be_read_are_counted_with_what_helps(run, stub, monkeypatch):
@@ -310,82 +285,62 @@ def test_no_more_photos_are_at_work_than_pixels_and_cores_allow(work, cut, monke
     assert predict.cut_all(cut, work, predict.Style(), 1) == [(1, [], [])] * 7
 
 
-# --- which outputs are made again, and by which model -----------------------------------------------------
-
-STYLES = ([], ["--image-size", "96"], ["--image-size", "96", "--checkpoint", "other.pth"],
-          ["--mask"], ["--mask", "--threshold", "0.5"], ["--mask", "--threshold", "0.501"],
-          ["--background", "red"], ["--background", "ground.png"], ["--background", "other.png"],
-          ["--keep-background-colours"], ["--threshold", "0.5"],
-          ["--threshold", "0.5", "--foreground-only"])  # fmt: skip
+STYLES = ("", "--image-size=96", "--image-size=96 --checkpoint=other.pth", "--mask", "--mask --threshold=0.5",
+          "--background=red", "--background=in/b.png", "--keep-background-colours", "--threshold=0.5",
+          "--threshold=0.5 --foreground-only")  # fmt: skip
 UP_TO_DATE = "kept, made already (--overwrite to replace)"
 
 
 def test_an_output_of_another_style_or_model_is_made_again(run):
-    save_pictures("in/b.png", "ground.png")
-    save_picture(Path("other.png"), PICTURE[::-1].copy())
+    save_pictures("in/b.png")
     save_model("other.pth", 7)
     made = []
     for style in STYLES:  # each differs little from the one before it
-        assert run("in", "--output", "out", *style)[0] == 0
+        assert run("in", "--output", "out", *style.split())[0] == 0
         made.append(Path("out/b.png").read_bytes())
     assert len(set(made)) == len(STYLES)
     shutil.copy("other.pth", "copy.pth")
     for style in (["other.pth", "--background", "white"], ["copy.pth", "--background", "#ffffff"]):  # the same
         lines = run("in", "--output", "out", "--checkpoint", *style)[1]
     assert lines == [f"0 of 1 photo written to out; 1 {UP_TO_DATE}"]
-    run("in", "--output", "fresh", "--checkpoint", *style)
-    assert Path("fresh/b.png").read_bytes() == Path("out/b.png").read_bytes()
-
-
-def test_the_last_line_says_what_is_kept_and_why():
-    paths = [Path(name) for name in "abcd"]
-    kept = {jobs.UP_TO_DATE: paths, jobs.OF_ANOTHER: paths, jobs.FOREIGN: paths[:1]}
-    assert predict.describe_rest(kept, 2, []) == [
-        f"4 {UP_TO_DATE}", "4 kept, made of another photo (--overwrite to replace): a, b, c, ...",
-        "1 kept, not made by predict.py or changed since (--overwrite to replace): a", "2 could not be done",
-    ]  # fmt: skip
+    save_pictures("out/b.png")
+    why = "not made by predict.py or changed since (--overwrite to replace): out/b.png"
+    assert run("in", "--output", "out")[1] == [f"0 of 1 photo written to out; 1 kept, {why}"]
 
 
 def test_the_model_is_the_trained_one_or_else_the_bundled_one(run, monkeypatch):
     save_pictures("a.png")
-    save_model("small.pth", 1, metrics={"iou": 0.614})
+    save_model("small.pth", 1)
     monkeypatch.setattr(cutter, "BUNDLED", Path("small.pth"))
-    bundled = "model: the bundled one (resnet18 at 64, validation IoU 0.61)"
 
     def check(model: str, file: str, *options: str) -> None:
         assert run("a.png", "--device", "cpu", "--overwrite", *options)[0] == 0
-        assert run.model == model
+        assert run.model == f"model: {model} (resnet18 at 64)"
         np.testing.assert_array_equal(read_rgba("cutouts/a.png"), load(file, "cpu")("a.png"))
 
-    check(bundled, "small.pth")
+    check("the bundled one", "small.pth")
     save_model("checkpoints/best_model.pth", 2)
     Path("bundled").write_text("a file of that name is not meant")
-    check("model: checkpoints/best_model.pth (resnet18 at 64)", "checkpoints/best_model.pth")
+    check("checkpoints/best_model.pth", "checkpoints/best_model.pth")
     np.testing.assert_array_equal(load(device="cpu")("a.png"), read_rgba("cutouts/a.png"))
-    check(bundled, "small.pth", "--checkpoint", "bundled")
+    check("the bundled one", "small.pth", "--checkpoint", "bundled")
 
 
-MISTAKES = [
-    ([], "PHOTO_OR_FOLDER"), ([""], "an argument is empty"), (["a.png", "--output="], "--output= is empty"),
-    (["none.jpg"], "no photo or folder none.jpg"), (["empty"], "no photo in empty"),
-    (["a.png", "--treshold", "1"], "did you mean --threshold?"), (["a.png", "--threshold", "nan"], "out of range"),
-    (["a.png", "--batch-size", "0"], "--batch-size 0"), (["a.png", "--background", "no_colour"], "no_colour"),
-    (["a.png", "--background", "text.jpg"], "text.jpg cannot be read"), (["a.png", "--image-size", "4097"], "4096"),
-    (["a.png", "--mask", "--background", "red"], "not allowed"), (["a.png", "--output", "text.jpg"], "is a PNG"),
-    (["a.png", "--checkpoint", "none.pth"], "there is no checkpoint none.pth"),
-    (["a.png", "--checkpoint", "text.jpg"], "damaged or no checkpoint"), (["a.png", "--device", "meta"], "meta"),
-    (["one", "two", "--output", "out"], "would both become"), (["four", "--output", "out"], "would both become"),
-    (["one/a.png", "--output", "one"], "would overwrite"), (["one", "--output", "two/../one"], "would overwrite"),
-    (["link.png", "--output", ".", "--overwrite"], "would overwrite"), (["three", "--output", "three"], "would mix"),
-    (["top/s", "--output", "top"], "would mix the results"),
-    (["one/a.png", "--output", "one/a.png", "--overwrite"], "would overwrite"),
-    (["one/a.png", "two/a.png", "--output", "b.png"], "one file"), (["one", "--output", "b.png"], "one file"),
-    (["one/a.png", "--output", "c.jpg"], "is a PNG"), (["a.png", "--output", "text.jpg/c.png"], "cannot be written"),
-]  # fmt: skip
+MISTAKES = {
+    "none.jpg": "no photo or folder none.jpg", "empty": "no photo in empty", "a.png --threshold=nan": "out of range",
+    "a.png --batch-size=0": "--batch-size 0", "a.png --background=no_colour": "no_colour is no colour and no photo",
+    "a.png --background=text.jpg": "text.jpg cannot be read", "a.png --mask --background=red": "not allowed",
+    "a.png --checkpoint=none.pth": "there is no checkpoint none.pth", "a.png --output=text.jpg": "is a PNG",
+    "one two --output=out": "would both become", "four --output=out": "would both become",
+    "one --output=two/../one": "would overwrite", "link.png --output=. --overwrite": "would overwrite",
+    "three --output=three": "would mix", "top/s --output=top": "would mix", "one --output=b.png": "one file",
+    "one/a.png --output=one/a.png --overwrite": "would overwrite", "one/a.png two/a.png --output=b.png": "one file",
+    "a.png --output=text.jpg/c.png": "cannot be written",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("arguments", "words"), MISTAKES)
-def test_a_mistake_gets_one_line_and_nothing_is_written(run, stub, arguments, words):
+@pytest.mark.parametrize("arguments", MISTAKES)
+def test_a_mistake_gets_one_line_and_nothing_is_written(run, stub, arguments):
     stub()
     save_pictures("a.png", "one/a.png", "two/a.png", "three/a.jpg", "four/a.jpg", "four/a.png", "four/a.jpg.webp",
                   "top/s/s/q.jpg")  # fmt: skip
@@ -393,24 +348,11 @@ def test_a_mistake_gets_one_line_and_nothing_is_written(run, stub, arguments, wo
     Path("empty").mkdir()
     Path("text.jpg").write_text("no photo")
     before = {name: Path(name).read_bytes() for name in outputs(".")}
-    code, lines, errors = run(*arguments)
-    assert (code, lines, len(errors)) == (2, [], 1)
-    assert errors[0].startswith("predict.py: error: ")
-    assert words in errors[0]
+    code, lines, (error,) = run(*arguments.split())
+    assert (code, lines) == (2, [])
+    assert error.startswith("predict.py: error: ")
+    assert MISTAKES[arguments] in error
     assert {name: Path(name).read_bytes() for name in outputs(".")} == before
-
-
-# --- as a program, and in other programs ------------------------------------------------------------------
-
-
-def test_a_prediction_imports_little_and_shares_its_modules_with_the_project():
-    names = "pycocotools albumentations msgspec simplejpeg datasets trainer loading.index"
-    code = f"""if True:
-        import sys, utils, models, predict
-        print([name for name in {names.split()} if name in sys.modules])
-        print(predict.utils is utils is sys.modules["utils"], sys.modules["cutting.cutter"].UNetAutoencoder.__module__)
-        print(predict.UserError is utils.UserError, sys.path.count(str(predict.HERE)))"""
-    assert fresh_python(code) == ["[]", "True models", "True 0"]
 
 
 PROGRAM = """
@@ -423,22 +365,18 @@ before = list(sys.path)
 from predict import load
 print(load(sys.argv[2], "cpu")(sys.argv[3]).shape, sys.path == before, "loading" in sys.modules)
 print(all(sys.modules[name] is module for name, module in theirs.items()))
+print({"pycocotools", "albumentations", "msgspec", "simplejpeg", "datasets", "trainer"} & {*sys.modules})
 import loading, models.small  # only now
 print(loading.MINE + models.small.MINE)
 """
 
 
 @pytest.mark.slow
-def test_as_a_program_and_in_one_that_has_modules_of_the_same_names(tmp_path, small_checkpoint):
-    def python(*arguments: object) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, *map(str, arguments)], cwd=tmp_path, capture_output=True, text=True)
-
+def test_a_program_may_have_modules_of_the_same_names_and_gets_few_others(tmp_path, small_checkpoint):
     for name in ("script", "loading", "models/__init__", "models/large", "models/small", "training/mine"):
-        (tmp_path / "app" / f"{name}.py").parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "app" / f"{name}.py").write_text(PROGRAM if name == "script" else "MINE = 1\n")
-    photo = save_picture(tmp_path / "a.jpg")
-    done = python(tmp_path / "app" / "script.py", predict.HERE, small_checkpoint, photo)
-    assert done.stdout.splitlines() == ["(50, 70, 4) True False", "True", "2"], done.stderr
-    done = python(predict.__file__, photo, "--checkpoint", small_checkpoint, "--device", "cpu")
-    assert done.stdout.startswith(f"model: {small_checkpoint} (resnet18 at 64)\n1 of 1 photo written to cutouts")
-    assert (done.returncode, done.stderr, outputs(tmp_path / "cutouts")) == (0, "", {"a.png"})
+        (tmp_path / f"{name}.py").parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.py").write_text(PROGRAM if name == "script" else "MINE = 1\n")
+    photo, script = save_picture(tmp_path / "a.jpg"), tmp_path / "script.py"
+    command = [sys.executable, script, predict.HERE, small_checkpoint, photo]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["(50, 70, 4) True False", "True", "set()", "2"], done.stderr

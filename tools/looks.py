@@ -44,6 +44,7 @@ def rows(cutter: Cutter) -> dict[str, dict[str, Any]]:
         "as it is": {},
         "as it was: one look, specks and borders stay": {**one_look, **specks_stay, **borders_stay},
         "one look": one_look,
+        **{f"second look {times} times as large": {"second_size": times * cutter.image_size} for times in (2, 3)},
         **{f"second look below {part:.0%}": {"SMALL_PERSONS": part} for part in (0.05, 0.2)},
         "second look where nobody is found too": wide,
         "both looks averaged": {"_look_at": partial(look_at_both, cutter, cutter._look_at)},

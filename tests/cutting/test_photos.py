@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import pytest
 from helpers import PICTURE, fresh_python, save_picture
-from PIL import Image, features
+from PIL import Image
 
 from cutting import photos
 from cutting.photos import PhotoError, open_photo
@@ -35,71 +35,44 @@ def as_rgb(grey: np.ndarray) -> np.ndarray:
 
 def kinds() -> dict[str, tuple[bytes, np.ndarray, np.ndarray | None]]:
     """File name: (content, the RGB that must come out, the alpha that it has)."""
-    palette = Image.fromarray(PICTURE).quantize(16)
+    palette, grey16 = Image.fromarray(PICTURE).quantize(16), as_rgb(DEEP // 256)
     colours, numbers = np.array(palette.getpalette()).reshape(-1, 3), np.asarray(palette)
-    from_palette, see_through = colours[numbers].astype(np.uint8), np.where(numbers == 3, 0, 255)
-    bilevel, big_endian = GREY > 100, DEEP.astype(">u2")
+    from_palette, big_endian = colours[numbers].astype(np.uint8), DEEP.astype(">u2").tobytes()
     ink = np.dstack([PICTURE, GREY // 2])  # cyan, magenta, yellow, black
     from_ink = ((255 - PICTURE.astype(int)) * (255 - as_rgb(GREY // 2)) / 255 + 0.5).astype(np.uint8)
-    rgba, la = np.dstack([PICTURE, RAMP]), Image.merge("LA", [Image.fromarray(GREY), Image.fromarray(RAMP)])
+    la = Image.merge("LA", [Image.fromarray(GREY), Image.fromarray(RAMP)])
     frames = {"save_all": True, "append_images": [palette.rotate(180)]}
+    key = {"transparency": tuple(map(int, PICTURE[9, 9]))}
     return {
-        "rgb.png": (encoded(PICTURE, "PNG"), PICTURE, None),
-        "lzw.tiff": (encoded(PICTURE, "TIFF", compression="tiff_lzw"), PICTURE, None),
-        "grey.png": (encoded(GREY, "PNG"), as_rgb(GREY), None),
-        "bilevel.tif": (encoded(bilevel, "TIFF"), as_rgb(bilevel.astype(np.uint8) * 255), None),
-        "palette.png": (encoded(palette, "PNG"), from_palette, None),
-        "palette_key.png": (encoded(palette, "PNG", transparency=3), from_palette, see_through),
+        "dot.png": (encoded(PICTURE[:1, :1], "PNG"), PICTURE[:1, :1], None),
+        "bilevel.tif": (encoded(GREY > 100, "TIFF"), as_rgb((GREY > 100).astype(np.uint8) * 255), None),
         "palette_alpha.png": (encoded(palette, "PNG", transparency=bytes(range(16))), from_palette, numbers),
         "two_frames.gif": (encoded(palette, "GIF", **frames), from_palette, None),
         "ink.tif": (encoded(Image.frombytes("CMYK", (70, 50), ink.tobytes()), "TIFF"), from_ink, None),
-        "rgba.png": (encoded(rgba, "PNG"), PICTURE, RAMP),
-        "rgba.webp": (encoded(rgba, "WEBP", lossless=True, exact=True), PICTURE, RAMP),
+        "rgba.png": (encoded(np.dstack([PICTURE, RAMP]), "PNG"), PICTURE, RAMP),
         "la.png": (encoded(la, "PNG"), as_rgb(GREY), RAMP),
-        "rgb_key.png": (encoded(PICTURE, "PNG", transparency=tuple(map(int, PICTURE[9, 9]))), PICTURE,
-                        np.where((PICTURE[9, 9] == PICTURE).all(axis=2), 0, 255)),
-        "grey_key.png": (encoded(GREY, "PNG", transparency=int(GREY[9, 9])), as_rgb(GREY),
-                         np.where(GREY[9, 9] == GREY, 0, 255)),
-        "grey16.png": (encoded(DEEP, "PNG"), as_rgb(DEEP // 256), None),
-        "grey16.tif": (encoded(DEEP, "TIFF"), as_rgb(DEEP // 256), None),
-        "grey16_big_endian.tif": (encoded(Image.frombytes("I;16B", (70, 50), big_endian.tobytes()), "TIFF"),
-                                  as_rgb(DEEP // 256), None),
-        "grey16.pgm": (b"P5 70 50 65535\n" + big_endian.tobytes(), as_rgb(DEEP // 256), None),
-        "rgba16.png": (cv2.imencode(".png", np.dstack([DEEP_RGB[..., ::-1], DEEP]))[1].tobytes(), DEEP_RGB // 256,
-                       DEEP // 256),
-        "wide.png": (encoded(PICTURE.reshape(1, -1, 3), "PNG"), PICTURE.reshape(1, -1, 3), None),
-        "dot.png": (encoded(PICTURE[:1, :1], "PNG"), PICTURE[:1, :1], None),
-        "rgb16.png": (cv2.imencode(".png", DEEP_RGB[..., ::-1])[1].tobytes(), DEEP_RGB // 256, None),
-    }  # fmt: skip
+        "key.png": (encoded(PICTURE, "PNG", **key), PICTURE, np.where((PICTURE[9, 9] == PICTURE).all(2), 0, 255)),
+        "grey16.png": (encoded(DEEP, "PNG"), grey16, None),
+        "grey16.tif": (encoded(Image.frombytes("I;16B", (70, 50), big_endian), "TIFF"), grey16, None),
+        "grey16.pgm": (b"P5 70 50 65535\n" + big_endian, grey16, None),
+        "rgba16.png": (cv2.imencode(".png", np.dstack([DEEP_RGB[..., ::-1], DEEP]))[1], DEEP_RGB // 256, DEEP // 256),
+    }
 
 
-KINDS = kinds()
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_every_kind_keeps_size_colours_and_its_own_alpha(tmp_path, name):
-    content, rgb, alpha = KINDS[name]
+@pytest.mark.parametrize(("name", "kind"), kinds().items(), ids=kinds())
+def test_every_kind_keeps_size_colours_and_its_own_alpha(tmp_path, name, kind):
+    content, rgb, alpha = kind
     (tmp_path / name).write_bytes(content)
     photo = open_photo(tmp_path / name)
-    assert photo.rgb.dtype == np.uint8
+    found = np.full(rgb.shape[:2], 255, np.uint8) if photo.alpha is None else photo.alpha
+    assert photo.rgb.dtype == found.dtype == np.uint8
     np.testing.assert_array_equal(photo.rgb, rgb)
-    if alpha is None:
-        assert photo.alpha is None or (photo.alpha == 255).all()
-    else:
-        assert photo.alpha.dtype == np.uint8
-        np.testing.assert_array_equal(photo.alpha, alpha)
+    np.testing.assert_array_equal(found, 255 if alpha is None else alpha)
 
 
-def test_lossy_kinds_keep_colours(tmp_path):
-    for name, picture in (("progressive.JPEG", PICTURE), ("grey.jpg", GREY)):
-        path = save_picture(tmp_path / name, picture, progressive=True)
-        np.testing.assert_array_equal(open_photo(path).rgb, cv2.imread(str(path), cv2.IMREAD_COLOR_RGB))
-    flat = Image.new("CMYK", (32, 32), (0, 255, 255, 0))  # red; its JPEG is stored inverted, as Adobe does
-    flat.save(tmp_path / "red.jpg")
+def test_a_jpeg_of_inks_keeps_colours(tmp_path):
+    Image.new("CMYK", (32, 32), (0, 255, 255, 0)).save(tmp_path / "red.jpg")  # stored inverted, as Adobe does
     np.testing.assert_allclose(open_photo(tmp_path / "red.jpg").rgb, np.full((32, 32, 3), [255, 0, 0]), atol=3)
-    if features.check("avif"):
-        photo = open_photo(save_picture(tmp_path / "photo.avif", quality=95))
-        assert np.abs(photo.rgb.astype(int) - PICTURE).mean() < 4
 
 
 def test_grey_of_twelve_bits_is_scaled_and_of_floating_point_refused(tmp_path):
@@ -110,35 +83,24 @@ def test_grey_of_twelve_bits_is_scaled_and_of_floating_point_refused(tmp_path):
         open_photo(save_picture(tmp_path / "float.tif", PICTURE[..., 0].astype(np.float32)))
 
 
-UPRIGHT = {  # what each orientation does to the stored pixels, by the EXIF standard
-    1: lambda p: p, 2: lambda p: p[:, ::-1], 3: lambda p: p[::-1, ::-1], 4: lambda p: p[::-1],
-    5: lambda p: p.swapaxes(0, 1), 6: lambda p: np.rot90(p, -1), 7: lambda p: p[::-1, ::-1].swapaxes(0, 1),
-    8: lambda p: np.rot90(p),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("orientation", UPRIGHT)
-def test_exif_orientation_is_applied_and_the_callers_image_not_turned(tmp_path, orientation):
+def test_exif_orientation_is_applied_and_the_callers_image_not_turned(tmp_path):
     exif = Image.Exif()
-    exif[274] = orientation
+    exif[274] = 6  # by the EXIF standard a quarter turn to the right makes it upright
     for name, options in (("a.png", {}), ("a.tif", {}), ("a.webp", {"lossless": True})):
         with Image.open(save_picture(tmp_path / name, exif=exif, **options)) as image:
             size = image.size
             for photo in (tmp_path / name, image):
-                np.testing.assert_array_equal(open_photo(photo).rgb, UPRIGHT[orientation](PICTURE), err_msg=name)
+                np.testing.assert_array_equal(open_photo(photo).rgb, np.rot90(PICTURE, -1), err_msg=name)
             assert image.size == size
     jpeg = save_picture(tmp_path / "a.jpg", exif=exif)
     np.testing.assert_array_equal(open_photo(jpeg).rgb, cv2.imread(str(jpeg), cv2.IMREAD_COLOR_RGB))
     deep = save_picture(tmp_path / "deep.png", DEEP, exif=exif)
-    np.testing.assert_array_equal(open_photo(deep).rgb[..., 0], UPRIGHT[orientation](DEEP // 256))
+    np.testing.assert_array_equal(open_photo(deep).rgb[..., 0], np.rot90(DEEP // 256, -1))
 
 
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_damaged_exif_does_not_spoil_a_photo(tmp_path, monkeypatch):
-    path = save_picture(tmp_path / "a.png", exif=b"Exif\0\0MM\0*garbage")
-    np.testing.assert_array_equal(open_photo(path).rgb, PICTURE)
     monkeypatch.setattr(Image.Image, "getexif", lambda self: struct.unpack(">I", b""))
-    np.testing.assert_array_equal(open_photo(path).rgb, PICTURE)
+    np.testing.assert_array_equal(open_photo(save_picture(tmp_path / "a.png")).rgb, PICTURE)
 
 
 def test_photos_of_200_megapixels_are_opened_and_pillows_limit_is_left_to_the_program(tmp_path, monkeypatch):
