@@ -94,7 +94,7 @@ class Config:
     encoder: str = "resnet34"  # torchvision encoder
     pretrained: bool = True  # start the encoder from ImageNet weights, downloaded once
     encoder_weights: str = ""  # FILE with those weights, for a machine without network
-    start_from: str = ""  # start from all weights of a trained FILE, or of the bundled model: bundled
+    start_from: str = ""  # start from all weights of a trained FILE, or bundled, and with FINE_TUNING's settings
     use_attention: bool = True  # attention gates on the skips
     # --- training
     num_epochs: int = 100  # passes over the training photos
@@ -131,6 +131,9 @@ SAMPLE = dict(
     data_root="data/sample", checkpoint_dir="checkpoints/sample", encoder="resnet18", pretrained=False,
     image_size=128, batch_size=16, num_epochs=12, learning_rate=2e-3, log_every=5,
 )  # fmt: skip
+
+# What --start-from sets instead, for ten to some hundred photos (docs/fine_tuning.md); a flag still overrides it.
+FINE_TUNING = dict(batch_size=8, num_epochs=40, learning_rate=5e-5)
 
 
 def main(config: Config, explicit: Collection[str] = FIELDS) -> None:
@@ -382,7 +385,7 @@ def finish(run: Run, folder: RunFolder) -> None:
 
 def parse(argv: list[str]) -> tuple[Config, set[str]]:
     """Returns the settings, and the names of those that were given as flags."""
-    presets = {"sample": lambda _: SAMPLE, "start_from": lambda name: resuming.settings_of(trained_file(name))}
+    presets = {"sample": lambda _: SAMPLE, "start_from": fine_tuning}
     special = {"resume": {"nargs": "?", "const": resuming.NEWEST, "metavar": "FILE"}}
     config, explicit = read_settings(argv, Config, __doc__, presets, special)
     if config.resume not in ("", resuming.NEWEST) and not {"checkpoint_dir", "run_name"} & explicit:
@@ -396,6 +399,11 @@ def parse(argv: list[str]) -> tuple[Config, set[str]]:
 def folder_of(config: Config) -> Path:
     """Returns the folder that a run writes to."""
     return Path(config.checkpoint_dir, config.run_name)
+
+
+def fine_tuning(name: str) -> dict[str, Any]:
+    """Returns what --start-from sets: how few photos are trained on, and what the weights need."""
+    return FINE_TUNING | resuming.settings_of(trained_file(name))
 
 
 def trained_file(name: str) -> Path:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, Python looks for imports in tools/
 
-from cutting.cutter import BUNDLED, check_size
+from cutting.cutter import BUNDLED, check_size, resolve_model
 from models import model_weights, read_checkpoint
 from training.checkpoints import save
 from training.command_line import OneLineParser, run_cli
@@ -65,7 +65,7 @@ def part_of(text: str) -> float:
 def main(options: argparse.Namespace) -> None:
     """Writes the bundled model, unless it is too large."""
     check_size(options.image_size)
-    blend = (read_checkpoint(options.blend[0]), part_of(options.blend[1])) if options.blend else None
+    blend = (read_checkpoint(resolve_model(options.blend[0])), part_of(options.blend[1])) if options.blend else None
     bundled = make_bundled(read_checkpoint(options.checkpoint), options.image_size, blend)
     size = sum(value.nbytes for value in bundled["model"].values())
     if size > MAX_BYTES:
@@ -79,7 +79,8 @@ def run_command(argv: list[str]) -> int:
     parser = OneLineParser("make_bundled.py", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("checkpoint", type=Path, help="the trained model")
     parser.add_argument("--image-size", type=int, help="side of the square in pixels (that of the training)")
-    parser.add_argument("--blend", nargs=2, metavar=("FILE", "PART"), help="mix in so much of another model's weights")
+    parser.add_argument("--blend", nargs=2, metavar=("FILE", "PART"),
+                        help="mix in so much of the weights of another model, or of the bundled one")  # fmt: skip
     parser.add_argument("--output", type=Path, default=BUNDLED, help="the file to make (%(default)s)")
     return run_cli("make_bundled.py", lambda: main(parser.parse_args(argv[1:])))
 

@@ -131,12 +131,13 @@ def test_a_run_starts_from_trained_weights_of_half_precision_and_their_settings(
     run = start("--start-from", "bundled")
     settings, weights = run.settings, run.model.state_dict()
     assert (settings["encoder"], settings["use_attention"], settings["image_size"]) == ("resnet18", False, 64)
-    assert (settings["num_epochs"], settings["batch_size"], settings["seed"]) == (100, 32, 0)
+    assert (settings["num_epochs"], settings["batch_size"], settings["seed"]) == (40, 8, 0)  # FINE_TUNING's
     assert same({name: value.to(halved[name].dtype) for name, value in weights.items()}, halved)
     assert all(parameter.dtype == torch.float32 for parameter in run.model.parameters())
     assert (run.epochs_done, run.step, run.history, {**run.optimizer.state}) == (0, 0, [], {})
-    assert run.scheduler.base_lrs == [1e-4]  # nothing starts from random values
-    assert trainer.parse(["--start-from", str(trained), "--image-size", "96"])[0].image_size == 96
+    assert run.scheduler.base_lrs == [5e-5]  # nothing starts from random values
+    config, _ = trainer.parse(["--start-from", str(trained), "--image-size", "96", "--num-epochs", "3"])
+    assert (config.image_size, config.num_epochs, config.learning_rate) == (96, 3, 5e-5)
 
 
 @pytest.mark.parametrize(
