@@ -25,7 +25,7 @@ from utils import UserError
 TRAINED = "checkpoints/best_model.pth"  # the model that a training leaves, in the working directory
 BUNDLED = Path(__file__).with_name("bundled.pth")  # the model that comes with the program; bundled.md is its card
 SMALL_PERSONS = 0.1  # of a photo, covered by the largest component: below, a second look (chosen in docs/looks.md)
-SECOND_LOOK = 2.5  # times the size of the first one
+SECOND_LOOK = 2.4  # times the size of the first one
 
 
 def load(
@@ -41,7 +41,7 @@ def load(
             program; None is `checkpoints/best_model.pth` if it exists, else "bundled".
         device: e.g. "cpu", "cuda:1", "mps"; by default the first GPU, or the CPU if there is none.
         image_size: the side in pixels of the square that photos are fitted into; by default that of the training, and
-            2.5 times that in a second look at photos whose persons are small.
+            2.4 times that in a second look at photos whose persons are small.
         foreground_only: whether persons who are much smaller than the largest one are left out.
 
     Raises:
