@@ -28,9 +28,10 @@ def test_the_table_measures_each_row_and_leaves_no_change_behind(coco_root, smal
     looks.main([str(small_checkpoint), "--data-root", "coco"])
     lines = capsys.readouterr().out.splitlines()
     chosen = dict(zip([line.split(" | ")[0][2:] for line in lines if "0.250" in line], measured, strict=True))
-    assert chosen["as it is"] == (128, True, *before) == chosen["specks stay"]
+    assert chosen["as it is"] == (160, True, *before) == chosen["specks stay"]
     assert chosen["as it was: one look, specks and borders stay"] == (None, False, *before)
-    assert chosen["sure from 0.95"] == (128, True, before[0], 0.95, *before[2:])
+    assert chosen["second look 2 times as large"] == (128, True, *before)
+    assert chosen["sure from 0.95"] == (160, True, before[0], 0.95, *before[2:])
     assert [getattr(*constant) for constant in CONSTANTS] == before
     assert {line.count("|") for line in lines if line.startswith("|")} == {11}
 
