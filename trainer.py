@@ -94,7 +94,7 @@ class Config:
     encoder: str = "resnet34"  # torchvision encoder
     pretrained: bool = True  # start the encoder from ImageNet weights, downloaded once
     encoder_weights: str = ""  # FILE with those weights, for a machine without network
-    start_from: str = ""  # start from all weights of a trained FILE, or bundled, and with FINE_TUNING's settings
+    start_from: str = ""  # FILE, or bundled: begin with its weights, encoder and image size, and with FINE_TUNING
     use_attention: bool = True  # attention gates on the skips
     # --- training
     num_epochs: int = 100  # passes over the training photos
@@ -132,7 +132,7 @@ SAMPLE = dict(
     image_size=128, batch_size=16, num_epochs=12, learning_rate=2e-3, log_every=5,
 )  # fmt: skip
 
-# What --start-from sets instead, for ten to some hundred photos (docs/fine_tuning.md); a flag still overrides it.
+# What --start-from sets instead of the defaults above, for some ten to hundred photos (docs/fine_tuning.md).
 FINE_TUNING = dict(batch_size=8, num_epochs=40, learning_rate=5e-5)
 
 

@@ -165,8 +165,8 @@ class Cutter:
         looks = self._look_at(photos, self.image_size)
         if self.second_size is not None:
             small = [index for index, look in enumerate(looks) if has_small_persons(look)]
-            pixels = len(photos) * self.image_size**2
-            step = max(1, pixels // self.second_size**2)  # no more memory than in the first look
+            pixels = len(photos) * self.image_size**2  # of the first look: for no more memory, if it had enough photos
+            step = max(1, pixels // self.second_size**2)
             for some in (small[start : start + step] for start in range(0, len(small), step)):
                 again = self._look_at([photos[index] for index in some], self.second_size)
                 for index, look in zip(some, again, strict=True):

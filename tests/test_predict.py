@@ -286,13 +286,14 @@ def test_no_more_photos_are_at_work_than_pixels_and_cores_allow(work, cut, monke
 
 
 STYLES = ("", "--image-size=96", "--image-size=96 --checkpoint=other.pth", "--mask", "--mask --threshold=0.5",
-          "--background=red", "--background=in/b.png", "--keep-background-colours", "--threshold=0.5",
-          "--threshold=0.5 --foreground-only")  # fmt: skip
+          "--background=red", "--background=in/b.png", "--background=other.png", "--keep-background-colours",
+          "--threshold=0.5", "--threshold=0.5 --foreground-only")  # fmt: skip
 UP_TO_DATE = "kept, made already (--overwrite to replace)"
 
 
 def test_an_output_of_another_style_or_model_is_made_again(run):
     save_pictures("in/b.png")
+    save_picture(Path("other.png"), PICTURE[::-1].copy())
     save_model("other.pth", 7)
     made = []
     for style in STYLES:  # each differs little from the one before it

@@ -31,7 +31,9 @@ IN_A_WORKER = "Caught UserError in DataLoader worker process 0.\nOriginal Traceb
 def test_an_error_of_a_loader_worker_is_one_line_and_a_bug_none():
     shared_memory = RuntimeError("unable to open shared memory object </torch_7_9>\nin the worker")
     assert utils.user_message(UserError(IN_A_WORKER), "") == "no photo"
-    assert re.fullmatch("a loader worker was killed: .*", utils.user_message(shared_memory, ""))
+    killed = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+    for error in (shared_memory, killed):
+        assert re.fullmatch("a loader worker was killed: .*", utils.user_message(error, ""))
     assert utils.user_message(ValueError("out of memory"), "") == ""
 
 

@@ -70,7 +70,7 @@ ROWS = {
     "ema_99": Row("ema_decay 0.99", "--ema-decay 0.99"),
     "batch_4": Row("batches of 4", "--batch-size 4"),
     "batch_16": Row("batches of 16", "--batch-size 16"),
-    "fine_tuned": Row("starts from the bundled model, with FINE_TUNING", "--start-from bundled --encoder-weights="),
+    "fine_tuned": Row("starts from the bundled model, at its learning rate", "--start-from bundled --encoder-weights="),
     "bfloat16": Row("bfloat16", "--precision bfloat16"),
     # --- loss, model
     "dice_1": Row("dice_weight 1", "--dice-weight 1"),

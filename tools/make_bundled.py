@@ -1,7 +1,7 @@
 """Makes the bundled model of a trained one: half as large, without anything of the machine that trained it.
 
     python tools/make_bundled.py checkpoints/best_model.pth --image-size 384
-    python tools/make_bundled.py checkpoints/tuned/last.pth --blend checkpoints/last.pth 0.3
+    python tools/make_bundled.py checkpoints/mine/last.pth --blend bundled 0.5 --output checkpoints/mine/mixed.pth
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def make_bundled(content: dict, image_size: int | None, blend: tuple[dict, float
         raise UserError(f"{too_large[0]} has values beyond the range of float16")
     config = {name: content["config"][name] for name in MODEL_FIELDS}
     config["image_size"] = image_size or config["image_size"]
-    return {"epoch": content["epoch"], "config": config, "model": model, "metrics": content.get("metrics")}
+    metrics = content.get("metrics") if blend is None else None  # of these weights, not of others
+    return {"epoch": content["epoch"], "config": config, "model": model, "metrics": metrics}
 
 
 def blended(weights: dict[str, Tensor], content: dict, part: float) -> dict[str, Tensor]:
@@ -65,6 +66,8 @@ def part_of(text: str) -> float:
 def main(options: argparse.Namespace) -> None:
     """Writes the bundled model, unless it is too large."""
     check_size(options.image_size)
+    if options.blend and options.output == BUNDLED:
+        raise UserError("--blend needs --output FILE, another file than the bundled model")
     blend = (read_checkpoint(resolve_model(options.blend[0])), part_of(options.blend[1])) if options.blend else None
     bundled = make_bundled(read_checkpoint(options.checkpoint), options.image_size, blend)
     size = sum(value.nbytes for value in bundled["model"].values())
@@ -80,7 +83,7 @@ def run_command(argv: list[str]) -> int:
     parser.add_argument("checkpoint", type=Path, help="the trained model")
     parser.add_argument("--image-size", type=int, help="side of the square in pixels (that of the training)")
     parser.add_argument("--blend", nargs=2, metavar=("FILE", "PART"),
-                        help="mix in so much of the weights of another model, or of the bundled one")  # fmt: skip
+                        help="mix in a part, 0 to 1, of the weights of another FILE, or of bundled")  # fmt: skip
     parser.add_argument("--output", type=Path, default=BUNDLED, help="the file to make (%(default)s)")
     return run_cli("make_bundled.py", lambda: main(parser.parse_args(argv[1:])))
 

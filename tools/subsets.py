@@ -75,11 +75,14 @@ def portraits(content: dict, options: argparse.Namespace) -> str:
 
 def few(content: dict, options: argparse.Namespace) -> str:
     """Writes photos of a category, or those that show others beside it, and their masks. Returns what was made."""
-    wanted, beside = DEFAULT_OPTIONS._replace(category=options.category), split_names(options.beside)
+    wanted, beside = DEFAULT_OPTIONS._replace(category=options.category), {*split_names(options.beside)}
     ids = {category["id"] for category in content["categories"] if category["name"] in beside}
+    if unknown := beside - {category["name"] for category in content["categories"]}:
+        raise UserError(f"{options.root} has no category {', '.join(sorted(unknown))}")
     shown = {annotation["image_id"] for annotation in content["annotations"]
              if annotation["category_id"] in ids or not beside}  # fmt: skip
-    for rgba, image_id, output in chosen_photos(options, wanted, shown, f"of {options.category}"):
+    what = f"of {options.category}" + f" beside {options.beside}" * bool(beside)
+    for rgba, image_id, output in chosen_photos(options, wanted, shown, what):
         save_pair(rgba, output, image_id)
     return f"{counted(options.number, 'photo')} in {options.output}"
 
@@ -96,7 +99,7 @@ def chosen_photos(
     indices = [index for index in range(len(dataset)) if dataset.image_id(index) in image_ids]
     if not 0 < options.number <= len(indices):
         photos = f"{counted(len(indices), 'photo')} {what}"
-        raise UserError(f"{options.number} {options.kind} cannot be made: {options.root} has {photos}")
+        raise UserError(f"{options.number} cannot be made: {options.root} has {photos}")
     for folder in ("photos", "masks"):
         (options.output / folder).mkdir(parents=True)
     for index in indices[: options.number]:
@@ -162,7 +165,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("kind", choices=tuple(KINDS), help="what to make")
     parser.add_argument("root", type=Path, help="the COCO-format set")
     parser.add_argument("split", help="its photo folder")
-    parser.add_argument("number", type=int, help="photos to hold out, portraits to make, or photos in all")
+    parser.add_argument("number", type=int, help="photos to hold out, photos or portraits to make, or copies in all")
     parser.add_argument("output", type=Path, help="the folder to make")
     person = DEFAULT_OPTIONS.category
     parser.add_argument("--category", default=person, help="of few: what the masks are of (%(default)s); several: a,b")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -40,6 +41,13 @@ def test_paths_images_and_arrays_give_the_same_and_are_not_modified(tmp_path, cu
         np.testing.assert_array_equal(cut(photo), expected)
     np.testing.assert_array_equal(np.asarray(image), PICTURE)
     np.testing.assert_array_equal(picture, PICTURE)
+
+
+def test_several_threads_may_use_one_cutter(cut):
+    photos = [np.roll(PICTURE, 9 * n, axis=1) for n in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        for found, photo in zip(pool.map(cut, photos), photos, strict=True):
+            np.testing.assert_array_equal(found, cut(photo))
 
 
 def test_what_is_no_photo_is_refused(tmp_path, cut):
@@ -89,6 +97,9 @@ def test_a_second_look_is_taken_where_persons_are_small(stub, small_checkpoint, 
     assert size_of_look(bright(100)) == 64  # 12.5 %
     assert size_of_look(bright(60), image_size=64) == 64
     assert size_of_look(cv2.resize(bright(60), (64, 32))) == 64  # there is no more to see
+    stub(lambda red: (red > 0.5) * (1.0 if red.shape[1] == 64 else 0.0))
+    assert size_of_look(bright(80)) == 64  # the second one has lost them
+    stub(lambda red: (red > 0.5).float())
     monkeypatch.setattr("cutting.cutter.MAX_IMAGE_SIZE", 159)
     assert size_of_look(bright(80)) == 64  # no square is larger than the network takes
 

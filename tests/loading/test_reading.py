@@ -167,7 +167,8 @@ def test_an_unusable_photo_is_named_when_it_is_read(coco_root):
     named = f"the photo {photo}"
     photo.write_bytes(cv2.imencode(".jpg", np.eye(65, 48))[1])
     assert refusal(dataset.__getitem__, 0) == f"{named} is 48 x 65 pixels, its annotation says 48 x 64"
-    for content in (b"", b"a text", cv2.imencode(".png", np.eye(64, 48))[1][:-60]):
+    half_jpeg = cv2.imencode(".jpg", np.random.default_rng(0).integers(0, 255, (64, 48, 3), np.uint8))[1][:1500]
+    for content in (b"", b"a text", half_jpeg, cv2.imencode(".png", np.eye(64, 48))[1][:-60]):
         photo.write_bytes(content)
         assert refusal(dataset.__getitem__, 0) == f"{named} cannot be read: not an image, or damaged"
     photo.unlink()

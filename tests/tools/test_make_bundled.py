@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import mistake
 
-from cutting.cutter import load
+from cutting.cutter import BUNDLED, load
 from tools import make_bundled
 
 SECRET = "/home/somebody"
@@ -56,11 +56,14 @@ def test_a_blend_is_the_mean_of_two_models_by_their_parts(trained, tmp_path):
     torch.save(other, tmp_path / "other.pth")
     found = torch.load(bundled(checkpoint, "--blend", str(tmp_path / "other.pth"), "0.25"), weights_only=True)
     assert torch.allclose(found["model"][name].float(), before + 0.25, atol=1e-3)
+    assert found["metrics"] is None  # they are not of these weights
 
 
 @pytest.mark.parametrize(("change", "arguments", "words"), [
     (lambda content: None, ["--image-size", "9"], "an image size of 9 is out of range"),
     (lambda content: None, ["--blend", "{checkpoint}", "half"], "a part of the weights between 0 and 1"),
+    (lambda content: None, ["--blend", "bundled", "0.5"], "a model of the same architecture"),
+    (lambda content: None, ["--blend", "{checkpoint}", "0.5", f"--output={BUNDLED}"], "--blend needs --output FILE"),
     (lambda content: next(iter(content["model"].values())).fill_(1e6), [], "beyond the range of float16"),
     (lambda content: content["config"].update(sample=True), [], "trained on drawings"),
     (lambda content: content["model"].update(more=torch.zeros(20_000_000)), [], "MB, more than 30"),

@@ -83,8 +83,10 @@ def test_few_photos_are_of_a_category_or_show_another_one_beside_it(coco_root, t
     whole = COCOPersonDataset(coco_root, "train2017", 64)
     persons = {f"{whole.image_id(i):012d}": whole.alpha(i) for i in range(len(whole)) if whole.image_id(i) in kites}
     few = ["few", str(coco_root), "train2017"]
-    subsets.main([*few, str(len(persons)), str(tmp_path / "persons"), "--beside", "bird,kite"])
+    subsets.main([*few, str(len(persons)), str(tmp_path / "persons"), "--beside", "kite"])
     subsets.main([*few, "4", str(tmp_path / "kites"), "--category", "kite"])
+    with pytest.raises(UserError, match="has no category kiet"):
+        subsets.main([*few, "1", str(tmp_path / "none"), "--beside", "kite,kiet"])
     expected = {"persons": persons, "kites": {f"{image_id:012d}": np.full((9, 9), 255) for image_id in kites}}
     for name, masks in expected.items():
         made = {mask.stem: cv2.imread(str(mask), 0) for mask in (tmp_path / name / "masks").iterdir()}
