@@ -89,7 +89,7 @@ AFFIXES = {  # photos, of which the last has no mask; masks; and what a mask's n
     "mask_*": (["a.jpg", "b.jpg", "x.jpg"], ["mask_a.png", "mask_b.png"]),
     "*_seg": (["1_img.jpg", "2_img.jpg", "3_img.jpg"], ["1_seg.png", "2_seg.png"]),
     "gt-*-0": (["photo1.jpg", "photo12.jpg", "photo2.jpg"], ["gt-1-0.png", "gt-12-0.png"]),
-    "": (["a.jpg", "a_mask.jpg", "x.jpg"], ["a.png", "a_mask.png"]),
+    "": (["a.jpg", "a_mask.jpg", "sub/a.jpg", "x.jpg"], ["a.png", "a_mask.png", "sub/a.png"]),
 }
 
 

@@ -94,7 +94,7 @@ def test_lists_are_read_in_any_encoding_and_with_spaces_in_names(encoding, tmp_p
     assert ("a b.jpg" in train, val) == (True, {"c.001.jpg", "d.jpg"})
 
 
-def test_yolos_classes_in_another_order_are_read_anew_and_keypoints_refused(tmp_path):
+def test_yolos_classes_in_another_order_are_read_anew_and_boxes_and_keypoints_are_no_masks(tmp_path):
     (tmp_path / "labels").mkdir()
     for name in NAMES:
         write_photo(tmp_path / "images" / f"{name}.jpg", PHOTO)
@@ -103,5 +103,7 @@ def test_yolos_classes_in_another_order_are_read_anew_and_keypoints_refused(tmp_
         (tmp_path / "data.yaml").write_text(f"names: {names}\n")
         lefts = [np.flatnonzero(alpha.any(axis=0))[0] for alpha in alphas(tmp_path).values()]
         assert lefts == pytest.approx([left] * 8, abs=1)
+    (tmp_path / "labels" / "a.txt").write_text("1 0.5 0.5 0.4 0.4\n")
+    assert {*alphas(tmp_path)} == {f"{name}.jpg" for name in NAMES[1:]}  # a person with a box alone
     (tmp_path / "data.yaml").write_text("names: [person]\nkpt_shape: [17, 2]\n")
     assert "keypoints, which are no masks" in refusal(open_both, tmp_path)
