@@ -28,7 +28,7 @@ from torch.optim import Adam, Optimizer
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P, or PYTHONSAFEPATH, does not look here by itself
 
 import utils
-from cutting.cutter import BUNDLED
+from cutting.cutter import resolve_model
 from datasets import COCOPersonDataset, PhotoLoader, batches, make_loader
 from loading.layout import DataOptions
 from loading.sources import data_roots
@@ -303,7 +303,7 @@ def build_model(config: Config, processes: Processes, is_new: bool = True) -> UN
     with distributed.local_rank0_first(processes):  # one downloads, all load
         model = UNetAutoencoder(config.encoder, pretrained, config.use_attention, weights_file)
     if config.start_from and is_new:
-        resuming.load_weights(model, trained_file(config.start_from))
+        resuming.load_weights(model, Path(resolve_model(config.start_from)))
     return model.to(processes.device, memory_format=utils.memory_format(processes.device))
 
 
@@ -403,12 +403,7 @@ def folder_of(config: Config) -> Path:
 
 def fine_tuning(name: str) -> dict[str, Any]:
     """Returns what --start-from sets: how few photos are trained on, and what the weights need."""
-    return FINE_TUNING | resuming.settings_of(trained_file(name))
-
-
-def trained_file(name: str) -> Path:
-    """Returns the file that --start-from names."""
-    return BUNDLED if name == "bundled" else Path(name)
+    return FINE_TUNING | resuming.settings_of(Path(resolve_model(name)))
 
 
 def run_command(argv: list[str]) -> int:

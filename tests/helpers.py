@@ -116,7 +116,7 @@ def refusal(call: Callable, *args: object) -> str:
 
 
 def mistake(capsys: pytest.CaptureFixture, tool: ModuleType, *arguments: object) -> str:
-    """Returns the one line by which a program of tools/ refuses its arguments, without the program's name."""
+    """Returns the one line by which a program refuses its arguments, without the program's name."""
     capsys.readouterr()
     program = tool.__name__.replace("tools.", "") + ".py"
     assert tool.run_command([program, *map(str, arguments)]) == 2

@@ -6,7 +6,6 @@ import gc
 import math
 import os
 import signal
-import socket
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from tiny_runs import free_port
 from torch import Tensor
 
 if "GPU_TEST_DEVICE" not in os.environ and not torch.cuda.is_available():
@@ -192,9 +192,7 @@ def test_a_run_that_sigterm_stops_goes_on_with_its_weights(photos, tmp_path, mon
 
 
 def test_two_ranks_skip_the_same_step_and_end_with_the_same_weights(photos, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         results = [pool.submit(train_rank, rank, port, photos, tmp_path / "two") for rank in (0, 1)]
         (weights, skipped), (other, other_skipped) = (result.result() for result in results)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import mistake
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
@@ -80,12 +81,7 @@ def flags(config: Config) -> list[str]:
 
 def command_error(capsys, *arguments: str) -> str:
     """Returns the one line by which trainer.py refuses a command line."""
-    capsys.readouterr()
-    assert trainer.run_command(["trainer.py", *arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("trainer.py: error: ")
-    assert error.count("\n") == 1, error
-    return error
+    return mistake(capsys, trainer, *arguments)
 
 
 def run_of(model: nn.Module, micro_batches: int = 1) -> Run:

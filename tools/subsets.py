@@ -68,8 +68,8 @@ def portraits(content: dict, options: argparse.Namespace) -> str:
     """Writes a crop around the tallest person of each photo, and its mask. Returns what was made."""
     boxes = tallest_persons(content)
     what = f"of a person of {MIN_HEIGHT} pixels or more"
-    for rgba, image_id, output in chosen_photos(options, DEFAULT_OPTIONS, boxes, what):
-        save_pair(rgba[crop_around(boxes[image_id], *rgba.shape[:2])], output, image_id)
+    for rgba, image_id in chosen_photos(options, DEFAULT_OPTIONS, boxes, what):
+        save_pair(rgba[crop_around(boxes[image_id], *rgba.shape[:2])], options.output, image_id)
     return f"{counted(options.number, 'portrait')} in {options.output}"
 
 
@@ -82,15 +82,15 @@ def few(content: dict, options: argparse.Namespace) -> str:
     shown = {annotation["image_id"] for annotation in content["annotations"]
              if annotation["category_id"] in ids or not beside}  # fmt: skip
     what = f"of {options.category}" + f" beside {options.beside}" * bool(beside)
-    for rgba, image_id, output in chosen_photos(options, wanted, shown, what):
-        save_pair(rgba, output, image_id)
+    for rgba, image_id in chosen_photos(options, wanted, shown, what):
+        save_pair(rgba, options.output, image_id)
     return f"{counted(options.number, 'photo')} in {options.output}"
 
 
 def chosen_photos(
     options: argparse.Namespace, wanted: DataOptions, image_ids: Collection[int], what: str
-) -> Iterator[tuple[np.ndarray, int, Path]]:
-    """Yields the first photos among some with their masks, as RGBA, their ids, and the output folder, which it makes.
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Makes the output's folders, and yields the first photos among some with their masks, as RGBA, and their ids.
 
     Raises:
         UserError: there are fewer than are to be made.
@@ -103,7 +103,7 @@ def chosen_photos(
     for folder in ("photos", "masks"):
         (options.output / folder).mkdir(parents=True)
     for index in indices[: options.number]:
-        yield dataset.original(index), dataset.image_id(index), options.output
+        yield dataset.original(index), dataset.image_id(index)
 
 
 def copies(content: dict, options: argparse.Namespace) -> str:

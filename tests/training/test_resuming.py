@@ -127,7 +127,7 @@ def test_a_run_starts_from_trained_weights_of_half_precision_and_their_settings(
     content = torch.load(trained, weights_only=True)
     halved = {name: value.half() if value.is_floating_point() else value for name, value in content["model"].items()}
     checkpoints.save({**content, "model": halved}, tmp_path / "bundled.pth")
-    monkeypatch.setattr(trainer, "BUNDLED", tmp_path / "bundled.pth")
+    monkeypatch.setattr("cutting.cutter.BUNDLED", tmp_path / "bundled.pth")
     run = start("--start-from", "bundled")
     settings, weights = run.settings, run.model.state_dict()
     assert (settings["encoder"], settings["use_attention"], settings["image_size"]) == ("resnet18", False, 64)
